@@ -1,0 +1,76 @@
+"""Merge partial attention states: Huawei's ``ring_attention_update`` on every device, with the same bits.
+
+Long sequences do not fit on one accelerator, so attention is computed in pieces and the pieces are merged. This
+package is that merge. Start with :func:`merge_states` and :meth:`AttentionState.from_lse` if your kernel returns
+(out, lse), or with :func:`ring_attention_update` if it returns the softmax's max and sum.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rau.errors import (
+    BackendUnavailableError,
+    ConstraintError,
+    DTypeError,
+    LayoutError,
+    OptionError,
+    RauError,
+    ShapeError,
+    UnknownBackendError,
+    UnsupportedError,
+)
+from rau.explain import explain
+from rau.registry import use_backend
+from rau.state import AttentionState, reorder_softmax
+from rau.threads import get_num_threads, set_num_threads
+from rau.update import merge_states, ring_attention_update
+
+if TYPE_CHECKING:
+    from rau import registry, testing
+    from rau.config import show_config
+
+__all__ = [
+    "AttentionState",
+    "BackendUnavailableError",
+    "ConstraintError",
+    "DTypeError",
+    "LayoutError",
+    "OptionError",
+    "RauError",
+    "ShapeError",
+    "UnknownBackendError",
+    "UnsupportedError",
+    "__version__",
+    "explain",
+    "get_num_threads",
+    "merge_states",
+    "registry",
+    "reorder_softmax",
+    "ring_attention_update",
+    "set_num_threads",
+    "show_config",
+    "testing",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # What a plain `import rau` should not pay for.
+    if name in ("registry", "testing"):
+        import importlib
+
+        return importlib.import_module(f"rau.{name}")
+    if name == "show_config":
+        from rau.config import show_config
+
+        return show_config
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ring-attention-update")
+    raise AttributeError(f"module 'rau' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

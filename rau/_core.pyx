@@ -1,0 +1,290 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
+"""The streaming-merge core: it walks the block table in tiles, in parallel, and calls the row kernels.
+
+Everything has been checked before: nothing here looks at an argument again.
+"""
+
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cython.parallel cimport prange
+from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+
+cdef extern from "_rows.h" nogil:
+    ctypedef struct rau_plane:
+        char *base
+        Py_ssize_t token
+        Py_ssize_t head
+
+    ctypedef struct rau_tile:
+        Py_ssize_t states
+        Py_ssize_t tokens
+        Py_ssize_t heads
+        Py_ssize_t head_dim
+        Py_ssize_t lanes
+        int stream
+        const rau_plane *attn
+        const rau_plane *max
+        const rau_plane *sum
+        void *weights
+        double *numbers
+        const char **sources
+        double *shares
+
+    ctypedef void (*rau_kernel)(rau_tile *) noexcept nogil
+
+    ctypedef struct rau_version:
+        const char *name
+        rau_kernel weigh_f32
+        rau_kernel weigh_f64
+
+    ctypedef struct rau_fenv:
+        pass
+
+    int rau_versions(const rau_version *found[3])
+    rau_kernel rau_rows_kernel(const rau_version *version, int first, int later)
+    rau_fenv rau_fenv_set()
+    void rau_fenv_restore(rau_fenv old)
+    void rau_fence()
+    void rau_watch_forks()
+    int rau_forked
+    int RAU_F32, RAU_F16, RAU_BF16, RAU_F64, RAU_RUN, RAU_OPENMP
+    const char *RAU_COMPILER
+    const char *RAU_COMPILE_FLAGS
+
+cdef struct Call:
+    const int64_t *table
+    Py_ssize_t blocks
+    Py_ssize_t columns
+    Py_ssize_t states
+    Py_ssize_t heads
+    Py_ssize_t head_dim
+    Py_ssize_t lanes
+    Py_ssize_t tokens        # over all blocks
+    Py_ssize_t tile_tokens
+    Py_ssize_t tile_heads
+    Py_ssize_t first_item    # bytes of an element of the first state and the result, of later states, of statistics
+    Py_ssize_t later_item
+    Py_ssize_t stats_item
+    int stream
+    char **arrays            # 3 * (states + 1) addresses
+    rau_kernel weigh
+    rau_kernel rows
+    char *scratch            # one piece for each worker
+    Py_ssize_t scratch_bytes
+    Py_ssize_t workers
+
+cdef enum:
+    TILE_TOKENS = 256        # each head's statistics run on for 8 KiB
+    TILE_WEIGHTS = 1 << 17   # bytes of weights in a tile: they stay in the second-level cache
+    STREAM_BYTES = 1 << 23   # an output larger than this leaves the cache before anybody reads it
+    WORKER_BYTES = 1 << 18   # less than this is not worth another thread
+
+_FORMATS = {"float32": RAU_F32, "float16": RAU_F16, "bfloat16": RAU_BF16, "float64": RAU_F64}
+_ITEMS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+cdef const rau_version *version = NULL
+
+
+def simd_versions():
+    """Names of the instruction-set versions that this processor can run, best last."""
+    cdef const rau_version *found[3]
+    cdef int count = rau_versions(found), i
+    return [found[i].name.decode() for i in range(count)]
+
+
+def use_simd(name):
+    """Choose the instruction-set version; the bits do not depend on it."""
+    global version
+    cdef const rau_version *found[3]
+    cdef int count = rau_versions(found), i
+    for i in range(count):
+        if found[i].name.decode() == name:
+            version = found[i]
+            return
+    raise ValueError(f"no version {name!r}; this processor and build have {', '.join(simd_versions())}")
+
+
+def simd():
+    """Name of the version in use."""
+    return version.name.decode()
+
+
+def forked():
+    """Whether this process is a forked child, which runs serially."""
+    return bool(rau_forked)
+
+
+def build():
+    """Compiler, flags and OpenMP of this build."""
+    return {
+        "compiler": RAU_COMPILER.decode(),
+        "flags": RAU_COMPILE_FLAGS.decode(),
+        "openmp": bool(RAU_OPENMP),
+    }
+
+
+cdef struct ArrayInterface:  # NumPy's __array_struct__ protocol
+    int two
+    int nd
+    char typekind
+    int itemsize
+    int flags
+    Py_ssize_t *shape
+    Py_ssize_t *strides
+    void *data
+    void *descr
+
+
+cdef inline char *address(object array) except? NULL:
+    cdef object capsule = array.__array_struct__
+    return <char *>(<ArrayInterface *>PyCapsule_GetPointer(capsule, NULL)).data
+
+
+def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, Py_ssize_t heads, Py_ssize_t head_dim,
+          Py_ssize_t lanes, bint in_place, Py_ssize_t threads):
+    """Merge K states.
+
+    Parameters
+    ----------
+    table : int64, shape (blocks, 2 + 9 * (K + 1))
+        The block table, see rau.layouts.
+    arrays : tuple of 3 * (K + 1) ndarrays
+        attn_out, softmax_max, softmax_sum of each input, then of the result.
+    dtype, cur_dtype : str
+        Of the first state and the result; of the later states.
+    heads, head_dim, lanes : int
+    in_place : bool
+        The result stands on an input: it is in the cache when it is written.
+    threads : int
+        The most to use.
+    """
+    cdef Call call
+    cdef Py_ssize_t i, part, rows, row_bytes, bytes_, weight_item
+    cdef Py_ssize_t states = len(arrays) // 3 - 1
+    cdef int64_t tokens = 0
+
+    call.blocks, call.columns = table.shape[0], table.shape[1]
+    for i in range(call.blocks):
+        tokens += table[i, 0]
+    if tokens == 0 or heads == 0:
+        return
+    call.table = &table[0, 0]
+    call.tokens, call.states, call.heads, call.head_dim, call.lanes = tokens, states, heads, head_dim, lanes
+    call.first_item, call.later_item = _ITEMS[dtype], _ITEMS[cur_dtype]
+    cdef bint wide = dtype == "float64"
+    call.stats_item = weight_item = 8 if wide else 4
+    call.weigh = version.weigh_f64 if wide else version.weigh_f32
+    call.rows = rau_rows_kernel(version, _FORMATS[dtype], _FORMATS[cur_dtype])
+
+    rows = max(TILE_WEIGHTS // (weight_item * states), 1)
+    call.tile_heads = min(heads, rows)
+    call.tile_tokens = min(max(rows // call.tile_heads, 1), TILE_TOKENS)
+
+    row_bytes = head_dim * (2 * call.first_item + (states - 1) * call.later_item)
+    row_bytes += 2 * (states + 1) * lanes * call.stats_item
+    bytes_ = tokens * heads * row_bytes
+    call.stream = not in_place and tokens * heads * head_dim * call.first_item > STREAM_BYTES
+    call.workers = min(threads, min(tokens, 1 + bytes_ // WORKER_BYTES))
+    if rau_forked or not RAU_OPENMP:
+        call.workers = 1
+
+    # Each worker's scratch: weights, the rows' numbers, planes, pointers and shares.
+    rows = call.tile_tokens * call.tile_heads
+    call.scratch_bytes = (
+        _round_up(states * rows * weight_item)
+        + _round_up(2 * states * RAU_RUN * sizeof(double))
+        + _round_up(3 * (states + 1) * sizeof(rau_plane))
+        + _round_up(states * sizeof(char *))
+        + _round_up(states * sizeof(double))
+    )
+    call.scratch = <char *>malloc(call.workers * call.scratch_bytes + 64)
+    call.arrays = <char **>malloc(len(arrays) * sizeof(char *))
+    try:
+        if call.scratch == NULL or call.arrays == NULL:
+            raise MemoryError("rau: no memory for the scratch of a merge")
+        for i in range(3 * (states + 1)):
+            call.arrays[i] = address(arrays[i])
+        with nogil:
+            if call.workers == 1:  # enters no parallel region, which would start OpenMP's threads
+                _work(&call, 0)
+            else:
+                for part in prange(call.workers, num_threads=call.workers, schedule="static", chunksize=1):
+                    _work(&call, part)
+    finally:
+        free(call.scratch)
+        free(call.arrays)
+
+
+cdef inline Py_ssize_t _round_up(Py_ssize_t bytes_) noexcept nogil:
+    return (bytes_ + 63) // 64 * 64
+
+
+cdef void _work(const Call *call, Py_ssize_t part) noexcept nogil:
+    """One worker's share: an equal part of all the tokens, wherever the blocks' borders are."""
+    cdef Py_ssize_t low = call.tokens * part // call.workers
+    cdef Py_ssize_t high = call.tokens * (part + 1) // call.workers
+    cdef Py_ssize_t seen = 0, b, t, h, first, last, rows
+    cdef const int64_t *line
+    cdef rau_tile tile
+    cdef rau_fenv old = rau_fenv_set()
+
+    cdef char *at = <char *>((<uintptr_t>call.scratch + 63) // 64 * 64) + part * call.scratch_bytes
+    rows = call.tile_tokens * call.tile_heads
+    tile.states, tile.head_dim, tile.lanes, tile.stream = call.states, call.head_dim, call.lanes, call.stream
+    tile.weights = at
+    at += _round_up(call.states * rows * call.stats_item)
+    tile.numbers = <double *>at
+    at += _round_up(2 * call.states * RAU_RUN * sizeof(double))
+    cdef rau_plane *planes = <rau_plane *>at
+    at += _round_up(3 * (call.states + 1) * sizeof(rau_plane))
+    tile.sources = <const char **>at
+    at += _round_up(call.states * sizeof(char *))
+    tile.shares = <double *>at
+    tile.attn, tile.max, tile.sum = planes, planes + call.states + 1, planes + 2 * (call.states + 1)
+
+    for b in range(call.blocks):
+        line = call.table + b * call.columns
+        first = max(low - seen, 0)
+        last = min(high - seen, line[0])
+        seen += line[0]
+        t = first
+        while t < last:
+            tile.tokens = min(call.tile_tokens, last - t)
+            h = 0
+            while h < call.heads:
+                tile.heads = min(call.tile_heads, call.heads - h)
+                _place(call, line, planes, t, h)
+                call.weigh(&tile)
+                if call.head_dim:
+                    call.rows(&tile)
+                h += tile.heads
+            t += tile.tokens
+        if seen >= high:
+            break
+    if call.stream:
+        rau_fence()
+    rau_fenv_restore(old)
+
+
+cdef inline void _place(const Call *call, const int64_t *line, rau_plane *planes, Py_ssize_t t, Py_ssize_t h) noexcept nogil:
+    """Where the tile that starts at token t and head h of a block lies, in every array."""
+    cdef Py_ssize_t operand, part, item, token, head
+    cdef const int64_t *entry = line + 2
+    cdef rau_plane *plane
+    for operand in range(call.states + 1):
+        for part in range(3):
+            if part:
+                item = call.stats_item
+            elif operand == 0 or operand == call.states:
+                item = call.first_item
+            else:
+                item = call.later_item
+            token, head = entry[1] * item, entry[2] * item
+            plane = planes + part * (call.states + 1) + operand
+            plane.base = call.arrays[3 * operand + part] + entry[0] * item + t * token + h * head
+            plane.token, plane.head = token, head
+            entry += 3
+
+
+rau_watch_forks()
+use_simd(simd_versions().pop())

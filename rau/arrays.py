@@ -1,0 +1,236 @@
+"""Array kinds: all that rau asks of an array, whichever library made it.
+
+The validator reads shape, dtype, device, strides and address through a kind and knows no library. Types
+are recognised by name, so that nothing is imported to find out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+_NUMPY_NAMES: dict[np.dtype, str] = {}
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Memory(NamedTuple):
+    """Where an array lies; strides in bytes."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+    def extent(self) -> tuple[int, int]:
+        """Lowest address touched and the one after the highest; equal where the array is empty."""
+        if 0 in self.shape:
+            return self.address, self.address
+        reach = [(length - 1) * step for length, step in zip(self.shape, self.strides, strict=True)]
+        low = self.address + sum(step for step in reach if step < 0)
+        return low, self.address + sum(step for step in reach if step > 0) + self.itemsize
+
+    def same_view(self, other: Memory) -> bool:
+        """Tell whether both name the same elements in the same order; an axis of length 1 has no stride."""
+        return self[:2] == other[:2] and all(
+            mine == its or length == 1
+            for length, mine, its in zip(self.shape, self.strides, other.strides, strict=True)
+        )
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        # For NumPy's overlap solver alone, which looks at addresses and never at what is there.
+        return {
+            "version": 3,
+            "typestr": f"|V{self.itemsize}",
+            "data": (self.address, True),
+            "shape": self.shape,
+            "strides": self.strides,
+        }
+
+    def overlaps(self, other: Memory) -> bool:
+        """Decide exactly whether the two share a byte; True as well where that takes too long."""
+        (low, high), (its_low, its_high) = self.extent(), other.extent()
+        if high <= its_low or its_high <= low:
+            return False
+        try:
+            # The bound keeps the solver's worst case, which is exponential, below about a tenth of a second.
+            return np.shares_memory(np.asarray(self), np.asarray(other), max_work=1_000_000)
+        except np.exceptions.TooHardError:
+            return True
+
+
+class Kind(Protocol):
+    """What rau needs to know about the arrays of one library."""
+
+    name: str
+
+    def dtype(self, array: Any) -> str:
+        """Return the dtype's name, such as "bfloat16"; not a plain name where it is not native."""
+
+    def device(self, array: Any) -> str:
+        """Return where the array lives, such as "cpu" or "cuda:0"."""
+
+    def contiguous(self, array: Any) -> bool:
+        """Tell whether the array is C-contiguous and aligned to its items."""
+
+    def strides(self, array: Any) -> tuple[int, ...] | None:
+        """Return the strides in elements, or None where they are not whole elements."""
+
+    def writable(self, array: Any) -> bool:
+        """Tell whether the array may be written to."""
+
+    def memory(self, array: Any) -> Memory | None:
+        """Return where the array lies, or None where only its library knows."""
+
+    def regular_copy(self, array: Any) -> Any:
+        """Return a C-contiguous, aligned copy."""
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        """Return the values as a NumPy array, on the host."""
+
+
+class NumPyKind:
+    """NumPy arrays; bfloat16 as ml_dtypes has it, recognised by its name."""
+
+    name = "numpy"
+
+    def dtype(self, array: np.ndarray) -> str:
+        dtype = array.dtype
+        name = _NUMPY_NAMES.get(dtype)
+        if name is None:
+            name = dtype.name if dtype.isnative else f"{dtype.name} (byte-swapped)"
+            _NUMPY_NAMES[dtype] = name
+        return name
+
+    def device(self, array: np.ndarray) -> str:
+        return "cpu"
+
+    def contiguous(self, array: np.ndarray) -> bool:
+        flags = array.flags
+        return bool(flags.c_contiguous and flags.aligned)
+
+    def strides(self, array: np.ndarray) -> tuple[int, ...] | None:
+        itemsize = array.itemsize
+        if not array.flags.aligned or any(step % itemsize for step in array.strides):
+            return None
+        return tuple(step // itemsize for step in array.strides)
+
+    def writable(self, array: np.ndarray) -> bool:
+        return array.flags.writeable
+
+    def memory(self, array: np.ndarray) -> Memory:
+        return Memory(array.__array_interface__["data"][0], array.shape, array.strides, array.itemsize)
+
+    def regular_copy(self, array: np.ndarray) -> np.ndarray:
+        return np.array(array, order="C", copy=True, subok=False)
+
+    def to_numpy(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+
+class ForeignKind:
+    """Arrays of a plugin's own type: only shape, dtype and device are asked for, by attribute.
+
+    Strides and memory are the plugin's own business: such arrays count as contiguous, writable and
+    not overlapping.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def dtype(self, array: Any) -> str:
+        return str(getattr(array.dtype, "name", array.dtype)).rpartition(".")[2]
+
+    def device(self, array: Any) -> str:
+        return str(getattr(array, "device", "cpu"))
+
+    def contiguous(self, array: Any) -> bool:
+        return True
+
+    def strides(self, array: Any) -> None:
+        return None
+
+    def writable(self, array: Any) -> bool:
+        return True
+
+    def memory(self, array: Any) -> None:
+        return None
+
+    def regular_copy(self, array: Any) -> Any:
+        return array
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array)
+
+
+_KINDS: dict[type, Kind] = {np.ndarray: NumPyKind()}
+
+
+def type_names(cls: type) -> list[str]:
+    """Names of a type and its bases, as capabilities spell them.
+
+    Examples
+    --------
+    >>> type_names(bool)
+    ['builtins:bool', 'builtins:int', 'builtins:object']
+    """
+    return [f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__]
+
+
+def kind_of(array: Any) -> Kind | None:
+    """Find the kind of an array by its type.
+
+    Parameters
+    ----------
+    array : object
+
+    Returns
+    -------
+    Kind or None
+        None where the object is no array that any backend takes. Masked arrays are none: their mask
+        would be lost.
+    """
+    kind = _KINDS.get(type(array))
+    if kind is None:
+        kind = _find(type(array))
+    return kind
+
+
+def _find(cls: type) -> Kind | None:
+    if issubclass(cls, np.ma.MaskedArray):
+        return None
+    if issubclass(cls, np.ndarray):
+        return _KINDS[np.ndarray]
+    from rau import registry
+
+    names = registry.array_types()
+    for name in type_names(cls):
+        if name in names:
+            return ForeignKind(name)
+    return None
+
+
+def internally_disjoint(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Tell whether no two elements of a strided array share memory.
+
+    The test is sufficient, not necessary: each stride must step over all that the smaller ones reach.
+
+    Parameters
+    ----------
+    shape, strides : tuple of int
+
+    Examples
+    --------
+    >>> internally_disjoint((4, 8), (8, 1)), internally_disjoint((4, 8), (0, 1))
+    (True, False)
+    """
+    if 0 in shape:
+        return True
+    reach = 0
+    for step, length in sorted((abs(s), n) for n, s in zip(shape, strides, strict=True) if n > 1):
+        if step <= reach:
+            return False
+        reach += step * (length - 1)
+    return True

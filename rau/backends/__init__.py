@@ -1,0 +1,190 @@
+"""The plugin contract: what a backend is. This page is all of it.
+
+A backend is one class with a ``name``, class-level ``capabilities``, a constructor without arguments that
+acquires its framework or device (and raises with the reason where it cannot), and one required method,
+``update``. Its module is cheap to import and imports no framework. It is found through the entry-point
+group ``rau.backends``, or passed to :func:`rau.registry.register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from rau.problem import Problem
+from rau.state import AttentionState
+
+__all__ = ["AttentionState", "Backend", "Capabilities", "Problem"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a backend takes, as data: selection, reasons, tables and skips all derive from it.
+
+    Attributes
+    ----------
+    array_types : tuple of str
+        Types it takes, as "module:qualname", compared with the names of an array's type and its bases.
+    devices : tuple of str
+        Kinds of device, such as "cpu" or "cuda".
+    dtypes : tuple of str
+        Dtypes of attn_out.
+    mixed : bool
+        It merges 16-bit states into a float32 one.
+    layouts, softmax_layouts : tuple of str
+    lanes : tuple of int
+    in_place : bool
+        The result may be written over an input.
+    differentiable : bool
+    deterministic : bool
+        The same bits at every run and for any number of threads.
+    max_heads, max_head_dim : int or None
+    head_dim_multiple : int
+    tolerance : float
+        Multiple of the contract's bound that it keeps: 1 for the arithmetic of rau, larger for a kernel
+        that computes its rows in float32.
+    """
+
+    array_types: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu",)
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
+    mixed: bool = True
+    layouts: tuple[str, ...] = ("SBH", "TND", "BSND", "BNSD")
+    softmax_layouts: tuple[str, ...] = ("TND", "SBH")
+    lanes: tuple[int, ...] = (8, 1)
+    in_place: bool = True
+    differentiable: bool = False
+    deterministic: bool = True
+    max_heads: int | None = None
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    tolerance: float = 1.0
+
+    def limits_broken(self, problem: Problem) -> list[str]:
+        """Reasons against a problem that do not depend on where its arrays are.
+
+        Parameters
+        ----------
+        problem : Problem
+
+        Returns
+        -------
+        list of str
+            Each with the computed value and the limit; empty where the backend takes the problem.
+        """
+        reasons = []
+        if problem.dtype not in self.dtypes:
+            reasons.append(f"dtype {problem.dtype} is none of {', '.join(self.dtypes)}")
+        if problem.cur_dtype != problem.dtype and not self.mixed:
+            reasons.append(f"it does not merge {problem.cur_dtype} into {problem.dtype}")
+        if problem.layout not in self.layouts:
+            reasons.append(f"layout {problem.layout} is none of {', '.join(self.layouts)}")
+        if problem.layout == "TND" and problem.softmax_layout not in self.softmax_layouts:
+            reasons.append(f"softmax_layout {problem.softmax_layout} is none of {', '.join(self.softmax_layouts)}")
+        if problem.lanes not in self.lanes:
+            reasons.append(f"{problem.lanes} lanes, of {' or '.join(map(str, self.lanes))}")
+        if problem.in_place and not self.in_place:
+            reasons.append("it does not write over its inputs")
+        if self.max_heads is not None and problem.N > self.max_heads:
+            reasons.append(f"N = {problem.N} > {self.max_heads}")
+        if self.max_head_dim is not None and problem.D > self.max_head_dim:
+            reasons.append(f"D = {problem.D} > {self.max_head_dim}")
+        if problem.D % self.head_dim_multiple:
+            reasons.append(f"D = {problem.D} is no multiple of {self.head_dim_multiple}")
+        return reasons
+
+    def arrays_refused(self, problem: Problem) -> list[str]:
+        """Reasons against the arrays of a problem: their type and device.
+
+        Parameters
+        ----------
+        problem : Problem
+
+        Returns
+        -------
+        list of str
+        """
+        reasons = []
+        if not any(name in self.array_types for name in problem.array_types):
+            reasons.append(f"{problem.array_types[0]} is none of {', '.join(self.array_types)}")
+        if problem.device.partition(":")[0] not in self.devices:
+            reasons.append(f"device {problem.device} is none of {', '.join(self.devices)}")
+        return reasons
+
+
+class Backend:
+    """Base class of the backends; third parties may derive from it or only look like it."""
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    def update(
+        self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
+    ) -> AttentionState:
+        """Merge two states.
+
+        Parameters
+        ----------
+        problem : Problem
+            Validated: nothing needs checking again.
+        prev, cur : AttentionState
+            The arrays, of the types in `capabilities`.
+        out : AttentionState or None
+            Arrays to fill, those of `prev` or `cur` themselves where the call is in place; None: allocate.
+
+        Returns
+        -------
+        AttentionState
+            The arrays that were filled.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no update")
+
+    def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
+        """Merge K states; by default one update after another, with a rounding at each.
+
+        Parameters
+        ----------
+        problem : Problem
+        states : sequence of AttentionState
+        out : AttentionState or None
+
+        Returns
+        -------
+        AttentionState
+        """
+        from rau.constraints import bind
+
+        running = states[0]
+        # With a single state: merged with the neutral element, it comes back as it is.
+        for cur in states[1:] or [self._neutral(problem, running)]:
+            pair, _ = bind("merge_states", (running, cur), lambda k, field: f"states[{k}]", problem.actual_seq_qlen,
+                           problem.layout, problem.softmax_layout, None, "portable", "metadata")  # fmt: skip
+            running = self.update(pair, running, cur, None)
+        if out is None:
+            return running
+        target, _ = bind("merge_states", (running, self._neutral(problem, running)), lambda k, field: f"states[{k}]",
+                         problem.actual_seq_qlen, problem.layout, problem.softmax_layout, out, "portable",
+                         "metadata")  # fmt: skip
+        return self.update(target, running, self._neutral(problem, running), out)
+
+    def _neutral(self, problem: Problem, like: AttentionState) -> AttentionState:
+        stats = np.dtype(problem.stats_dtype)
+        return AttentionState(
+            like.attn_out,  # not read: the side is empty
+            self.asarray(np.full(problem.stats_shape, -np.inf, stats)),
+            self.asarray(np.zeros(problem.stats_shape, stats)),
+        )
+
+    def asarray(self, array: np.ndarray) -> Any:
+        """Turn a NumPy array into one of this backend's."""
+        return array
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        """Turn one of this backend's arrays into a NumPy array."""
+        return np.asarray(array)
+
+    def synchronize(self) -> None:
+        """Wait until everything asked for so far is done."""

@@ -1,0 +1,56 @@
+"""The Cython backend: NumPy arrays into the compiled core, nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from rau.backends import AttentionState, Backend, Capabilities, Problem
+from rau.errors import BackendUnavailableError
+from rau.threads import get_num_threads
+
+MISSING = (
+    "the compiled core rau._core is missing: the package was installed without a working C compiler. "
+    "Install one (gcc or clang and Python's headers), then: pip install --force-reinstall --no-deps ring-attention-update "
+    "(in a checkout: pip install -e .)"
+)
+
+
+class CythonBackend(Backend):
+    """The fast one on every CPU: one streaming pass over the states, in threads."""
+
+    name = "cython"
+    capabilities = Capabilities(array_types=("numpy:ndarray",))
+
+    def __init__(self) -> None:
+        try:
+            from rau import _core
+        except ImportError as error:
+            raise BackendUnavailableError(f"{MISSING} [{error}]") from error
+        version = os.environ.get("RAU_SIMD", "")
+        if version:
+            try:
+                _core.use_simd(version)
+            except ValueError as error:
+                raise BackendUnavailableError(f"RAU_SIMD = {version!r}: {error}") from error
+        self._merge = _core.merge
+
+    def update(
+        self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
+    ) -> AttentionState:
+        return self.merge(problem, (prev, cur), out)
+
+    def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
+        if out is None:
+            first = states[0]
+            out = AttentionState(
+                np.empty(problem.shape, first[0].dtype),
+                np.empty(problem.stats_shape, first[1].dtype),
+                np.empty(problem.stats_shape, first[2].dtype),
+            )
+        arrays = tuple([array for state in (*states, out) for array in state])
+        self._merge(problem.blocks, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, problem.lanes,
+                    problem.in_place, get_num_threads())  # fmt: skip
+        return out

@@ -1,0 +1,64 @@
+"""The errors of rau: one small family, so that one ``except rau.RauError`` catches all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class RauError(Exception):
+    """Base of every error that rau raises on purpose."""
+
+
+class ConstraintError(RauError, RuntimeError):
+    """A call that breaks rules of the operator.
+
+    It is a RuntimeError because the operator's reference page promises one. The message lists every
+    broken rule; the class of the error is that of the first one, in the validator's order.
+
+    Parameters
+    ----------
+    message : str
+        The text shown to the caller.
+    rules : iterable of str, optional
+        Ids of the broken rules, such as ``"tnd-head-dim-64"``; see :data:`rau.constraints.RULES`.
+
+    Attributes
+    ----------
+    rules : tuple of str
+        Ids of the broken rules, in the validator's order.
+    """
+
+    def __init__(self, message: str, rules: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.rules = tuple(rules)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (str(self), self.rules)
+
+
+class ShapeError(ConstraintError, ValueError):
+    """A rank, length, stride or overlap that the operator cannot work with."""
+
+
+class LayoutError(ConstraintError, ValueError):
+    """A layout that does not exist, or not in the chosen profile."""
+
+
+class DTypeError(ConstraintError, TypeError):
+    """Something that is not an array, or an array of a dtype that the operator does not take."""
+
+
+class OptionError(ConstraintError, ValueError):
+    """An option (``profile``, ``check``, ``base``, ``to``) with a value that does not exist."""
+
+
+class UnknownBackendError(RauError, ValueError):
+    """A backend name that nobody has registered."""
+
+
+class BackendUnavailableError(RauError, ImportError):
+    """A backend that is known but cannot be used here; the cause is chained."""
+
+
+class UnsupportedError(RauError, NotImplementedError):
+    """A valid call that the requested backend, or every backend, cannot run."""

@@ -1,0 +1,124 @@
+"""Who would run a call, and why not the others."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from rau import registry
+from rau.constraints import bind
+from rau.errors import RauError
+from rau.problem import Problem
+from rau.update import _update_name
+
+
+class Verdict(NamedTuple):
+    """What speaks against one backend.
+
+    Attributes
+    ----------
+    name : str
+    limits : list of str
+        Broken limits, each with the computed value; judged wherever the arrays are.
+    arrays : list of str
+        What is wrong with the arrays' type or device.
+    unavailable : str
+        Why the backend cannot be used here; empty where it can.
+    """
+
+    name: str
+    limits: list[str]
+    arrays: list[str]
+    unavailable: str
+
+
+class Explanation(NamedTuple):
+    """The choice for one call, and the reasons.
+
+    Attributes
+    ----------
+    selected : str or None
+        Who would run the call; None where it would fail.
+    origin : str
+        Where the choice comes from.
+    failure : str
+        The message of the error that the call would raise; empty where it would run.
+    verdicts : list of Verdict
+        One for each known backend.
+    problem : Problem
+    """
+
+    selected: str | None
+    origin: str
+    failure: str
+    verdicts: list[Verdict]
+    problem: Problem
+
+    def __str__(self) -> str:
+        lines = [repr(self.problem)]
+        lines.append(f"runs on {self.selected} ({self.origin})" if self.selected else f"fails: {self.failure.splitlines()[0]}")
+        for verdict in self.verdicts:
+            limits = "; ".join(verdict.limits) or "within its limits"
+            arrays = "; ".join(verdict.arrays) or "takes these arrays"
+            here = f"; not available: {verdict.unavailable}" if verdict.unavailable else ""
+            lines.append(f"  {verdict.name}: {limits}; {arrays}{here}")
+        return "\n".join(lines)
+
+
+def explain(
+    prev_attn_out: Any,
+    prev_softmax_max: Any,
+    prev_softmax_sum: Any,
+    cur_attn_out: Any,
+    cur_softmax_max: Any,
+    cur_softmax_sum: Any,
+    actual_seq_qlen: Any = None,
+    layout: str = "SBH",
+    *,
+    softmax_layout: str = "TND",
+    out: Any = None,
+    backend: Any = None,
+    profile: str = "mindspore",
+    check: str = "metadata",
+) -> Explanation:
+    """Tell who would run a call of :func:`rau.ring_attention_update`, and what speaks against each other backend.
+
+    Parameters
+    ----------
+    prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum, \
+actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
+        As in :func:`rau.ring_attention_update`.
+
+    Returns
+    -------
+    Explanation
+        Print it, or read its attributes. Limits are judged apart from the arrays' type and device, so that it says
+        something about an accelerator's backend on a laptop.
+
+    Raises
+    ------
+    ConstraintError
+        If the call is not valid, as the call itself would.
+
+    Examples
+    --------
+    >>> import numpy as np, rau
+    >>> out, stats = np.zeros((2, 1, 4), np.float32), np.ones((1, 1, 2, 8), np.float32)
+    >>> rau.explain(out, stats, stats, out, stats, stats, backend="numpy").selected
+    'numpy'
+    """
+    states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
+    problem, _ = bind("explain", states, _update_name, actual_seq_qlen, layout, softmax_layout, out, profile, check)
+    verdicts = []
+    for status in registry.status():
+        capabilities = registry.capabilities(status.name)
+        if capabilities is None:
+            verdicts.append(Verdict(status.name, [], [], status.reason))
+        else:
+            limits, arrays = capabilities.limits_broken(problem), capabilities.arrays_refused(problem)
+            verdicts.append(Verdict(status.name, limits, arrays, "" if status.available else status.reason))
+    origin = registry.requested(backend)[1]
+    try:
+        chosen, origin = registry.select(problem, backend)
+    except RauError as error:
+        return Explanation(None, origin, str(error), verdicts, problem)
+    return Explanation(chosen.name, origin, "", verdicts, problem)

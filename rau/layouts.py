@@ -1,0 +1,215 @@
+"""Geometry: every layout as a table of blocks.
+
+A *block* is a rectangle of tokens x heads over which every operand is regular: the row of token t and
+head h starts at ``offset + t * token_stride + h * head_stride``. Kernels see only this table, never a
+layout; a new layout is a new entry of :data:`LAYOUTS`.
+
+The table is an int64 array with one line a block. Its columns are
+
+===============  ===============================================================================
+``TOKENS``       number of tokens in the block
+``HEADS``        number of heads in the block
+then, for each of the K input states and last for the result, nine columns:
+``ATTN + 0..2``  offset, token stride and head stride of ``attn_out``
+``MAX + 0..2``   the same three of ``softmax_max``
+``SUM + 0..2``   the same three of ``softmax_sum``
+===============  ===============================================================================
+
+All of them count elements, from the operand's first element; :func:`column` finds an operand's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+TOKENS, HEADS = 0, 1
+ATTN, MAX, SUM = 0, 3, 6
+PER_OPERAND = 9
+
+
+def column(operand: int, part: int = ATTN) -> int:
+    """Column of the offset of one part of one operand; its token and head strides follow.
+
+    Parameters
+    ----------
+    operand : int
+        0 to K - 1 for the input states, K for the result.
+    part : {ATTN, MAX, SUM}
+        Which of the operand's three arrays.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> column(0), column(1, MAX)
+    (2, 14)
+    """
+    return 2 + PER_OPERAND * operand + part
+
+
+class Layout(NamedTuple):
+    """Where the axes of one layout are; an axis that a layout lacks is None."""
+
+    attn: str
+    stats: str
+    attn_batch: int | None
+    attn_token: int
+    attn_head: int | None  # None: heads are folded into the last axis, D elements apart
+    stats_batch: int | None
+    stats_token: int
+    stats_head: int
+
+
+LAYOUTS: dict[str, Layout] = {
+    "SBH": Layout("(S, B, H)", "(B, N, S, {lanes})", 1, 0, None, 0, 2, 1),
+    "TND": Layout("(T, N, D)", "(T, N, {lanes})", None, 0, 1, None, 0, 1),
+    "BSND": Layout("(B, S, N, D)", "(B, N, S, {lanes})", 0, 1, 2, 0, 2, 1),
+    "BNSD": Layout("(B, N, S, D)", "(B, N, S, {lanes})", 0, 2, 1, 0, 2, 1),
+}
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a C-contiguous array.
+
+    Parameters
+    ----------
+    shape : sequence of int
+
+    Returns
+    -------
+    tuple of int
+
+    Examples
+    --------
+    >>> contiguous_strides((4, 2, 8))
+    (16, 8, 1)
+    """
+    strides = []
+    step = 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(reversed(strides))
+
+
+def packed_row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Distance between two consecutive rows of packed statistics, or None where it varies.
+
+    Packed statistics are a flat sequence of T*N rows that (T, N) only names, so they can be walked only
+    where all the rows are evenly spaced.
+
+    Parameters
+    ----------
+    shape, strides : sequence of int
+        Of a (T, N, lanes) array; strides in elements.
+
+    Returns
+    -------
+    int or None
+    """
+    tokens, heads = shape[0], shape[1]
+    if heads == 1:
+        return strides[0]
+    if tokens <= 1 or strides[0] == heads * strides[1]:
+        return strides[1]
+    return None
+
+
+def block_table(
+    layout: str,
+    packed: bool,
+    lengths: tuple[int, int, int, int],
+    cumulative: np.ndarray | None,
+    strides: Sequence[Sequence[int]],
+) -> np.ndarray:
+    """Make the table of blocks of one call.
+
+    Parameters
+    ----------
+    layout : str
+        A key of :data:`LAYOUTS`.
+    packed : bool
+        Layout "TND" with statistics packed per sequence.
+    lengths : tuple of int
+        (B, tokens of a batch entry or of the whole, N, D).
+    cumulative : ndarray of int64, shape (sequences + 1,), or None
+        Cumulative sequence lengths; read only where `packed`.
+    strides : sequence of sequences of int
+        Strides in elements of attn_out, softmax_max, softmax_sum of each input state, then of the result:
+        3 * (K + 1) entries.
+
+    Returns
+    -------
+    ndarray of int64, shape (blocks, 2 + 9 * (K + 1))
+    """
+    axes = LAYOUTS[layout]
+    batch, tokens, heads, head_dim = lengths
+    line = [tokens, heads]
+    batch_strides = []  # of each array, in the order of its columns
+    for index, stride in enumerate(strides):
+        if index % 3 == 0:
+            line += (0, stride[axes.attn_token], head_dim if axes.attn_head is None else stride[axes.attn_head])
+            batch_strides.append(0 if axes.attn_batch is None else stride[axes.attn_batch])
+        else:
+            line += (0, stride[axes.stats_token], stride[axes.stats_head])
+            batch_strides.append(0 if axes.stats_batch is None else stride[axes.stats_batch])
+
+    if not packed:
+        if axes.attn_batch is None or batch == 1:
+            return np.array((line,), dtype=np.int64)
+        table = np.empty((batch, len(line)), dtype=np.int64)
+        table[:] = line
+        table[:, 2::3] = np.arange(batch)[:, None] * np.array(batch_strides, dtype=np.int64)
+        return table
+
+    assert cumulative is not None
+    start = cumulative[:-1]
+    length = np.diff(cumulative)
+    table = np.empty((len(start), len(line)), dtype=np.int64)
+    table[:] = line
+    table[:, TOKENS] = length
+    for index, stride in enumerate(strides):
+        first = 2 + 3 * index
+        if index % 3 == 0:
+            table[:, first] = start * stride[axes.attn_token]
+        else:
+            row = stride[1] if heads != 1 else stride[0]  # as packed_row_stride has checked
+            table[:, first] = start * (heads * row)
+            table[:, first + 1] = row
+            table[:, first + 2] = length * row
+    return table
+
+
+def row_index(table: np.ndarray, operand: int, part: int) -> np.ndarray:
+    """Where each row of one array starts, over all blocks: the block table as one index.
+
+    Parameters
+    ----------
+    table : ndarray of int64, shape (blocks, 2 + 9 * (K + 1))
+    operand : int
+        0 to K - 1 for the input states, K for the result.
+    part : {ATTN, MAX, SUM}
+
+    Returns
+    -------
+    ndarray of int64, shape (rows,)
+        In elements; rows run over blocks, then tokens, then heads.
+
+    Examples
+    --------
+    >>> table = block_table("TND", False, (1, 2, 2, 4), None, [(8, 4, 1), (16, 8, 1), (16, 8, 1)] * 2)
+    >>> row_index(table, 0, ATTN)
+    array([ 0,  4,  8, 12])
+    """
+    heads = table[:, HEADS]
+    rows = table[:, TOKENS] * heads
+    block = np.repeat(np.arange(len(table)), rows)
+    within = np.arange(len(block)) - (np.cumsum(rows) - rows)[block]
+    token, head = np.divmod(within, heads[block])
+    first = column(operand, part)
+    return table[block, first] + token * table[block, first + 1] + head * table[block, first + 2]

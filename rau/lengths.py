@@ -1,0 +1,120 @@
+"""Cumulative sequence lengths: what ``actual_seq_qlen`` may be, and what people pass instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rau.arrays import kind_of
+from rau.rules import Report
+
+NAME = "actual_seq_qlen"
+
+
+def bind_lengths(
+    report: Report, value: Any, tokens: int, packed: bool, vendor: bool
+) -> tuple[Any, int, int | None]:
+    """Check the cumulative sequence lengths of a TND call.
+
+    Parameters
+    ----------
+    report : Report
+    value : array or list or tuple of int, or None
+        As the caller gave it: cumulative, from 0 to `tokens`, one more entry than sequences.
+    tokens : int
+        T.
+    packed : bool
+        The statistics are packed per sequence.
+    vendor : bool
+        A vendor's profile: the argument is required, and int64.
+
+    Returns
+    -------
+    lengths : ndarray of int64, or device array, or None
+    sequences : int
+    longest : int or None
+        None where the lengths live on a device and are not read.
+    """
+    nothing = None, 1, tokens
+    if value is None:
+        example = f"[0, {tokens}] for a single sequence"
+        if vendor:
+            order = "" if packed else ' (profile="portable" takes token-major statistics without it)'
+            report.add("tnd-qlen-required", f'{NAME} is None; layout "TND" expects the cumulative sequence lengths '
+                       f"from 0 to T = {tokens}, such as {example}{order}.")  # fmt: skip
+        elif packed:
+            report.add("packed-qlen-required", f"{NAME} is None; packed statistics (softmax_layout=\"SBH\") expect the "
+                       f"cumulative sequence lengths from 0 to T = {tokens}, such as {example}.")  # fmt: skip
+        return nothing
+    if isinstance(value, (list, tuple)):
+        lengths = _from_list(report, value)
+        if lengths is None:
+            return nothing
+    else:
+        kind = kind_of(value)
+        if kind is None:
+            report.add("qlen-dtype", f"{NAME} is a {type(value).__name__}; expected an int64 array or a list of ints.")
+            return nothing
+        dtype = kind.dtype(value)
+        if dtype != "int64" and (vendor or dtype != "int32"):
+            hint = ' profile="portable" takes int32 too.' if dtype == "int32" else ""
+            report.add("qlen-dtype", f"{NAME} has dtype {dtype}; expected int64.{hint}")
+            return nothing
+        if len(value.shape) != 1 or value.shape[0] == 0:
+            report.add("qlen-rank", f"{NAME} has shape {tuple(value.shape)}; expected one axis with one more entry than "
+                       "there are sequences, so at least [0].")  # fmt: skip
+            return nothing
+        if kind.device(value) != "cpu":
+            return value, value.shape[0] - 1, None  # reading it would wait for the device
+        lengths = np.ascontiguousarray(kind.to_numpy(value), dtype=np.int64)
+    return _check_cumulative(report, lengths, tokens)
+
+
+def _from_list(report: Report, value: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
+    wrong = [item for item in value if isinstance(item, bool) or not isinstance(item, (int, np.integer))]
+    if wrong:
+        report.add("qlen-dtype", f"{NAME} holds {wrong[0]!r}, a {type(wrong[0]).__name__}; expected ints.")
+        return None
+    if not value:
+        report.add("qlen-rank", f"{NAME} is empty; expected one more entry than there are sequences, so at least [0].")
+        return None
+    try:
+        return np.array(value, dtype=np.int64)
+    except OverflowError:
+        report.add("qlen-dtype", f"{NAME} holds a number beyond int64.")
+        return None
+
+
+def _check_cumulative(report: Report, lengths: np.ndarray, tokens: int) -> tuple[np.ndarray | None, int, int]:
+    steps = np.diff(lengths)
+    first, last = int(lengths[0]), int(lengths[-1])
+    # Compared, not subtracted: a difference of two int64 may wrap.
+    falls = np.flatnonzero(lengths[1:] < lengths[:-1])
+    if first == 0 and last == tokens and not len(falls):
+        return lengths, len(steps), int(steps.max(initial=0))
+    if len(falls):
+        at = int(falls[0])
+        found = f"it decreases from {lengths[at]} at index {at} to {lengths[at + 1]}"
+    elif first != 0:
+        found = f"it starts at {first}"
+    else:
+        found = f"it ends at {last}"
+    hint = ""
+    if (lengths >= 0).all() and int(lengths.sum(dtype=object)) == tokens:
+        hint = " It looks like the lengths themselves: pass numpy.concatenate([[0], numpy.cumsum(lengths)])"
+        if len(lengths) <= 8:
+            hint += f", here {np.concatenate([[0], np.cumsum(lengths)]).tolist()}"
+        hint += "."
+    elif not len(falls) and first > 0 and last == tokens:
+        hint = " The leading 0 seems to be missing."
+    report.add("tnd-qlen-cumulative", f"{NAME} = {_short(lengths)}: {found}; expected a non-decreasing sequence from "
+               f"0 to T = {tokens}.{hint}")  # fmt: skip
+    return None, 1, tokens
+
+
+def _short(lengths: np.ndarray) -> str:
+    if len(lengths) <= 10:
+        return str(lengths.tolist())
+    head, tail = (", ".join(map(str, part)) for part in (lengths[:5].tolist(), lengths[-3:].tolist()))
+    return f"[{head}, ..., {tail}]"

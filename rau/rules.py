@@ -1,0 +1,100 @@
+"""The named rules of the operator, and the report that collects the broken ones.
+
+Sources: *page* is the reference page of ``mindspore.ops.ring_attention_update``; *CANN V2* the newer
+entry of the vendor's operator library; *rau* a rule of this package, with its reason.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rau.errors import ConstraintError, DTypeError, LayoutError, OptionError, ShapeError
+
+
+class Rule(NamedTuple):
+    """One rule: what kind of error it is, why it exists, and who says so."""
+
+    error: type[ConstraintError]
+    reason: str
+    source: str
+
+
+RULES: dict[str, Rule] = {
+    "layout": Rule(LayoutError, "the layout tells which axis is which", "page"),
+    "layout-profile": Rule(LayoutError, "the vendors know SBH and TND only", "page"),
+    "softmax-layout": Rule(LayoutError, "TND statistics come in two orders", "CANN V2"),
+    "profile": Rule(OptionError, "a profile names a set of limits", "rau"),
+    "base": Rule(OptionError, "logarithms to base 2 and e are mixed up silently", "rau"),
+    "lse-layout": Rule(OptionError, "(T, N) and (N, T) both exist in TND", "rau"),
+    "threads": Rule(OptionError, "at least one thread runs a call", "rau"),
+    "check": Rule(OptionError, "a check level says what is read", "rau"),
+    "states": Rule(ShapeError, "a state is three arrays, and there is at least one", "rau"),
+    "array": Rule(DTypeError, "results are of the inputs' kind, so the inputs must have one", "rau"),
+    "array-kind": Rule(DTypeError, "nothing is copied between libraries behind the caller's back", "rau"),
+    "array-device": Rule(ConstraintError, "nothing is copied between devices behind the caller's back", "rau"),
+    "dtype-attn": Rule(DTypeError, "the dtypes of attention outputs", "page"),
+    "dtype-match": Rule(DTypeError, "prev and cur are alike", "page"),
+    "dtype-stats": Rule(DTypeError, "softmax statistics are float32", "page"),
+    "rank": Rule(ShapeError, "the layout gives the number of axes", "page"),
+    "shape-match": Rule(ShapeError, "prev and cur are alike", "page"),
+    "heads-divide-hidden": Rule(ShapeError, "D = H / N, with N read off the statistics", "page"),
+    "shape-stats": Rule(ShapeError, "one statistic for each token and head", "page"),
+    "lanes": Rule(ShapeError, "the vendor's block of 32 bytes holds 8 equal numbers", "page"),
+    "packed-regular": Rule(ShapeError, "packed rows are found by counting, so they must be evenly spaced", "rau"),
+    "tnd-qlen-required": Rule(ConstraintError, "the chip's kernel walks sequence by sequence", "page"),
+    "packed-qlen-required": Rule(ConstraintError, "packed rows are ordered by sequence", "rau"),
+    "qlen-dtype": Rule(DTypeError, "cumulative lengths are int64", "page"),
+    "qlen-rank": Rule(ShapeError, "cumulative lengths are 1-D, one more than there are sequences", "page"),
+    "tnd-qlen-cumulative": Rule(ConstraintError, "it must be a non-decreasing sequence from 0 to T", "page"),
+    "tnd-head-dim-64": Rule(ConstraintError, "the chip's kernel moves 64 elements at a time", "page, CANN V2"),
+    "tnd-unified-buffer": Rule(ConstraintError, "a token must fit the chip's 192 KiB unified buffer", "page"),
+    "tnd-heads-256": Rule(ConstraintError, "the chip's kernel takes at most 256 heads", "CANN V2"),
+    "tnd-head-dim-768": Rule(ConstraintError, "the chip's kernel takes D up to 768", "CANN V2"),
+    "out": Rule(ShapeError, "out is a triple of arrays to write into", "rau"),
+    "out-dtype": Rule(DTypeError, "the result has prev's dtypes", "page"),
+    "out-shape": Rule(ShapeError, "the result has prev's shapes", "page"),
+    "out-writable": Rule(ShapeError, "the result is written into out", "rau"),
+    "out-strides": Rule(ShapeError, "rows are written whole", "rau"),
+    "out-overlap": Rule(ShapeError, "no element may be overwritten before it is read", "rau"),
+    "value-lanes": Rule(ConstraintError, "the 8 lanes hold one number", "page"),
+    "value-sum": Rule(ConstraintError, "a sum of exponentials is not negative and not NaN", "rau"),
+    "value-max": Rule(ConstraintError, "a score's maximum is a number, or -inf for an empty row", "rau"),
+    "document-max-positive": Rule(ConstraintError, "the reference page says that max is positive", "page"),
+}
+
+
+class Report:
+    """Collects every broken rule of one call, then raises them as one error."""
+
+    def __init__(self, call: str) -> None:
+        self.call = call
+        self.broken: list[tuple[str, str]] = []
+
+    def add(self, rule: str, message: str) -> None:
+        """Note a broken rule.
+
+        Parameters
+        ----------
+        rule : str
+            A key of :data:`RULES`.
+        message : str
+            What was found, what was expected, what to do.
+        """
+        self.broken.append((rule, message))
+
+    def raise_if_broken(self) -> None:
+        """Raise one error that lists everything noted.
+
+        Raises
+        ------
+        ConstraintError
+            Of the class of the first broken rule.
+        """
+        if not self.broken:
+            return
+        lines = [f"[{rule}] {message}" for rule, message in self.broken]
+        if len(lines) == 1:
+            text = f"{self.call}: {lines[0]}"
+        else:
+            text = "\n  ".join([f"{self.call}: {len(lines)} rules are broken:", *lines])
+        raise RULES[self.broken[0][0]].error(text, (rule for rule, _ in self.broken))

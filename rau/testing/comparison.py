@@ -1,0 +1,174 @@
+"""Judging a merge: how far it is from the oracle's, as a share of the error that is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rau.testing.expected import Expected, widen
+from rau.testing.rows import FORMATS
+
+_SLAB = 2**18
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The verdict on one result.
+
+    Attributes
+    ----------
+    passed : bool
+        Whether nothing is wrong.
+    attn_share, sum_share : float
+        Largest error of attn_out and softmax_sum as a share of its bound; 1.0 is the limit. Infinity where a
+        bit was to be kept and was not, or NaN or infinity stands in the wrong place, or shape or dtype is wrong.
+    problems : tuple of str
+        What is wrong, a sentence each: where it is worst, what was expected, and what came.
+    """
+
+    passed: bool
+    attn_share: float
+    sum_share: float
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shares = f"attn_out {self.attn_share:.2f}, softmax_sum {self.sum_share:.2f} of the bound"
+        return f"right: {shares}" if self.passed else "\n  ".join((f"wrong: {shares}", *self.problems))
+
+
+def compare(actual: Sequence[Any], expected: Expected, *, tolerance: float = 1.0) -> Comparison:
+    """Judge the result of a merge against the oracle.
+
+    Parameters
+    ----------
+    actual : (attn_out, softmax_max, softmax_sum)
+        The result, as NumPy arrays.
+    expected : Expected
+        What :func:`rau.testing.oracle` says of the same states.
+    tolerance : float, default 1.0
+        How many times the bound is still right, for a kernel that declares that it is less accurate.
+
+    Returns
+    -------
+    Comparison
+        Shares are of the bound itself, whatever `tolerance` is.
+
+    Notes
+    -----
+    softmax_max must be equal, where zeros of either sign are. NaN must stand where NaN is expected and nowhere
+    else. An infinity is right where it is expected, and where the exact value, or one within the bound of it,
+    lies beyond the format. The lanes of a statistic must be equal bit for bit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rau.testing import compare, oracle
+    >>> stats = np.ones((1, 1, 2, 8), np.float32)
+    >>> state = (np.ones((2, 1, 4), np.float32), stats, stats)
+    >>> expected = oracle([state, state])
+    >>> print(compare((state[0], stats, 2 * stats), expected))
+    right: attn_out 0.00, softmax_sum 0.00 of the bound
+    >>> compare((state[0], stats, stats), expected).passed
+    False
+    """
+    attn, maximum, total = (np.asarray(array) for array in actual)
+    problems: list[str] = []
+    attn_share = sum_share = np.inf
+    if _fits(problems, "attn_out", attn, expected.attn_out, expected.dtype):
+        attn_share = _worst(
+            problems, "attn_out", attn, expected.attn_out, expected._attn_low, expected.attn_bound, tolerance
+        )
+    if _fits(problems, "softmax_max", maximum, expected.softmax_max, expected.stats_dtype):
+        _check_equal(problems, maximum, expected.softmax_max)
+        _check_lanes(problems, "softmax_max", maximum)
+    if _fits(problems, "softmax_sum", total, expected.softmax_sum, expected.stats_dtype):
+        sum_share = _worst(
+            problems, "softmax_sum", total, expected.softmax_sum, expected._sum_low, expected.sum_bound, tolerance
+        )
+        _check_lanes(problems, "softmax_sum", total)
+    return Comparison(not problems, float(attn_share), float(sum_share), tuple(problems))
+
+
+def shares(actual: np.ndarray, exact: np.ndarray, low: Any, bound: np.ndarray, dtype: str) -> np.ndarray:
+    """Return each error as a share of its bound.
+
+    Parameters
+    ----------
+    actual, exact, bound : ndarray of float64, same shape
+    low : ndarray of float64 or float
+        What `exact` has beyond float64.
+    dtype : str
+        Name of the format that `actual` was stored in.
+    """
+    with np.errstate(all="ignore"):
+        error = np.abs((actual - exact) - low)
+        share = error / bound
+        exactly = bound == 0
+        if exactly.any():
+            same = (actual == exact) & (np.signbit(actual) == np.signbit(exact))
+            share = np.where(exactly, np.where(same, 0.0, np.inf), share)
+        special = ~(np.isfinite(actual) & np.isfinite(exact))
+        if special.any():
+            right = (actual == exact) | (np.isnan(actual) & np.isnan(exact))
+            # With exponents unbounded, a right result within the bound would be 2^(largest + 1) or more.
+            beyond = np.abs(exact) / 2 + bound / 2 >= 2.0 ** FORMATS[dtype].exponent
+            right |= np.isinf(actual) & beyond & (np.signbit(actual) == np.signbit(exact))
+            share = np.where(special, np.where(right, 0.0, np.inf), share)
+        return np.where(bound == np.inf, 0.0, share)
+
+
+def _fits(problems: list[str], name: str, actual: np.ndarray, exact: np.ndarray, dtype: str) -> bool:
+    before = len(problems)
+    if actual.shape != exact.shape:
+        problems.append(f"{name} has shape {actual.shape}; expected {exact.shape}")
+    if actual.dtype.name != dtype:
+        problems.append(f"{name} has dtype {actual.dtype.name}; expected {dtype}")
+    return len(problems) == before
+
+
+def _worst(
+    problems: list[str], name: str, actual: np.ndarray, exact: np.ndarray, low: Any, bound: np.ndarray, tolerance: float
+) -> float:
+    """Find the largest share; report it where it is too large."""
+    shape, dtype, worst, place, wrong = actual.shape, actual.dtype.name, 0.0, 0, 0
+    low = np.broadcast_to(low, shape)
+    actual, exact, low, bound = (array.reshape(-1) for array in (actual, exact, low, bound))
+    for start in range(0, actual.size, _SLAB):  # small temporaries
+        slab = slice(start, start + _SLAB)
+        share = shares(widen(actual[slab]), exact[slab], low[slab], bound[slab], dtype)
+        wrong += int(np.count_nonzero(share > tolerance))
+        if share.max() > worst:
+            worst, place = float(share.max()), start + int(share.argmax())
+    if wrong:
+        where = ", ".join(str(int(i)) for i in np.unravel_index(place, shape))
+        got = float(widen(actual[place : place + 1])[0])
+        rule = f"off by {worst:.3g} times the bound, {bound[place]:.3g}" if bound[place] else "to be kept bit for bit"
+        problems.append(
+            f"{name}[{where}] is {got:.9g}, expected {exact[place]:.9g}, {rule}; {wrong} of {actual.size} are wrong"
+        )
+    return worst
+
+
+def _check_equal(problems: list[str], actual: np.ndarray, exact: np.ndarray) -> None:
+    got = widen(actual)
+    differs = ~((got == exact) | (np.isnan(got) & np.isnan(exact)))
+    if differs.any():
+        where = np.unravel_index(int(differs.argmax()), differs.shape)
+        problems.append(
+            f"softmax_max[{', '.join(map(str, where))}] is {got[where]:.9g}, expected {exact[where]:.9g}; "
+            f"{np.count_nonzero(differs)} of {got.size} are wrong"
+        )
+
+
+def _check_lanes(problems: list[str], name: str, actual: np.ndarray) -> None:
+    bits = actual.view(f"u{actual.itemsize}")
+    differs = (bits != bits[..., :1]) & ~(np.isnan(actual) & np.isnan(actual[..., :1]))
+    if differs.any():
+        where = np.unravel_index(int(differs.argmax()), differs.shape)
+        problems.append(
+            f"{name}[{', '.join(map(str, where))}] is {actual[where]:.9g}, lane 0 {actual[(*where[:-1], 0)]:.9g}; "
+            "the lanes must be equal"
+        )

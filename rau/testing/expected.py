@@ -1,0 +1,279 @@
+"""The oracle: what a merge of attention states is, in extended precision, and how far one may be from it.
+
+It shares no code with any backend, nor with the layouts and the validator of the package: geometry is plain
+transposes, packed statistics are a plain loop over the sequences, and arithmetic is double-double. So it can
+judge all of them. It does not validate: give it calls that are valid.
+
+Error bounds follow from the operator's arithmetic, not from a guessed tolerance. With u = 2^-24, e = 2^-53,
+weights w_i = a_i / l, a_i = l_i exp(m_i - m), and K live states in the row:
+
+- The row is computed in float64. The difference m_i - m is rounded once, by an error d_i that is known here
+  exactly; the exponential is good to 3.6 e, its product with l_i to another e: a_i is good to
+  g_i = 4.6 e + abs(d_i), and exact for the largest maximum, where the exponential is 1.
+- The sum l takes K - 1 additions: it is off by at most sum(abs(a_j) (g_j + (K - 1) e)), and by half a unit in
+  the last place more when it is stored in float32.
+- The weight shares its own a_i with l, so g_i counts abs(1 - w_i) times, the other g_j abs(w_j) times; the
+  additions count A = sum(abs(a_j)) / abs(l) times (1 unless sums are negative), the division once.
+- An element takes the rounding of the weight to float32, a product and K - 1 additions: K + 1 roundings of u.
+  Where weights or products are subnormal, 2^-150 abs(o_i) a weight and 2^-150 a product come on top.
+- A 16-bit result is rounded once more: half a unit in the last place of its format.
+- float64 problems keep the weights in float64: a product and K - 1 additions, K roundings of e, and the
+  subnormal terms at 2^-1074 (twice what they are, because float64 cannot hold 2^-1075).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rau.testing import doubledouble as dd
+from rau.testing.rows import FORMATS, Rows, half_ulp, merge_rows
+
+_SLAB = 2**17  # elements: a handful of float64 temporaries of this size stay in the cache
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What the merge of some states is, and how far from it a backend may be.
+
+    Attributes
+    ----------
+    attn_out : ndarray of float64, shape of the first state's attn_out
+        Exact output, rounded to float64 only.
+    softmax_max, softmax_sum : ndarray of float64, shape of the first state's statistics
+        Exact statistics, equal in all lanes.
+    attn_bound, sum_bound : ndarray of float64, shapes of `attn_out` and `softmax_sum`
+        Largest error allowed. 0: bit for bit, the sign of a zero included; any NaN is as good as another.
+        Infinity: the contract promises nothing here, and any value will do.
+    dtype, stats_dtype : str
+        Names of the dtypes that the output and the statistics must have.
+    """
+
+    attn_out: np.ndarray
+    softmax_max: np.ndarray
+    softmax_sum: np.ndarray
+    attn_bound: np.ndarray
+    sum_bound: np.ndarray
+    dtype: str
+    stats_dtype: str
+    # What the exact values have beyond float64; an infinity or NaN has nothing.
+    _attn_low: np.ndarray | float = field(repr=False, default=0.0)
+    _sum_low: np.ndarray | float = field(repr=False, default=0.0)
+
+
+def oracle(
+    states: Sequence[Sequence[Any]], actual_seq_qlen: Any = None, layout: str = "SBH", *, softmax_layout: str = "TND"
+) -> Expected:
+    """Merge attention states in extended precision, with a bound on the error of each number.
+
+    Parameters
+    ----------
+    states : sequence of (attn_out, softmax_max, softmax_sum)
+        One state or more, as NumPy arrays. attn_out is float16, bfloat16, float32 or float64, (S, B, N*D) in
+        layout "SBH", (B, S, N, D) in "BSND", (B, N, S, D) in "BNSD", (T, N, D) in "TND"; a later state may be
+        16-bit where the first is float32. The statistics are float32 (float64 with a float64 output),
+        (B, N, S, lanes), in "TND" (T, N, lanes), with 8 lanes or 1; lane 0 is read.
+    actual_seq_qlen : sequence of int or ndarray of int64, shape (sequences + 1,), optional
+        Cumulative sequence lengths; read only where the statistics are packed.
+    layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
+    softmax_layout : {"TND", "SBH"}, default "TND"
+        Order of the statistics in layout "TND": token-major, or packed per sequence.
+
+    Returns
+    -------
+    Expected
+
+    Notes
+    -----
+    Every number is the formula's, except where the contract rules otherwise: empty states are ignored; a
+    single live state comes back bit for bit; NaN and infinite statistics give what the contract's table says;
+    the exponential is 0 below -708; a weight that rounds to 0 has its product skipped, so that neither NaN nor
+    the sign of a zero leaks out of it. Within 2^-20 of that threshold either answer is right. A float64 sum
+    that overflows is stored as infinity, and its output is still the formula's.
+
+    Where sums of mixed sign cancel so far that the new sum has no correct digits, or make the arithmetic
+    overflow on the way, nothing is promised of the output: its bound is infinite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> stats = np.zeros((1, 1, 2, 8), np.float32)
+    >>> one = (np.ones((2, 1, 4), np.float32), stats, stats + 1)
+    >>> two = (np.full((2, 1, 4), 5, np.float32), stats, stats + 3)
+    >>> expected = oracle([one, two])
+    >>> expected.attn_out[0, 0]
+    array([4., 4., 4., 4.])
+    >>> float(expected.softmax_sum[0, 0, 0, 0]), bool(expected.attn_bound.max() < 1e-6)
+    (4.0, True)
+    """
+    outputs, maxima, sums = zip(*(map(np.asarray, state) for state in states), strict=True)
+    shape, stats_shape = outputs[0].shape, maxima[0].shape
+    order = _row_order(shape, stats_shape, actual_seq_qlen, layout, softmax_layout)
+    flat_max, flat_sum = (
+        np.stack([widen(part[..., 0]).ravel()[order] for part in parts]) for parts in (maxima, sums)
+    )
+    flat_out = [part.reshape(order.size, part.size // max(1, order.size)) for part in outputs]
+    dtype, double = outputs[0].dtype.name, outputs[0].dtype.name == "float64"
+
+    attn_shape = flat_out[0].shape
+    attn, attn_bound = np.empty(attn_shape), np.empty(attn_shape)
+    attn_low = np.empty(attn_shape) if double else None
+    stats = {name: np.empty(order.size) for name in ("maximum", "total", "total_low", "total_bound")}
+    step = max(1, min(_SLAB // max(1, attn_shape[1]), _SLAB // len(states)))
+    with np.errstate(all="ignore"):
+        for start in range(0, order.size, step):
+            slab = slice(start, start + step)
+            rows = merge_rows(flat_max[:, slab], flat_sum[:, slab], double=double)
+            for name, column in stats.items():
+                column[slab] = getattr(rows, name)
+            value, low, bound = _merge_elements([widen(part[slab]) for part in flat_out], rows, dtype)
+            attn[slab], attn_bound[slab] = value, bound
+            if attn_low is not None:
+                attn_low[slab] = low
+
+    def in_call_order(column: np.ndarray) -> np.ndarray:
+        ordered = np.empty_like(column)
+        ordered[order] = column
+        return np.broadcast_to(ordered.reshape(*stats_shape[:-1], 1), stats_shape)
+
+    return Expected(
+        attn_out=attn.reshape(shape),
+        softmax_max=in_call_order(stats["maximum"]),
+        softmax_sum=in_call_order(stats["total"]),
+        attn_bound=attn_bound.reshape(shape),
+        sum_bound=in_call_order(stats["total_bound"]),
+        dtype=dtype,
+        stats_dtype=maxima[0].dtype.name,
+        _attn_low=attn_low.reshape(shape) if attn_low is not None else 0.0,
+        _sum_low=in_call_order(stats["total_low"]),
+    )
+
+
+def widen(array: np.ndarray) -> np.ndarray:
+    """Convert exactly to float64; bfloat16 by its bits, so that no library for it is needed.
+
+    Parameters
+    ----------
+    array : ndarray, float16, bfloat16, float32 or float64
+
+    Returns
+    -------
+    ndarray of float64, same shape
+    """
+    if array.dtype.name == "bfloat16":
+        array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float64)
+
+
+def _row_order(
+    shape: tuple[int, ...], stats_shape: tuple[int, ...], actual_seq_qlen: Any, layout: str, softmax_layout: str
+) -> np.ndarray:
+    """For each row in the order in which the output has them, the place of its statistics."""
+    places = np.arange(int(np.prod(stats_shape[:-1])))
+    if layout == "SBH":  # rows (S, B, N), statistics (B, N, S)
+        return places.reshape(stats_shape[:-1]).transpose(2, 0, 1).ravel()
+    if layout == "BSND":  # rows (B, S, N), statistics (B, N, S)
+        return places.reshape(stats_shape[:-1]).transpose(0, 2, 1).ravel()
+    if layout == "BNSD" or softmax_layout == "TND":
+        return places
+    if layout != "TND" or softmax_layout != "SBH":
+        raise ValueError(f'no layout "{layout}" with softmax_layout "{softmax_layout}"')
+    if actual_seq_qlen is None:
+        raise ValueError('statistics packed per sequence (softmax_layout="SBH") need actual_seq_qlen')
+    heads = shape[1]
+    rows = places.reshape(shape[:2])
+    ends = [int(end) for end in actual_seq_qlen]
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        own = np.arange(start * heads, end * heads).reshape(heads, end - start)
+        rows[start:end] = own.T
+    return rows.ravel()
+
+
+def _merge_elements(parts: list[np.ndarray], rows: Rows, dtype: str) -> tuple[np.ndarray, Any, np.ndarray]:
+    """Merge a slab of elements.
+
+    Parameters
+    ----------
+    parts : list of K ndarray of float64, shape (rows, D)
+        Outputs of the states.
+    rows : Rows
+        Their weights.
+    dtype : str
+        Name of the result's dtype.
+
+    Returns
+    -------
+    value, low, bound : ndarray of float64, shape (rows, D)
+        Exact value as a sum of two float64 numbers (low is 0.0 unless the problem is float64), and its bound.
+    """
+    double = dtype == "float64"
+    value = np.full_like(parts[0], -0.0)  # the sum of nothing: -0.0 + x is x, whatever zero x may be
+    bound = np.repeat(rows.floor[:, None], value.shape[1], axis=1)
+    for part, weight, skipped, slope, unsure in zip(
+        parts, rows.weight, rows.skipped, rows.slope, rows.unsure, strict=True
+    ):
+        finite = np.isfinite(part)
+        size = np.abs(part)
+        if not finite.all():
+            size[~finite] = 0
+            bound[~finite & unsure[:, None]] = np.inf
+        size *= slope[:, None]
+        bound += size
+        product = weight[:, None] * part
+        product[skipped] = -0.0
+        value += product
+    low: Any = 0.0
+    if double:
+        exact, low, usable = _merge_in_double_double(parts, rows)
+        value = np.where(usable, exact, value)
+        low = np.where(usable, low, 0.0)
+    if rows.mixed.any():
+        # Sums of mixed sign make weights above 1: products may overflow although the result does not.
+        reach = np.zeros(value.shape)
+        for part, weight, skipped in zip(parts, rows.weight, rows.skipped, strict=True):
+            reach += np.where(skipped[:, None], 0, np.abs(weight[:, None] * part))
+        limit = 2.0 ** FORMATS["float64" if double else "float32"].exponent
+        bound[rows.mixed[:, None] & np.isfinite(value) & (reach >= limit)] = np.inf
+        bound[rows.mixed[:, None] & ~np.isfinite(value) & np.logical_and.reduce(np.isfinite(parts))] = np.inf
+    if dtype in ("float16", "bfloat16"):
+        bound += half_ulp(np.abs(value) + bound, dtype)
+    zero = value == 0
+    if zero.any():
+        # Zero times anything is exact, and so is the sign of the sum of zeros.
+        for part, skipped in zip(parts, rows.skipped, strict=True):
+            zero &= (part == 0) | skipped[:, None]
+        bound[zero & np.isfinite(bound) & ~rows.unsure.any(axis=0)[:, None]] = 0
+    value[rows.empty] = 0.0
+    bound[rows.verbatim] = 0
+    return value, low, bound
+
+
+def _merge_in_double_double(parts: list[np.ndarray], rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sum weight times output in double-double, on mantissas, so that nothing overflows or underflows.
+
+    Returns
+    -------
+    value, low : ndarray of float64
+    usable : ndarray of bool
+        False where IEEE arithmetic on special values, or on zeros, decides instead.
+    """
+    usable = np.ones(parts[0].shape, bool)
+    any_product = np.zeros(parts[0].shape, bool)
+    terms: list[tuple[dd.Pair, np.ndarray]] = []
+    for i, part in enumerate(parts):
+        counts = ~rows.skipped[i][:, None]
+        usable &= ~counts | (np.isfinite(part) & np.isfinite(rows.weight[i])[:, None])
+        mantissa, exponent = np.frexp(np.where(counts & np.isfinite(part), part, 0))
+        any_product |= mantissa != 0
+        weight = rows.mantissa[0][i][:, None], rows.mantissa[1][i][:, None]
+        product = dd.multiply(weight, (mantissa, np.zeros_like(mantissa)))
+        terms.append((product, np.where(mantissa == 0, -(10**6), exponent + rows.exponent[i][:, None])))
+    top = np.maximum.reduce([exponent for _, exponent in terms])
+    total: dd.Pair = (np.zeros_like(parts[0]), np.zeros_like(parts[0]))
+    for (high, low), exponent in terms:
+        shift = np.maximum(exponent - top, -2000)
+        total = dd.add(total, (np.ldexp(high, shift), np.ldexp(low, shift)))
+    return np.ldexp(total[0], top), np.ldexp(total[1], top), usable & any_product

@@ -1,0 +1,192 @@
+"""The oracle's rows: statistics into exact weights, with their error bounds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from rau.testing import doubledouble as dd
+
+_E = 2.0**-53  # unit roundoff of float64
+_U = 2.0**-24  # and of float32
+_EXPONENTIAL = 3.6  # error of the operator's exponential, in units of _E
+_FLUSH = -708.0  # below it that exponential is 0
+_NEAR = 2.0**-20  # how close to the threshold a weight may round to 0 or not
+
+
+class Format(NamedTuple):
+    """A floating-point format: bits of precision, exponents of the smallest and largest numbers."""
+
+    precision: int
+    smallest: int
+    exponent: int
+
+
+FORMATS = {
+    "float16": Format(11, -24, 15),
+    "bfloat16": Format(8, -133, 127),
+    "float32": Format(24, -149, 127),
+    "float64": Format(53, -1074, 1023),
+}
+
+
+def half_ulp(size: np.ndarray, dtype: str) -> np.ndarray:
+    """Return half a unit in the last place of a format, which is taken to go on beyond its largest number.
+
+    Parameters
+    ----------
+    size : ndarray of float64
+        Magnitudes.
+    dtype : str
+        Name of the format. (At the bottom of float64 the answer is 2^-1074, for want of 2^-1075.)
+
+    Examples
+    --------
+    >>> float(half_ulp(np.array(1.0), "float16")), float(half_ulp(np.array(0.0), "bfloat16")) == 2.0**-134
+    (0.00048828125, True)
+    """
+    precision, smallest, _ = FORMATS[dtype]
+    exponent = np.frexp(size)[1]  # size is in [2^(exponent - 1), 2^exponent); 0 for zero
+    exponent = np.where(size == 0, smallest, exponent - precision)
+    return np.ldexp(1.0, np.maximum(np.maximum(exponent, smallest) - 1, -1074))
+
+
+class Rows(NamedTuple):
+    """What the statistics of R rows of K states come to; arrays of shape (R,) or (K, R).
+
+    Attributes
+    ----------
+    maximum : ndarray of float64, (R,)
+    total, total_low, total_bound : ndarray of float64, (R,)
+        The new sum, what it has beyond float64, and how far from it a stored one may be.
+    weight : ndarray of float64, (K, R)
+        Weights rounded to float64; NaN where the output is to be NaN, 1 for a single live state.
+    mantissa : pair of ndarray of float64, (K, R)
+    exponent : ndarray of int, (K, R)
+        The same weights as double-double numbers times powers of two.
+    skipped : ndarray of bool, (K, R)
+        The product with this state's output does not count: the state is empty, or its weight rounds to 0.
+    unsure : ndarray of bool, (K, R)
+        The weight is too close to the threshold to tell whether it rounds to 0.
+    slope : ndarray of float64, (K, R)
+    floor : ndarray of float64, (R,)
+        The bound of an element is floor + sum(slope_i * abs(o_i)).
+    empty : ndarray of bool, (R,)
+        No state is live.
+    verbatim : ndarray of bool, (R,)
+        Nothing is computed: the output is the single live state's, or zero, or NaN.
+    mixed : ndarray of bool, (R,)
+        Sums of both signs, so that weights may exceed 1.
+    """
+
+    maximum: np.ndarray
+    total: np.ndarray
+    total_low: np.ndarray
+    total_bound: np.ndarray
+    weight: np.ndarray
+    mantissa: dd.Pair
+    exponent: np.ndarray
+    skipped: np.ndarray
+    unsure: np.ndarray
+    slope: np.ndarray
+    floor: np.ndarray
+    empty: np.ndarray
+    verbatim: np.ndarray
+    mixed: np.ndarray
+
+
+def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
+    """Merge the statistics of K states.
+
+    Parameters
+    ----------
+    maxima, sums : ndarray of float64, shape (K, R)
+    double : bool
+        Whether the problem is float64, where weights stay in float64 and sums are stored in it.
+    """
+    live = ~((sums == 0) | (maxima == -np.inf))
+    count = live.sum(axis=0)
+    maximum = np.where(live, maxima, -np.inf).max(axis=0)  # NaN wins, as the contract has it
+    regular = (count >= 2) & np.isfinite(maximum) & (np.isfinite(sums) | ~live).all(axis=0)
+    to_nan = (count >= 2) & ~regular
+    difference, lost = dd.two_sum(maxima, -maximum)
+    flushed = difference < _FLUSH
+
+    # a_i = l_i exp(m_i - m), as a mantissa times a power of two.
+    term = live & regular & ~flushed
+    x = np.where(term, difference, 0), np.where(term, lost, 0)
+    mantissa, exponent = np.frexp(np.where(term, sums, 0))
+    high, low, power = dd.exponential(x)
+    a = dd.multiply((high, low), (mantissa, np.zeros_like(mantissa)))
+    exponent = exponent + power
+
+    # Their sum, in units of 2^top, and the weights.
+    top = np.where(regular, np.where(term, exponent, -(10**6)).max(axis=0), 0)
+    shift = np.where(term, np.maximum(exponent - top, -5000), 0)
+    scaled = np.ldexp(a[0], shift), np.ldexp(a[1], shift)
+    total: dd.Pair = (np.zeros(top.shape), np.zeros(top.shape))
+    for part in zip(*scaled, strict=True):
+        total = dd.add(total, part)
+    nothing = total[0] == 0
+    quotient = dd.divide(a, (np.where(nothing, 1, total[0]), total[1]))
+    weight = np.ldexp(quotient[0], shift)
+
+    # How far from it a float64 row may be; the oracle's module says where each term comes from.
+    size, total_size = np.abs(scaled[0]), np.abs(total[0])
+    inexact = np.where((x[0] == 0) & (x[1] == 0), 0, (_EXPONENTIAL + 1) * _E + np.abs(x[1]))
+    underflow = np.ldexp(0.5, -1074 - top)  # of l_i times its exponential
+    total_error = (size * (inexact + (count - 1) * _E)).sum(axis=0) + count * underflow
+    relative = total_error / total_size
+    spread = size.sum(axis=0) / total_size
+    weight_size = np.abs(weight)
+    through_total = weight_size * inexact
+    own = np.abs(1 - weight) * inexact + (through_total.sum(axis=0) - through_total)
+    weight_error = weight_size * (own + ((count - 1) * spread + 1) * _E)
+    weight_error += underflow / total_size * (1 + count * weight_size)
+    weight_error = np.where(term, weight_error / (1 - relative), 0)
+
+    # Sums of mixed sign can cancel, or overflow on the way. Two that cancel exactly give IEEE's infinite weights.
+    mixed = regular & (spread > 1 + _NEAR)
+    cancelled = regular & nothing & (count == 2) & (inexact == 0).all(axis=0)
+    overflows = mixed & (np.ldexp(size.sum(axis=0), top) >= 2.0**1023)
+    limit = 2.0 ** FORMATS["float64" if double else "float32"].exponent
+    hopeless = regular & (~(relative < 0.125) | overflows | (weight_size >= limit).any(axis=0)) & ~cancelled
+    weight = np.where(cancelled, np.copysign(np.inf, sums), weight)
+
+    # From the weights to the bound of an element.
+    if double:
+        roundings, tiny, threshold = count * _E, 2.0**-1074, 2.0**-1074
+    else:  # second order in u is more than a float64's rounding, and vanishes for two states
+        roundings, tiny, threshold = (count + 1) * _U * (1 + (count - 2) / 2 * _U), 2.0**-150, 2.0**-150
+    slope = weight_size * roundings + weight_error * (1 + roundings) + tiny
+    slope = np.where(live & regular & ~hopeless & ~cancelled, slope, 0)
+    floor = np.where(regular & ~cancelled, count * tiny, 0)
+    rounds_to_zero = weight_size + weight_error < threshold * (1 - _NEAR)
+    may_round_to_zero = weight_size - weight_error <= threshold * (1 + _NEAR)
+    skipped = ~live | (regular & ~cancelled & ~hopeless & rounds_to_zero)
+
+    # The sum as it is stored. An infinite one is the formula's: infinity, or NaN where its factor is 0.
+    infinite = np.where(live & np.isinf(sums), sums, 0) * np.where(flushed, 0, 1)
+    special = np.where(np.isfinite(maximum), np.where(live & np.isnan(sums), np.nan, infinite).sum(axis=0), np.nan)
+    stored = np.ldexp(total[0], top)
+    error = np.ldexp(total_error, top)
+    total_bound = error if double else error + half_ulp(np.abs(stored) + error, "float32")
+    single = count == 1
+    alone = np.where(live, sums, 0).sum(axis=0)
+    return Rows(
+        maximum=maximum,
+        total=np.where(regular, stored, np.where(single, alone, np.where(to_nan, special, 0))),
+        total_low=np.where(regular & np.isfinite(stored), np.ldexp(total[1], top), 0),
+        total_bound=np.where(regular & np.isfinite(stored), np.where(overflows, np.inf, total_bound), 0),
+        weight=np.where(regular, weight, np.where(single, 1, np.nan)),
+        mantissa=(np.where(regular, quotient[0], 1), np.where(regular, quotient[1], 0)),
+        exponent=np.where(regular, shift, 0),
+        skipped=skipped,
+        unsure=regular & ~cancelled & ~skipped & may_round_to_zero,
+        slope=slope,
+        floor=np.where(hopeless, np.inf, floor),
+        empty=count == 0,
+        verbatim=~regular,
+        mixed=mixed & ~cancelled,
+    )

@@ -1,0 +1,196 @@
+"""The public calls: ring_attention_update and merge_states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rau import registry
+from rau.constraints import FIELDS, bind
+from rau.errors import ShapeError
+from rau.state import AttentionState
+
+
+def _update_name(state: int, field: int) -> str:
+    return f"{('prev', 'cur')[state]}_{FIELDS[field]}"
+
+
+def _state_name(state: int, field: int) -> str:
+    return f"states[{state}].{FIELDS[field]}"
+
+
+def ring_attention_update(
+    prev_attn_out: Any,
+    prev_softmax_max: Any,
+    prev_softmax_sum: Any,
+    cur_attn_out: Any,
+    cur_softmax_max: Any,
+    cur_softmax_sum: Any,
+    actual_seq_qlen: Any = None,
+    layout: str = "SBH",
+    *,
+    softmax_layout: str = "TND",
+    out: Any = None,
+    backend: Any = None,
+    profile: str = "mindspore",
+    check: str = "metadata",
+) -> AttentionState:
+    """Merge two partial attention states over disjoint keys into the state over all of them.
+
+    S, B and T are the sequence length, the batch and all the batch's tokens; N heads of dimension D make the
+    hidden size H = N * D.
+
+    Parameters
+    ----------
+    prev_attn_out : array, float16, bfloat16 or float32
+        Attention output of the first part: (S, B, H) in layout "SBH", (T, N, D) in "TND"; in profile "portable" also
+        float64, (B, S, N, D) in "BSND" and (B, N, S, D) in "BNSD". NumPy arrays, bfloat16 as ml_dtypes has it.
+    prev_softmax_max : array, float32
+        Row maximum of the scores: (B, N, S, 8), or (T, N, 8) in "TND"; lane 0 is read. In profile "portable" also 1 lane,
+        and float64 with a float64 output.
+    prev_softmax_sum : array, shape and dtype of `prev_softmax_max`
+        Row sum of exp(score - max).
+    cur_attn_out : array, shape and dtype of `prev_attn_out`
+        The second part; in profile "portable" it may be 16-bit where `prev_attn_out` is float32.
+    cur_softmax_max, cur_softmax_sum : array, shape and dtype of `prev_softmax_max`
+    actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
+        Cumulative sequence lengths in tokens, non-decreasing from 0 to T. Read in layout "TND" only; required there,
+        save for token-major statistics in profile "portable", where int32 is taken as well.
+    layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
+        Layout of the attention outputs.
+    softmax_layout : {"TND", "SBH"}, default "TND"
+        Order of the statistics in layout "TND": "TND" token-major, the statistic of token t and head n at [t, n];
+        "SBH" packed per sequence, as the vendor's kernels emit it. They differ silently: read the Notes.
+    out : triple of arrays, optional
+        Arrays to write into, of the shapes and dtypes of the `prev` arrays; they may be the `prev` (or `cur`) arrays
+        themselves, which makes the update in place. Any other overlap is refused.
+    backend : str or Backend, optional
+        Who computes. Default: `use_backend`, then the environment variable ``RAU_BACKEND``, then the best at hand.
+    profile : {"mindspore", "cann-v2", "portable"}, default "mindspore"
+        Which limits hold: the reference page's, those of CANN's V2 entry, or none but shapes and dtypes.
+    check : {"metadata", "values", "document"}, default "metadata"
+        "metadata" reads no values of the arrays. "values" also checks that lanes are equal, that no sum is negative or
+        NaN and no max NaN or +inf. "document" also holds the page to its word that max is positive.
+
+    Returns
+    -------
+    AttentionState
+        (attn_out, softmax_max, softmax_sum), each of its `prev` counterpart's shape and dtype, 8 equal lanes in the
+        statistics; `out`'s arrays where it was given.
+
+    Raises
+    ------
+    ConstraintError
+        If the call breaks a rule; the message lists all that are broken. A RuntimeError, as the reference page
+        promises; its subclasses ShapeError and LayoutError are ValueErrors too, DTypeError is a TypeError too.
+    UnknownBackendError, BackendUnavailableError, UnsupportedError
+        If the backend asked for does not exist, cannot be used here, or does not take the call.
+
+    Notes
+    -----
+    With m = max(m_prev, m_cur), a = l_prev * exp(m_prev - m) and b = l_cur * exp(m_cur - m), as on the reference page of
+    ``mindspore.ops.ring_attention_update``::
+
+        l = a + b,    o = o_prev * (a / l) + o_cur * (b / l)
+
+    Rows are computed in float64 and their weights rounded once to float32; elements in float32 without fused operations,
+    rounded once more where stored in 16 bits. Each float32 element is within 3 * 2**-24 * (abs(w1*o1) + abs(w2*o2)) of
+    the exact result (plus at most 2**-149 + 2**-150 * (abs(o1) + abs(o2)) where something is subnormal); 16 bits add half
+    a unit in the last place. Every backend of this package returns the same bits.
+
+    A side whose sum is 0 or whose max is -inf is empty: the other side comes back bit for bit, whatever stands behind
+    the empty one. With both empty the result is empty: output 0, max -inf, sum 0.
+
+    Packed and token-major statistics have the same shape, and reading one as the other leaves max and sum right and
+    corrupts attn_out alone. What ``npu_fusion_attention`` emits for TND is packed.
+
+    Examples
+    --------
+    Two halves of the keys of one query, and the whole:
+
+    >>> import numpy as np, rau
+    >>> scores, values = np.array([0.0, 1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0, 4.0])
+    >>> def part(s, v):
+    ...     p = np.exp(s - s.max())
+    ...     stats = [np.full((1, 1, 1, 8), x, np.float32) for x in (s.max(), p.sum())]
+    ...     return np.full((1, 1, 1), p @ v / p.sum(), np.float32), *stats
+    >>> merged = rau.ring_attention_update(*part(scores[:2], values[:2]), *part(scores[2:], values[2:]))
+    >>> bool(np.allclose(merged.attn_out, part(scores, values)[0], rtol=1e-6))
+    True
+    """
+    states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
+    problem, (prev, cur) = bind("ring_attention_update", states, _update_name, actual_seq_qlen, layout,
+                                softmax_layout, out, profile, check)  # fmt: skip
+    chosen, origin = registry.select(problem, backend)
+    registry.log_call("ring_attention_update", chosen, origin)
+    target = None if out is None else AttentionState(*out)
+    return chosen.update(problem, AttentionState(*prev), AttentionState(*cur), target)
+
+
+def merge_states(
+    states: Sequence[Any],
+    actual_seq_qlen: Any = None,
+    layout: str = "SBH",
+    *,
+    softmax_layout: str = "TND",
+    out: Any = None,
+    backend: Any = None,
+    profile: str = "portable",
+    check: str = "metadata",
+) -> AttentionState:
+    """Merge K partial attention states over disjoint keys in one pass.
+
+    Parameters
+    ----------
+    states : list or tuple of AttentionState
+        At least one. All have the first one's shapes; later outputs may be 16-bit where the first is float32.
+    actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
+        As in :func:`ring_attention_update`; the profile is "portable" by default, since no vendor offers this.
+
+    Returns
+    -------
+    AttentionState
+        Of the first state's shapes and dtypes.
+
+    Raises
+    ------
+    ConstraintError, UnknownBackendError, BackendUnavailableError, UnsupportedError
+        As :func:`ring_attention_update`.
+
+    Notes
+    -----
+    As :func:`ring_attention_update`, which is the case K = 2: the states are added left to right, each input is read
+    once, and a 16-bit result is rounded once. Each float32 element is within (K + 1) * 2**-24 * sum(abs(w_i * o_i)) of the
+    exact result, plus the subnormal term.
+
+    Examples
+    --------
+    >>> import numpy as np, rau
+    >>> lse = np.log(np.array([[[1.0]], [[3.0]]], np.float32))  # weights 1/4 and 3/4
+    >>> parts = [rau.AttentionState.from_lse(np.full((1, 1, 1), x, np.float32), l[None], base="e")
+    ...          for x, l in zip((4.0, 8.0), lse)]
+    >>> rau.merge_states(parts).attn_out.item()
+    7.0
+    """
+    bound = _as_states(states)
+    problem, regular = bind("merge_states", bound, _state_name, actual_seq_qlen, layout, softmax_layout, out, profile,
+                            check)  # fmt: skip
+    chosen, origin = registry.select(problem, backend)
+    registry.log_call("merge_states", chosen, origin)
+    target = None if out is None else AttentionState(*out)
+    return chosen.merge(problem, [AttentionState(*state) for state in regular], target)
+
+
+def _as_states(states: Any) -> Sequence[Sequence[Any]]:
+    """Refuse what is no sequence of triples, before anything looks inside."""
+    expected = "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum)"
+    if isinstance(states, AttentionState):
+        raise ShapeError(f"merge_states: [states] states is one AttentionState; {expected}: pass [state].", ("states",))
+    if not isinstance(states, (list, tuple)) or not states:
+        got = "empty" if isinstance(states, (list, tuple)) else f"a {type(states).__name__}"
+        raise ShapeError(f"merge_states: [states] states is {got}; {expected}.", ("states",))
+    for k, state in enumerate(states):
+        if not isinstance(state, (list, tuple)) or len(state) != 3:
+            got = f"{len(state)} items" if isinstance(state, (list, tuple)) else f"a {type(state).__name__}"
+            raise ShapeError(f"merge_states: [states] states[{k}] is {got}; {expected}.", ("states",))
+    return states
