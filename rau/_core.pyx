@@ -135,9 +135,14 @@ cdef struct ArrayInterface:  # NumPy's __array_struct__ protocol
     void *descr
 
 
-cdef inline char *address(object array) except? NULL:
+cdef inline char *data_of(object array) except? NULL:
     cdef object capsule = array.__array_struct__
     return <char *>(<ArrayInterface *>PyCapsule_GetPointer(capsule, NULL)).data
+
+
+def address(array):
+    """Address of the first element of a NumPy array."""
+    return <uintptr_t>data_of(array)
 
 
 def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, Py_ssize_t heads, Py_ssize_t head_dim,
@@ -203,7 +208,7 @@ def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, P
         if call.scratch == NULL or call.arrays == NULL:
             raise MemoryError("rau: no memory for the scratch of a merge")
         for i in range(3 * (states + 1)):
-            call.arrays[i] = address(arrays[i])
+            call.arrays[i] = data_of(arrays[i])
         with nogil:
             if call.workers == 1:  # enters no parallel region, which would start OpenMP's threads
                 _work(&call, 0)

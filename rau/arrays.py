@@ -6,9 +6,19 @@ are recognised by name, so that nothing is imported to find out.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+try:
+    from rau._core import address
+except ImportError:  # not compiled: the same number, more slowly
+
+    def address(array: np.ndarray) -> int:
+        """Return the address of an array's first element."""
+        return array.__array_interface__["data"][0]
+
 
 _NUMPY_NAMES: dict[np.dtype, str] = {}
 
@@ -81,8 +91,11 @@ class Kind(Protocol):
     def writable(self, array: Any) -> bool:
         """Tell whether the array may be written to."""
 
-    def memory(self, array: Any) -> Memory | None:
-        """Return where the array lies, or None where only its library knows."""
+    def extent(self, array: Any) -> tuple[int, int]:
+        """Return the lowest address touched and the one after the highest; equal where only its library knows."""
+
+    def memory(self, array: Any) -> Memory:
+        """Return exactly where the array lies."""
 
     def regular_copy(self, array: Any) -> Any:
         """Return a C-contiguous, aligned copy."""
@@ -120,8 +133,14 @@ class NumPyKind:
     def writable(self, array: np.ndarray) -> bool:
         return array.flags.writeable
 
+    def extent(self, array: np.ndarray) -> tuple[int, int]:
+        if array.flags.c_contiguous:
+            low = address(array)
+            return low, low + array.nbytes
+        return self.memory(array).extent()
+
     def memory(self, array: np.ndarray) -> Memory:
-        return Memory(array.__array_interface__["data"][0], array.shape, array.strides, array.itemsize)
+        return Memory(address(array), array.shape, array.strides, array.itemsize)
 
     def regular_copy(self, array: np.ndarray) -> np.ndarray:
         return np.array(array, order="C", copy=True, subok=False)
@@ -155,8 +174,11 @@ class ForeignKind:
     def writable(self, array: Any) -> bool:
         return True
 
-    def memory(self, array: Any) -> None:
-        return None
+    def extent(self, array: Any) -> tuple[int, int]:
+        return 0, 0
+
+    def memory(self, array: Any) -> Memory:
+        raise NotImplementedError("its extent is empty, so nobody asks")
 
     def regular_copy(self, array: Any) -> Any:
         return array
@@ -168,15 +190,16 @@ class ForeignKind:
 _KINDS: dict[type, Kind] = {np.ndarray: NumPyKind()}
 
 
-def type_names(cls: type) -> list[str]:
+@functools.cache
+def type_names(cls: type) -> tuple[str, ...]:
     """Names of a type and its bases, as capabilities spell them.
 
     Examples
     --------
     >>> type_names(bool)
-    ['builtins:bool', 'builtins:int', 'builtins:object']
+    ('builtins:bool', 'builtins:int', 'builtins:object')
     """
-    return [f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__]
+    return tuple(f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__)
 
 
 def kind_of(array: Any) -> Kind | None:

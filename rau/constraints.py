@@ -229,8 +229,8 @@ def bind(
         B=B, S=S, T=T, N=N, D=D, lanes=first[1].shape[-1],
         dtype=dtype, cur_dtype=cur_dtype, stats_dtype=stats_dtype,
         shape=tuple(first[0].shape), stats_shape=tuple(first[1].shape),
-        actual_seq_qlen=qlen, kind=kind.name, array_types=tuple(type_names(type(first[0]))),
-        device=kind.device(first[0]), in_place=in_place, _strides=strides,
+        actual_seq_qlen=qlen, kind=kind.name, array_types=type_names(type(first[0])),
+        device=kind.device(first[0]), in_place=in_place, strides=strides,
     )  # fmt: skip
     return problem, regular
 
@@ -456,12 +456,28 @@ def _check_out(
 def _check_overlap(
     report: Report, kind: Kind, states: Sequence[Sequence[Any]], out: Sequence[Any], names: Names
 ) -> bool:
-    """Refuse outputs that share memory with anything, save an input of their own role exactly beneath them."""
-    memory = [kind.memory(array) for array in out]
+    """Refuse outputs that share memory with anything, save an input of their own role exactly beneath them.
+
+    Returns whether the call is in place.
+    """
+    # Most calls are settled by one sweep over the extents: no two of them meet.
+    extents = [kind.extent(array) for array in out]
+    for state in states:
+        for role, array in enumerate(state):
+            if array is not out[role]:
+                extents.append(kind.extent(array))
+    extents.sort()
+    end = 0
+    for low, high in extents:
+        if low < end and low < high:
+            break
+        end = max(end, high)
+    else:
+        return any(array is out[role] for state in states for role, array in enumerate(state))
+
     in_place = False
+    memory = [kind.memory(array) for array in out]
     for field, mine in enumerate(memory):
-        if mine is None:  # a plugin's arrays: their memory is the plugin's business
-            continue
         for later in range(field + 1, 3):
             if mine.overlaps(memory[later]):
                 report.add("out-overlap", f"out.{FIELDS[field]} and out.{FIELDS[later]} share memory; "

@@ -17,18 +17,27 @@ class Verdict(NamedTuple):
     Attributes
     ----------
     name : str
-    limits : list of str
-        Broken limits, each with the computed value; judged wherever the arrays are.
-    arrays : list of str
+    limits : list of str or None
+        Broken limits, each with the computed value; judged wherever the arrays are. None where the backend's module
+        cannot even be imported.
+    arrays : list of str or None
         What is wrong with the arrays' type or device.
     unavailable : str
         Why the backend cannot be used here; empty where it can.
     """
 
     name: str
-    limits: list[str]
-    arrays: list[str]
+    limits: list[str] | None
+    arrays: list[str] | None
     unavailable: str
+
+    def __str__(self) -> str:
+        said = []
+        if self.limits is not None and self.arrays is not None:
+            said += ["; ".join(self.limits) or "within its limits", "; ".join(self.arrays) or "takes these arrays"]
+        if self.unavailable:
+            said.append(f"not available: {self.unavailable}")
+        return f"{self.name}: {'; '.join(said)}"
 
 
 class Explanation(NamedTuple):
@@ -56,12 +65,7 @@ class Explanation(NamedTuple):
     def __str__(self) -> str:
         lines = [repr(self.problem)]
         lines.append(f"runs on {self.selected} ({self.origin})" if self.selected else f"fails: {self.failure.splitlines()[0]}")
-        for verdict in self.verdicts:
-            limits = "; ".join(verdict.limits) or "within its limits"
-            arrays = "; ".join(verdict.arrays) or "takes these arrays"
-            here = f"; not available: {verdict.unavailable}" if verdict.unavailable else ""
-            lines.append(f"  {verdict.name}: {limits}; {arrays}{here}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {verdict}" for verdict in self.verdicts)])
 
 
 def explain(
@@ -112,7 +116,7 @@ actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
     for status in registry.status():
         capabilities = registry.capabilities(status.name)
         if capabilities is None:
-            verdicts.append(Verdict(status.name, [], [], status.reason))
+            verdicts.append(Verdict(status.name, None, None, status.reason))
         else:
             limits, arrays = capabilities.limits_broken(problem), capabilities.arrays_refused(problem)
             verdicts.append(Verdict(status.name, limits, arrays, "" if status.available else status.reason))

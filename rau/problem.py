@@ -50,33 +50,40 @@ class Problem:
         "stats_dtype", "stats_shape",
     )  # fmt: skip
 
-    layout: str
-    softmax_layout: str
-    profile: str
-    K: int
-    B: int
-    S: int | None
-    T: int
-    N: int
-    D: int
-    lanes: int
-    dtype: str
-    cur_dtype: str
-    stats_dtype: str
-    shape: tuple[int, ...]
-    stats_shape: tuple[int, ...]
-    actual_seq_qlen: Any
-    kind: str
-    array_types: tuple[str, ...]
-    device: str
-    in_place: bool
-    _strides: tuple[tuple[int, ...], ...] | None
-    _blocks: np.ndarray | None
-
-    def __init__(self, **fields: Any) -> None:
-        for name, value in fields.items():
-            setattr(self, name, value)
-        self._blocks = None
+    def __init__(
+        self,
+        *,
+        layout: str,
+        softmax_layout: str,
+        profile: str,
+        K: int,
+        B: int,
+        S: int | None,
+        T: int,
+        N: int,
+        D: int,
+        lanes: int,
+        dtype: str,
+        cur_dtype: str,
+        stats_dtype: str,
+        shape: tuple[int, ...],
+        stats_shape: tuple[int, ...],
+        actual_seq_qlen: Any,
+        kind: str,
+        array_types: tuple[str, ...],
+        device: str,
+        in_place: bool,
+        strides: tuple[tuple[int, ...], ...] | None,
+    ) -> None:
+        self.layout, self.softmax_layout, self.profile = layout, softmax_layout, profile
+        self.K, self.B, self.S, self.T, self.N, self.D, self.lanes = K, B, S, T, N, D, lanes
+        self.dtype, self.cur_dtype, self.stats_dtype = dtype, cur_dtype, stats_dtype
+        self.shape, self.stats_shape = shape, stats_shape
+        self.actual_seq_qlen = actual_seq_qlen
+        self.kind, self.array_types, self.device = kind, array_types, device
+        self.in_place = in_place
+        self._strides = strides
+        self._blocks: np.ndarray | None = None
 
     @property
     def packed(self) -> bool:

@@ -9,17 +9,23 @@ from rau.errors import OptionError
 _MOST = 1024
 
 
-def _from_environment() -> int:
+def _at_start() -> tuple[int, str]:
     """The first number of OMP_NUM_THREADS (a list gives one for each nesting level), else the usable CPUs."""
-    text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    text = given.partition(",")[0].strip()
     if text.isdecimal() and 0 < int(text) <= _MOST:
-        return int(text)
-    if hasattr(os, "sched_getaffinity"):
-        return max(len(os.sched_getaffinity(0)), 1)
-    return os.cpu_count() or 1
+        return int(text), "OMP_NUM_THREADS"
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ignored = f", since OMP_NUM_THREADS = {given!r} is no number from 1 to {_MOST}" if given else ""
+    return min(cpus or 1, _MOST), f"the CPUs this process may use{ignored}"
 
 
-_threads = _from_environment()
+_threads, _origin = _at_start()
+
+
+def threads_origin() -> str:
+    """Tell where the present number of threads comes from."""
+    return _origin
 
 
 def get_num_threads() -> int:
@@ -58,10 +64,10 @@ def set_num_threads(n: int) -> None:
     >>> set_num_threads(1)
     >>> set_num_threads(before)
     """
-    global _threads
+    global _threads, _origin
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise OptionError(f"set_num_threads: n = {n!r}; expected an int from 1 to {_MOST}.", ("threads",))
     n = n.__index__()
     if not 1 <= n <= _MOST:
         raise OptionError(f"set_num_threads: n = {n}; expected an int from 1 to {_MOST}.", ("threads",))
-    _threads = n
+    _threads, _origin = n, "set_num_threads"

@@ -227,8 +227,9 @@ class NumPyBackend(Backend):
             for start in range(0, problem.T * problem.N, step):
                 chunk = slice(start, start + step)
                 weights, maximum, total = row_weights([m[chunk][:, 0] for m in maxima], [l[chunk][:, 0] for l in sums])
-                merged = merge_rows(weights, [widen(row[chunk], dt) for row, dt in zip(rows, dtypes, strict=True)])
+                if head_dim:
+                    merged = merge_rows(weights, [widen(row[chunk], dt) for row, dt in zip(rows, dtypes, strict=True)])
+                    out_rows[chunk] = narrow(merged, problem.dtype)
                 out_maximum[chunk] = maximum[:, None]
                 out_sum[chunk] = total[:, None]
-                out_rows[chunk] = narrow(merged, problem.dtype)
         return out

@@ -212,18 +212,16 @@ def _merge_elements(parts: list[np.ndarray], rows: Rows, dtype: str) -> tuple[np
     double = dtype == "float64"
     value = np.full_like(parts[0], -0.0)  # the sum of nothing: -0.0 + x is x, whatever zero x may be
     bound = np.repeat(rows.floor[:, None], value.shape[1], axis=1)
-    for part, weight, skipped, slope, unsure in zip(
-        parts, rows.weight, rows.skipped, rows.slope, rows.unsure, strict=True
-    ):
+    for i, part in enumerate(parts):
         finite = np.isfinite(part)
         size = np.abs(part)
         if not finite.all():
             size[~finite] = 0
-            bound[~finite & unsure[:, None]] = np.inf
-        size *= slope[:, None]
+            bound[~finite & rows.unsure[i][:, None]] = np.inf
+        size *= rows.slope[i][:, None]
         bound += size
-        product = weight[:, None] * part
-        product[skipped] = -0.0
+        product = rows.weight[i][:, None] * part
+        product[rows.skipped[i]] = -0.0
         value += product
     low: Any = 0.0
     if double:
@@ -234,10 +232,9 @@ def _merge_elements(parts: list[np.ndarray], rows: Rows, dtype: str) -> tuple[np
         # Sums of mixed sign make weights above 1: products may overflow although the result does not.
         reach = np.zeros(value.shape)
         for part, weight, skipped in zip(parts, rows.weight, rows.skipped, strict=True):
-            reach += np.where(skipped[:, None], 0, np.abs(weight[:, None] * part))
+            reach += np.where(np.isfinite(part) & ~skipped[:, None], np.abs(weight[:, None] * part), 0)
         limit = 2.0 ** FORMATS["float64" if double else "float32"].exponent
-        bound[rows.mixed[:, None] & np.isfinite(value) & (reach >= limit)] = np.inf
-        bound[rows.mixed[:, None] & ~np.isfinite(value) & np.logical_and.reduce(np.isfinite(parts))] = np.inf
+        bound[rows.mixed[:, None] & (reach >= limit)] = np.inf
     if dtype in ("float16", "bfloat16"):
         bound += half_ulp(np.abs(value) + bound, dtype)
     zero = value == 0
@@ -245,7 +242,8 @@ def _merge_elements(parts: list[np.ndarray], rows: Rows, dtype: str) -> tuple[np
         # Zero times anything is exact, and so is the sign of the sum of zeros.
         for part, skipped in zip(parts, rows.skipped, strict=True):
             zero &= (part == 0) | skipped[:, None]
-        bound[zero & np.isfinite(bound) & ~rows.unsure.any(axis=0)[:, None]] = 0
+        unsure = np.logical_or.reduce(rows.unsure)
+        bound[zero & np.isfinite(bound) & ~unsure[:, None]] = 0
     value[rows.empty] = 0.0
     bound[rows.verbatim] = 0
     return value, low, bound

@@ -129,8 +129,8 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
     for part in zip(*scaled, strict=True):
         total = dd.add(total, part)
     nothing = total[0] == 0
-    quotient = dd.divide(a, (np.where(nothing, 1, total[0]), total[1]))
-    weight = np.ldexp(quotient[0], shift)
+    weight_mantissa = dd.divide(a, (np.where(nothing, 1, total[0]), total[1]))
+    weight = np.ldexp(weight_mantissa[0], shift)
 
     # How far from it a float64 row may be; the oracle's module says where each term comes from.
     size, total_size = np.abs(scaled[0]), np.abs(total[0])
@@ -156,15 +156,18 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
 
     # From the weights to the bound of an element.
     if double:
-        roundings, tiny, threshold = count * _E, 2.0**-1074, 2.0**-1074
-    else:  # second order in u is more than a float64's rounding, and vanishes for two states
-        roundings, tiny, threshold = (count + 1) * _U * (1 + (count - 2) / 2 * _U), 2.0**-150, 2.0**-150
+        roundings, tiny = count * _E, 2.0**-1074
+        # The smaller of the weight and its a_i, which may underflow first; 2^-1075 cannot be compared with in float64.
+        scale = np.minimum(np.frexp(weight_mantissa[0])[1] + shift, exponent)
+        rounds_to_zero, may_round_to_zero = scale < -1080, scale < -1065
+    else:  # the second order in u is more than a float64's rounding, and vanishes for two states
+        roundings, tiny = (count + 1) * _U * (1 + (count - 2) / 2 * _U), 2.0**-150
+        rounds_to_zero = weight_size + weight_error < tiny * (1 - _NEAR)
+        may_round_to_zero = weight_size - weight_error <= tiny * (1 + _NEAR)
     slope = weight_size * roundings + weight_error * (1 + roundings) + tiny
     slope = np.where(live & regular & ~hopeless & ~cancelled, slope, 0)
     floor = np.where(regular & ~cancelled, count * tiny, 0)
-    rounds_to_zero = weight_size + weight_error < threshold * (1 - _NEAR)
-    may_round_to_zero = weight_size - weight_error <= threshold * (1 + _NEAR)
-    skipped = ~live | (regular & ~cancelled & ~hopeless & rounds_to_zero)
+    skipped = ~live | (regular & ~cancelled & ~hopeless & (rounds_to_zero | ~term))
 
     # The sum as it is stored. An infinite one is the formula's: infinity, or NaN where its factor is 0.
     infinite = np.where(live & np.isinf(sums), sums, 0) * np.where(flushed, 0, 1)
@@ -180,7 +183,7 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
         total_low=np.where(regular & np.isfinite(stored), np.ldexp(total[1], top), 0),
         total_bound=np.where(regular & np.isfinite(stored), np.where(overflows, np.inf, total_bound), 0),
         weight=np.where(regular, weight, np.where(single, 1, np.nan)),
-        mantissa=(np.where(regular, quotient[0], 1), np.where(regular, quotient[1], 0)),
+        mantissa=(np.where(regular, weight_mantissa[0], 1), np.where(regular, weight_mantissa[1], 0)),
         exponent=np.where(regular, shift, 0),
         skipped=skipped,
         unsure=regular & ~cancelled & ~skipped & may_round_to_zero,

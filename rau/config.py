@@ -1,0 +1,168 @@
+"""What this installation is made of: show_config, and the data behind ``python -m rau info``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from typing import Any
+
+from rau import registry
+from rau.errors import RauError
+from rau.threads import get_num_threads, threads_origin
+
+# Every environment variable that rau reads.
+ENVIRONMENT = {
+    "RAU_BACKEND": "name of the backend that runs every call, strictly; use_backend and backend= win over it",
+    "RAU_BLOCK": "comma-separated names of backends that are never loaded",
+    "RAU_SIMD": 'instruction-set version of the compiled core: "baseline", "avx2" or "avx512"; the same bits',
+    "RAU_TEST_BACKENDS": "test suite: names of the backends that must be present and are tested",
+    "RAU_EXPECT_NO_CORE": "test suite: set to 1 where the compiled core is meant to be missing",
+    "RAU_BUILD_REQUIRE_CORE": "build: set to 1 to make a failed compilation a failed install",
+}
+_PACKAGES = ("numpy", "ml_dtypes", "torch", "triton", "mindspore", "rich")
+
+
+def _version(distribution: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _core() -> dict[str, Any]:
+    try:
+        from rau import _core
+    except ImportError as error:
+        from rau.backends.cython_ import MISSING
+
+        cost = "the numpy backend runs instead: the same bits, several times slower, one thread"
+        return {"compiled": False, "missing": f"{MISSING} [{error}]", "cost": cost}
+    build = _core.build()
+    core = {"compiled": True, **build, "simd": _core.simd(), "simd_versions": _core.simd_versions()}
+    if not build["openmp"]:
+        core["missing"] = "the compiler had no OpenMP when the core was built"
+        core["cost"] = "one thread: a problem that fits the cache takes about twice as long on two CPUs as it could"
+    if _core.forked():
+        core["forked"] = "this process is a forked child and runs serially"
+    return core
+
+
+def _choice() -> dict[str, str]:
+    """Who runs a call on NumPy arrays now, and who says so."""
+    name, origin = registry.requested()
+    if name is not None:
+        try:
+            registry.get(name, origin)
+        except RauError as error:
+            return {"backend": name, "origin": origin, "error": str(error)}
+        return {"backend": name, "origin": origin}
+    available = {status.name for status in registry.status() if status.available}
+    first = next((name for name in ("cython", "numpy") if name in available), "none")
+    return {"backend": first, "origin": origin}
+
+
+def collect() -> dict[str, Any]:
+    """Gather what :func:`show_config` prints.
+
+    Returns
+    -------
+    dict
+        Plain data, ready for JSON.
+    """
+    statuses = [status._asdict() for status in registry.status()]  # loads them, RAU_SIMD is read there
+    threads: dict[str, Any] = {"number": get_num_threads(), "origin": threads_origin()}
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("RAU_")}
+    return {
+        "versions": {
+            "rau": _version("ring-attention-update") or "not installed: running from a source tree",
+            "python": platform.python_version(),
+            **{name: version for name in _PACKAGES if (version := _version(name))},
+        },
+        "platform": f"{platform.platform()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "core": _core(),
+        "threads": threads,
+        "backends": statuses,
+        "choice": _choice(),
+        "environment": {name: {"value": value, "note": _variable_note(name)} for name, value in variables.items()},
+    }
+
+
+def _variable_note(name: str) -> str:
+    if name in ENVIRONMENT:
+        return ENVIRONMENT[name]
+    import difflib
+
+    close = difflib.get_close_matches(name, ENVIRONMENT, n=1)
+    return "rau reads no such variable" + (f'; did you mean "{close[0]}"?' if close else "")
+
+
+def render(config: dict[str, Any]) -> str:
+    """Word what :func:`collect` gathered, one fact a line.
+
+    Parameters
+    ----------
+    config : dict
+
+    Returns
+    -------
+    str
+    """
+    lines = ["versions: " + ", ".join(f"{name} {version}" for name, version in config["versions"].items())]
+    lines.append(f"platform: {config['platform']}")
+    core = config["core"]
+    if core["compiled"]:
+        lines.append(f"compiled core: yes, {core['compiler']}, flags: {core['flags']}")
+        lines.append(f"  instruction set: {core['simd']} (of {', '.join(core['simd_versions'])})")
+        lines.append(f"  OpenMP: {'yes' if core['openmp'] else 'no'}")
+    else:
+        lines.append("compiled core: no")
+    lines += [f"  {key}: {core[key]}" for key in ("missing", "cost", "forked") if key in core]
+    lines.append(f"threads: {config['threads']['number']} (from {config['threads']['origin']})")
+    lines.append("backends:")
+    width = max(len(status["name"]) for status in config["backends"])
+    for status in config["backends"]:
+        reason = f": {status['reason']}" if status["reason"] else ""
+        lines.append(f"  {status['name']:{width}}  {status['state']}{reason} ({status['origin']})")
+    choice = config["choice"]
+    lines.append(f"NumPy arrays run on: {choice['backend']} ({choice['origin']})")
+    if "error" in choice:
+        lines.append(f"  but calls fail: {choice['error']}")
+    lines.append("environment variables set:" if config["environment"] else "environment variables set: no RAU_*")
+    lines += [f"  {name}={entry['value']}: {entry['note']}" for name, entry in config["environment"].items()]
+    return "\n".join(lines)
+
+
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Show versions, the compiled core, threads, backends with their reasons, and settings.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}, default "stdout"
+        Print, or return the data, as :func:`numpy.show_config` does.
+
+    Returns
+    -------
+    dict or None
+
+    Raises
+    ------
+    OptionError
+        If `mode` is neither.
+
+    Examples
+    --------
+    >>> config = show_config(mode="dicts")
+    >>> config["choice"]["origin"]
+    'automatic'
+    """
+    if mode == "dicts":
+        return collect()
+    if mode != "stdout":
+        from rau.errors import OptionError
+
+        raise OptionError(f'show_config: mode = {mode!r}; expected "stdout" or "dicts".')
+    sys.stdout.write(render(collect()) + "\n")
+    return None

@@ -1,0 +1,331 @@
+"""Real partial attention: what FlashAttention would hand to the operator, computed slowly and exactly.
+
+Scores, softmax and output are computed in float64 and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rau.state import AttentionState
+from rau.testing.expected import widen
+
+_SCORES = 2**18  # scores computed at a time: they stay in the cache
+_LANES = 8
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Where (batch, head, token) stand in (..., D) arrays.
+_AXES = {"SBH": (1, 2, 0), "BSND": (0, 2, 1), "BNSD": (0, 1, 2)}
+_FORMS = {"SBH": "(S, B, N, D)", "BSND": "(B, S, N, D)", "BNSD": "(B, N, S, D)", "TND": "(T, N, D)"}
+
+
+def partial_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    layout: str = "SBH",
+    softmax_layout: str = "TND",
+    actual_seq_qlen: Any = None,
+    actual_seq_kvlen: Any = None,
+    query_positions: Any = None,
+    key_positions: Any = None,
+    dtype: str = "float32",
+) -> AttentionState:
+    """Compute the attention of queries to some of their keys, in the form that the operator merges.
+
+    Parameters
+    ----------
+    q : ndarray, float16, bfloat16, float32 or float64
+        Queries: (S, B, N, D) in layout "SBH", (B, S, N, D) in "BSND", (B, N, S, D) in "BNSD", (T, N, D) in "TND".
+    k, v : ndarray, as `q`
+        Keys and values, in the same layout with any number of tokens.
+    causal : bool, default False
+        A query sees the keys whose position is not after its own.
+    layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
+    softmax_layout : {"TND", "SBH"}, default "TND"
+        Order of the statistics in layout "TND": token-major, or packed per sequence.
+    actual_seq_qlen : sequence of int, or ndarray of int64, shape (sequences + 1,)
+        Layout "TND": cumulative lengths of the sequences of queries, from 0 to T.
+    actual_seq_kvlen : sequence of int, or ndarray of int64, shape (sequences + 1,), optional
+        Layout "TND": the same for the keys. Default: `actual_seq_qlen`.
+    query_positions, key_positions : ndarray of int, shape (S,) or (T,), optional
+        Position of each token within its sequence, for `causal`. Default: 0, 1, 2, ... in each sequence. They
+        make any slice of the keys possible, a ring's zig-zag included.
+    dtype : {"float32", "float16", "bfloat16", "float64"}, default "float32"
+        Dtype of the output; "bfloat16" needs ml_dtypes.
+
+    Returns
+    -------
+    AttentionState
+        attn_out of `dtype`, (S, B, N*D) in layout "SBH" and shaped like `q` in the others. softmax_max and
+        softmax_sum, float32 (float64 if `dtype` is), with 8 equal lanes: (B, N, S, 8), in "TND" (T, N, 8).
+
+    Raises
+    ------
+    ValueError
+        If the arguments do not fit together.
+    ImportError
+        If `dtype` is "bfloat16" and ml_dtypes is not installed.
+
+    Notes
+    -----
+    Scores are scaled by 1 / sqrt(D). A query that sees no key gets output 0, max -inf, sum 0. The maximum is
+    rounded to the statistics' dtype first and the sum taken relative to the rounded one, so that the state is
+    wrong by the rounding of its output and of its sum only.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rau.testing import partial_attention
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 6, 1, 2, 4))
+    >>> state = partial_attention(q, k[:3], v[:3], causal=True)
+    >>> state.attn_out.shape, state.softmax_max.shape, state.softmax_sum.dtype.name
+    ((6, 1, 8), (1, 2, 6, 8), 'float32')
+    """
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected the name of one of {', '.join(_DTYPES)}")
+    call = _Call(causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions)
+    stats = np.dtype(np.float64 if dtype == "float64" else np.float32)
+    return _attend(q, k, v, call, stats, _rounder(dtype))
+
+
+def exact_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    layout: str = "SBH",
+    softmax_layout: str = "TND",
+    actual_seq_qlen: Any = None,
+    actual_seq_kvlen: Any = None,
+    query_positions: Any = None,
+    key_positions: Any = None,
+) -> AttentionState:
+    """Compute attention with one softmax over all the keys, in float64: what merged partials should come to.
+
+    Parameters
+    ----------
+    q, k, v, causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions
+        As in :func:`partial_attention`.
+
+    Returns
+    -------
+    AttentionState
+        As that of :func:`partial_attention`, all float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rau.testing import exact_attention
+    >>> q, k = np.zeros((2, 3, 1, 1, 2))
+    >>> exact_attention(q, k, np.arange(6.0).reshape(3, 1, 1, 2), causal=True).attn_out[:, 0]
+    array([[0., 1.],
+           [1., 2.],
+           [2., 3.]])
+    """
+    call = _Call(causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions)
+    return _attend(q, k, v, call, np.dtype(np.float64), lambda out: out)
+
+
+class _Call(NamedTuple):
+    """The arguments that say how to read the arrays."""
+
+    causal: bool
+    layout: str
+    softmax_layout: str
+    qlen: Any
+    kvlen: Any
+    query_positions: Any
+    key_positions: Any
+
+
+class _Sequence(NamedTuple):
+    """One sequence: which tokens it has among the queries and the keys (in SBH, which batch entry it is)."""
+
+    index: int
+    queries: slice
+    keys: slice
+
+
+def _attend(q: Any, k: Any, v: Any, call: _Call, stats_dtype: np.dtype[Any], rounded: Any) -> AttentionState:
+    """Walk over the sequences and heads; each is a matrix of queries against one of keys."""
+    q, k, v = (_checked(name, array, call.layout) for name, array in (("q", q), ("k", k), ("v", v)))
+    _check_shapes(q, k, v, call.layout)
+    if call.layout == "TND":
+        q, k, v = (array.swapaxes(0, 1)[None] for array in (q, k, v))
+    else:
+        q, k, v = (array.transpose(*_AXES[call.layout], 3) for array in (q, k, v))  # (B, N, S, D)
+    sequences = list(_sequences(q, k, call))
+    q_places = _positions("query_positions", call.query_positions, q.shape[2], [s.queries for s in sequences])
+    k_places = _positions("key_positions", call.key_positions, k.shape[2], [s.keys for s in sequences])
+
+    out = np.empty(q.shape)
+    maximum, total = np.empty(q.shape[:3]), np.empty(q.shape[:3])
+    for sequence in sequences:
+        places = (q_places[sequence.queries], k_places[sequence.keys]) if call.causal else None
+        for head in range(q.shape[1]):
+            rows, keys = (sequence.index, head, sequence.queries), (sequence.index, head, sequence.keys)
+            for array, part in zip(
+                (out, maximum, total), _softmax(widen(q[rows]), widen(k[keys]), widen(v[keys]), places, stats_dtype)
+            ):
+                array[rows] = part
+    return _in_vendor_form(rounded(out), maximum.astype(stats_dtype), total.astype(stats_dtype), call, sequences)
+
+
+def _softmax(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, places: tuple[np.ndarray, np.ndarray] | None, stats_dtype: np.dtype[Any]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Attend with one head of one sequence, a slab of queries at a time.
+
+    Parameters
+    ----------
+    q, k, v : ndarray of float64, shapes (queries, D), (keys, D), (keys, D)
+    places : pair of ndarray of int, shapes (queries,) and (keys,), or None
+        Positions if the attention is causal.
+    stats_dtype : dtype
+        What the maximum is rounded to.
+
+    Returns
+    -------
+    out, maximum, total : ndarray of float64, shapes (queries, D), (queries,), (queries,)
+    """
+    out, maximum, total = np.zeros(q.shape), np.full(len(q), -np.inf), np.zeros(len(q))
+    scale = 1 / np.sqrt(q.shape[1]) if q.shape[1] else 1.0
+    step = max(1, _SCORES // max(1, len(k)))
+    for start in range(0, len(q), step):
+        rows = slice(start, start + step)
+        seen_k, seen_v, hidden = k, v, None
+        if places is not None:
+            now, then = places[0][rows], places[1]
+            reached = then <= now.max()
+            if not reached.all():  # keys after every query of the slab cost nothing
+                seen_k, seen_v, then = k[reached], v[reached], then[reached]
+            if then.size and then.max() > now.min():
+                hidden = then > now[:, None]
+        if not len(seen_k):
+            continue
+        scores = (q[rows] * scale) @ seen_k.T
+        if hidden is not None:
+            scores[hidden] = -np.inf
+        top = scores.max(axis=1).astype(stats_dtype).astype(np.float64)
+        scores -= np.where(top == -np.inf, 0, top)[:, None]
+        np.exp(scores, out=scores)
+        maximum[rows], total[rows] = top, scores.sum(axis=1)
+        out[rows] = scores @ seen_v / np.where(total[rows] == 0, 1, total[rows])[:, None]
+    return out, maximum, total
+
+
+def _in_vendor_form(
+    out: np.ndarray, maximum: np.ndarray, total: np.ndarray, call: _Call, sequences: list[_Sequence]
+) -> AttentionState:
+    """Bring (B, N, S, ...) arrays into the layout of the call, and give the statistics their lanes."""
+    if call.layout == "SBH":
+        out = out.transpose(2, 0, 1, 3)
+        out = out.reshape(*out.shape[:2], out.shape[2] * out.shape[3])
+    elif call.layout == "BSND":
+        out = out.swapaxes(1, 2)
+    elif call.layout == "TND":
+        out = out[0].swapaxes(0, 1)
+        tokens = total.shape[2], total.shape[1]
+        if call.softmax_layout == "SBH":  # (N, S_i) of each sequence, one after another
+            maximum, total = (
+                np.concatenate([part[0, :, s.queries].ravel() for s in sequences] or [part.ravel()]).reshape(tokens)
+                for part in (maximum, total)
+            )
+        else:
+            maximum, total = maximum[0].T, total[0].T
+    lanes = (np.repeat(part[..., None], _LANES, axis=-1) for part in (maximum, total))
+    return AttentionState(np.ascontiguousarray(out), *lanes)
+
+
+def _sequences(q: np.ndarray, k: np.ndarray, call: _Call) -> Iterator[_Sequence]:
+    if call.layout != "TND":
+        return (_Sequence(entry, slice(0, q.shape[2]), slice(0, k.shape[2])) for entry in range(q.shape[0]))
+    q_ends = _cumulative("actual_seq_qlen", call.qlen, q.shape[2], "q")
+    k_ends = q_ends
+    if call.kvlen is not None or k.shape[2] != q.shape[2]:
+        k_ends = _cumulative("actual_seq_kvlen", call.kvlen, k.shape[2], "k")
+    if len(k_ends) != len(q_ends):
+        raise ValueError(
+            f"actual_seq_kvlen has {len(k_ends) - 1} sequences and actual_seq_qlen {len(q_ends) - 1}; expected as many"
+        )
+    bounds = zip(q_ends[:-1], q_ends[1:], k_ends[:-1], k_ends[1:], strict=True)
+    return (_Sequence(0, slice(a, b), slice(c, d)) for a, b, c, d in bounds)
+
+
+def _positions(name: str, given: Any, tokens: int, sequences: list[slice]) -> np.ndarray:
+    if given is None:
+        places = np.zeros(tokens, np.int64)
+        for own in sequences:
+            places[own] = np.arange(own.stop - own.start)
+        return places
+    places = np.asarray(given)
+    if places.shape != (tokens,) or places.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} has shape {places.shape} and dtype {places.dtype.name}; expected integers of shape ({tokens},), "
+            "the position of each token within its sequence"
+        )
+    return places
+
+
+def _cumulative(name: str, given: Any, tokens: int, array: str) -> list[int]:
+    rule = f"cumulative lengths in tokens, non-decreasing from 0 to {tokens}, the number of tokens in {array}"
+    if given is None:
+        raise ValueError(f'layout "TND" needs {name}: {rule}')
+    ends = np.asarray(given)
+    if ends.ndim != 1 or ends.dtype.kind not in "iu" or not ends.size:
+        raise ValueError(f"{name} has shape {ends.shape} and dtype {ends.dtype.name}; expected 1-D integers, {rule}")
+    if ends[0] != 0 or ends[-1] != tokens or (np.diff(ends.astype(np.int64)) < 0).any():
+        hint = "; these look like lengths, pass [0, *np.cumsum(lengths)]" if ends.sum() == tokens != ends[-1] else ""
+        raise ValueError(f"{name} is {ends.tolist()}; expected {rule}{hint}")
+    return [int(end) for end in ends]
+
+
+def _checked(name: str, array: Any, layout: str) -> np.ndarray:
+    if layout not in _FORMS:
+        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(_FORMS)}")
+    array = np.asarray(array)
+    if array.dtype.name not in _DTYPES:
+        raise ValueError(f"{name} has dtype {array.dtype.name}; expected one of {', '.join(_DTYPES)}")
+    if array.ndim != _FORMS[layout].count(",") + 1:
+        split = "; split the hidden axis into heads, since their number is not passed" if layout == "SBH" else ""
+        raise ValueError(f'{name} has shape {array.shape}; expected {_FORMS[layout]} in layout "{layout}"{split}')
+    return array
+
+
+def _check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray, layout: str) -> None:
+    token = 0 if layout == "TND" else _AXES[layout][2]
+    expected = list(q.shape)
+    expected[token] = k.shape[token]
+    if list(k.shape) != expected:
+        raise ValueError(f"k has shape {k.shape}, q {q.shape}; expected them to differ in axis {token}, the tokens, only")
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {v.shape}; expected that of k, {k.shape}")
+
+
+def _rounder(dtype: str) -> Any:
+    """Return a function that rounds float64 once, to nearest even."""
+    if dtype != "bfloat16":
+        return lambda out: out.astype(dtype)
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise ImportError(
+            'dtype="bfloat16" needs ml_dtypes, which gives NumPy that type: python -m pip install ml_dtypes'
+        ) from error
+
+    def rounded(out: np.ndarray) -> np.ndarray:
+        # ml_dtypes goes by way of float32. Rounding to odd there makes the second rounding right.
+        with np.errstate(over="ignore"):
+            single = out.astype(np.float32)
+        bits = single.view(np.uint32)
+        bits -= np.abs(single) > np.abs(out)
+        bits |= single != out
+        return single.astype(bfloat16)
+
+    return rounded

@@ -1,0 +1,120 @@
+"""Numbers to fill attention states with, from what kernels emit to what breaks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+Generator = np.random.Generator
+Stats = list[np.ndarray]  # one (rows,) float64 array for each state
+Fill = Callable[[Generator, Stats, Stats], None]
+
+
+def _rows(rng: Generator, stats: Stats, share: float) -> list[np.ndarray]:
+    """For each state, which rows to touch: in some rows one state alone, in some several, in some all."""
+    count = len(stats[0])
+    picked = [rng.random(count) < share for _ in stats]
+    everywhere = rng.random(count) < share / 3
+    return [rows | everywhere for rows in picked]
+
+
+def _put(rng: Generator, stats: Stats, values: list[float], share: float = 0.25) -> None:
+    for part, rows in zip(stats, _rows(rng, stats, share), strict=True):
+        part[rows] = rng.choice(values, size=int(rows.sum()))
+
+
+def _empty(rng: Generator, maxima: Stats, sums: Stats) -> None:
+    """Both ways to be empty, with anything in the other number."""
+    for maximum, total, rows in zip(maxima, sums, _rows(rng, maxima, 0.3), strict=True):
+        way = rng.integers(0, 3, len(rows))
+        anything = rng.choice([np.nan, np.inf, 0.0, -1.0, 5.0], size=len(rows))
+        total[rows & (way == 0)] = rng.choice([0.0, -0.0])
+        maximum[rows & (way == 0)] = anything[rows & (way == 0)]
+        maximum[rows & (way == 1)] = -np.inf
+        total[rows & (way == 1)] = anything[rows & (way == 1)]
+        maximum[rows & (way == 2)] = -np.inf
+        total[rows & (way == 2)] = 0.0
+
+
+def _equal_maxima(rng: Generator, maxima: Stats, sums: Stats) -> None:
+    for maximum in maxima[1:]:
+        maximum[:] = maxima[0]
+
+
+# What may be done to ordinary statistics (maxima around 0, sums between 1 and 100).
+STATISTICS: dict[str, Fill] = {
+    "ordinary": lambda rng, maxima, sums: None,
+    "empty": _empty,
+    "nan-max": lambda rng, maxima, sums: _put(rng, maxima, [np.nan]),
+    "nan-sum": lambda rng, maxima, sums: _put(rng, sums, [np.nan]),
+    "infinite-max": lambda rng, maxima, sums: _put(rng, maxima, [np.inf, -np.inf]),
+    "infinite-sum": lambda rng, maxima, sums: _put(rng, sums, [np.inf]),
+    "huge-gaps": lambda rng, maxima, sums: _put(rng, maxima, [-1e4, 1e4, 3e38, -3e38, 87.0, -87.0, 104.0, 708.0, -708.0], 0.5),
+    "equal-maxima": _equal_maxima,
+    "negative-maxima": lambda rng, maxima, sums: _put(rng, maxima, [-50.0, -1e3, -1e30], 1.0),
+    "zero-maxima": lambda rng, maxima, sums: _put(rng, maxima, [0.0, -0.0], 0.7),
+    "subnormal-sums": lambda rng, maxima, sums: _put(rng, sums, [1e-45, 3e-42, 1e-38], 0.5),
+    "subnormal-weights": lambda rng, maxima, sums: _put(rng, maxima, [-88.0, -95.0, -100.0, -103.5, -104.5], 0.5),
+    "large-sums": lambda rng, maxima, sums: _put(rng, sums, [3e38, 1e38, 1e-38], 0.5),
+    "negative-sums": lambda rng, maxima, sums: _put(rng, sums, [-1.0, -2.5, 1.0], 0.4),
+}
+
+
+def _outputs(values: list[float], share: float) -> Callable[[Generator, np.ndarray], None]:
+    def fill(rng: Generator, output: np.ndarray) -> None:
+        rows = rng.random(output.shape) < share
+        output[rows] = rng.choice(values, size=int(rows.sum()))
+
+    return fill
+
+
+# What may be done to ordinary outputs (normally distributed).
+OUTPUTS: dict[str, Callable[[Generator, np.ndarray], None]] = {
+    "ordinary": lambda rng, output: None,
+    "special": _outputs([np.nan, np.inf, -np.inf, 0.0, -0.0], 0.1),
+    "signed-zeros": _outputs([0.0, -0.0], 0.6),
+    "tiny": _outputs([1e-45, -3e-42, 1e-38, 6e-8, -5e-5], 0.6),
+    "large": _outputs([6.5e4, -6.5e4, 3e4, 1e4], 0.5),
+    "cancelling": _outputs([1.0, -1.0], 1.0),
+}
+
+
+def fill_statistics(rng: Generator, kind: str, states: int, rows: int) -> tuple[Stats, Stats]:
+    """Make the statistics of some states.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    kind : str
+        A key of :data:`STATISTICS`.
+    states, rows : int
+
+    Returns
+    -------
+    maxima, sums : lists of `states` ndarrays of float64, shape (rows,)
+    """
+    maxima = [rng.normal(0.0, 3.0, rows) for _ in range(states)]
+    sums = [rng.uniform(1.0, 100.0, rows) for _ in range(states)]
+    STATISTICS[kind](rng, maxima, sums)
+    return maxima, sums
+
+
+def fill_output(rng: Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Make one state's output.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    kind : str
+        A key of :data:`OUTPUTS`.
+    shape : tuple of int
+
+    Returns
+    -------
+    ndarray of float32, `shape`
+        To be cast to the case's dtype.
+    """
+    output = rng.standard_normal(shape, dtype=np.float32)
+    OUTPUTS[kind](rng, output)
+    return output

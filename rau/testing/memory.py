@@ -1,0 +1,86 @@
+"""Ways an array may lie in memory: the same values, seen through views that kernels get wrong."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PLACEMENTS = ("contiguous", "offset", "strided", "padded", "transposed", "reversed", "broadcast", "gapped")
+PACKED_PLACEMENTS = ("contiguous", "offset", "broadcast")  # packed rows must be evenly spaced
+OUT_PLACEMENTS = ("contiguous", "offset", "strided", "padded", "transposed", "reversed")
+
+_GUARD = 0xA5  # a byte that no result happens to be made of
+
+
+class Placed(NamedTuple):
+    """A view and the memory around it."""
+
+    view: np.ndarray
+    memory: np.ndarray  # uint8, all of it
+
+    def guards_intact(self) -> bool:
+        """Tell whether the memory that the view does not reach still holds what `place` left there."""
+        kept = self.view.copy()
+        self.view.view(_bits(self.view)).fill(np.frombuffer(bytes([_GUARD]) * self.view.itemsize, _bits(self.view))[0])
+        intact = bool((self.memory == _GUARD).all())
+        self.view[...] = kept
+        return intact
+
+
+def _bits(array: np.ndarray) -> np.dtype[Any]:
+    return np.dtype(f"u{array.itemsize}")
+
+
+def place(values: np.ndarray, placement: str, token_axis: int = 0) -> Placed:
+    """Put values into fresh memory in one of several ways.
+
+    Parameters
+    ----------
+    values : ndarray
+        Its values, shape and dtype are kept.
+    placement : str
+        "contiguous"; "offset" by one element from any alignment; "strided": every other token of a larger array;
+        "padded": rows of a wider array; "transposed": the first two axes swapped in memory; "reversed": tokens
+        backwards; "broadcast": the last axis has stride 0 (statistics only); "gapped": the last axis is not contiguous.
+    token_axis : int, default 0
+        The axis that "strided" and "reversed" act on.
+
+    Returns
+    -------
+    Placed
+        The rest of the memory is filled with a guard pattern.
+    """
+    shape, dtype = values.shape, values.dtype
+
+    def room(of: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        memory = np.full(int(np.prod(of)) * dtype.itemsize, _GUARD, np.uint8)
+        return memory, memory.view(dtype).reshape(of)
+
+    if placement == "contiguous":
+        memory, view = room(shape)
+    elif placement == "offset":
+        memory, flat = room((values.size + 1,))
+        view = flat[1:].reshape(shape)
+    elif placement in ("strided", "reversed"):
+        step = 2 if placement == "strided" else -1
+        wide = tuple(n * abs(step) if axis == token_axis else n for axis, n in enumerate(shape))
+        memory, view = room(wide)
+        view = view[tuple(slice(None, None, step if axis == token_axis else 1) for axis in range(len(shape)))]
+    elif placement == "padded":
+        memory, view = room((*shape[:-1], shape[-1] + 3))
+        view = view[..., : shape[-1]]
+    elif placement == "transposed":
+        memory, view = room((shape[1], shape[0], *shape[2:]))
+        view = view.swapaxes(0, 1)
+    elif placement == "broadcast":
+        memory, view = room((*shape[:-1], 1))
+        view[...] = values[..., :1]
+        return Placed(np.broadcast_to(view, shape), memory)
+    elif placement == "gapped":
+        memory, view = room((*shape[:-1], 2 * shape[-1]))
+        view = view[..., ::2]
+    else:
+        raise ValueError(f"placement {placement!r} is none of {', '.join(PLACEMENTS)}")
+    view[...] = values
+    return Placed(view, memory)

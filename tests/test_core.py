@@ -1,0 +1,182 @@
+"""The compiled core: that it is there, its exponential, its floating-point mode, forks, threads, memory."""
+
+import ctypes
+import decimal
+import math
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import rau
+from rau.backends.numpy_ import exp_nonpositive
+from rau.testing.bits import same_bits
+from rau.testing.cases import Case
+
+_core = pytest.importorskip("rau._core", reason="test_packaging.py fails where it should be there")
+
+
+def python(code, timeout=60, **env):
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_exponential_is_as_good_as_promised():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([-rng.uniform(0, 708, 3000), -(10.0 ** rng.uniform(-320, 2, 1000)), [-708.0, 0.0, -0.0]])
+    got = exp_nonpositive(x)
+    decimal.getcontext().prec = 50
+    for xi, gi in zip(x.tolist(), got.tolist(), strict=True):
+        exact = decimal.Decimal(xi).exp()
+        assert abs(decimal.Decimal(gi) - exact) <= exact * decimal.Decimal(3.6) * decimal.Decimal(2) ** -53, xi
+
+
+def test_the_exponential_at_its_ends():
+    x = np.array([0.0, -0.0, math.nextafter(-708.0, -math.inf), -1e300, -math.inf, math.nan])
+    assert exp_nonpositive(x)[:5].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert math.isnan(exp_nonpositive(x)[5])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fesetround by the number that Linux on x86-64 gives it")
+def test_another_rounding_mode_changes_nothing_and_is_put_back():
+    """Upward rounding, as another library may have left it: every worker sets its own mode."""
+    import platform
+
+    if platform.machine() != "x86_64":
+        pytest.skip("FE_UPWARD has another number here")
+    libm = ctypes.CDLL("libm.so.6")
+    upward = 0x800
+    case = Case(id="rounding-mode", tokens=700, heads=8, head_dim=64, out="given")
+    reference = case.make().run("cython")
+    call = case.make()
+    assert libm.fesetround(upward) == 0
+    try:
+        result = call.run("cython")
+        left = libm.fegetround()
+    finally:
+        libm.fesetround(0)
+    assert left == upward
+    assert not same_bits(reference, result)
+
+
+def test_a_forked_child_completes_after_a_threaded_call():
+    code = """
+import os, rau, warnings
+from rau.testing.cases import Case
+from rau.testing.bits import same_bits
+from rau import _core
+warnings.simplefilter("ignore", DeprecationWarning)
+rau.set_num_threads(2)
+case = Case(id="fork", tokens=2000, heads=8, head_dim=64)
+reference = case.make().run("cython")
+child = os.fork()
+if child == 0:
+    os._exit(0 if _core.forked() and not same_bits(reference, case.make().run("cython")) else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert not _core.forked() and not same_bits(reference, case.make().run("cython"))
+"""
+    python(code, timeout=60)
+
+
+def test_the_gil_is_released():
+    """With switching by time turned off, another thread can run during the call only if the call lets it."""
+    case = Case(id="gil", tokens=20000, heads=8, head_dim=64, out="given")
+    call = case.make()
+    inside, seen = threading.Event(), False
+
+    def work():
+        inside.set()
+        for _ in range(5):
+            call.run("cython")
+        inside.clear()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        while thread.is_alive():
+            seen |= inside.is_set()
+            time.sleep(0)
+    finally:
+        sys.setswitchinterval(before)
+    thread.join()
+    assert seen
+
+
+def test_many_threads_may_call_at_once():
+    cases = [Case(id=f"concurrent/{i}", tokens=300 + i, heads=4, head_dim=64, dtype="bfloat16") for i in range(8)]
+    references = [case.make().run("numpy") for case in cases]
+    wrong = []
+
+    def work(case, reference):
+        for _ in range(10):
+            wrong.extend(same_bits(reference, case.make().run("cython")))
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(cases, references, strict=True)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+MEMORY = """
+import resource, numpy as np, rau
+from rau import _core
+rau.set_num_threads(2)
+shape, stats = (8192, 1, 8 * 256), (1, 8, 8192, 8)
+def state():
+    wide = np.ones((8192, 2, 8 * 256), np.float32)
+    return (wide[:, :1] if STRIDED else np.ones(shape, np.float32)), np.ones(stats, np.float32), np.ones(stats, np.float32)
+prev, cur, out = state(), state(), state()
+small = [a[:64] if a.ndim == 3 else a[:, :, :64] for a in prev]
+rau.ring_attention_update(*small, *small)  # whatever is loaded on first use
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rau.ring_attention_update(*prev, *cur, out=out, backend="cython")
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+assert grown < prev[0].nbytes / 8, grown  # the output is 64 MiB
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux only")
+@pytest.mark.parametrize("strided", [False, True])
+def test_no_temporary_of_the_outputs_size(strided):
+    python(f"STRIDED = {strided}\n{MEMORY}")
+
+
+def test_an_override_of_the_simd_version_is_taken_and_a_wrong_one_told():
+    code = "import rau; rau.registry.get('cython'); from rau import _core; print(_core.simd())"
+    for version in _core.simd_versions():
+        assert python(code, RAU_SIMD=version).strip() == version
+    code = """
+import rau
+try:
+    rau.registry.get("cython")
+except rau.BackendUnavailableError as error:
+    print(error)
+"""
+    assert "RAU_SIMD = 'avx3': no version 'avx3'; this processor and build have baseline" in python(code, RAU_SIMD="avx3")
+
+
+def test_threads_start_from_the_environment():
+    code = "import rau; print(rau.get_num_threads())"
+    assert python(code, OMP_NUM_THREADS="3,1").strip() == "3"
+    assert int(python(code, OMP_NUM_THREADS="many")) >= 1
+
+
+def test_the_number_of_threads_can_be_set():
+    before = rau.get_num_threads()
+    try:
+        rau.set_num_threads(np.int64(5))
+        assert rau.get_num_threads() == 5
+    finally:
+        rau.set_num_threads(before)
