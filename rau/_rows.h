@@ -24,6 +24,7 @@
 #endif
 #if defined(RAU_X86) && defined(__GNUC__) /* gcc and clang compile a function for a version by attribute */
 #define RAU_VERSIONS 1
+#include <cpuid.h>
 #endif
 
 #if defined(__GNUC__)
@@ -92,9 +93,20 @@ typedef union { uint64_t u; double f; } rau_bits64;
 #include "_rows_isa.h"
 
 #define RAU_VERSION avx512
+#ifdef __clang__
+#define RAU_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c"), min_vector_width(512)))
+#else
 #define RAU_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512")))
+#endif
 #define RAU_F16C 1
 #include "_rows_isa.h"
+#endif
+
+#ifdef RAU_VERSIONS
+static int rau_has_f16c(void) { /* not every compiler's __builtin_cpu_supports knows the name */
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
 #endif
 
 /* The versions that this processor can run, best last; returns how many. */
@@ -103,7 +115,7 @@ static int rau_versions(const rau_version *found[3]) {
     found[count++] = &rau_version_baseline;
 #ifdef RAU_VERSIONS
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
+    if (__builtin_cpu_supports("avx2") && rau_has_f16c())
         found[count++] = &rau_version_avx2;
     if (count == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

@@ -53,7 +53,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rau_weigh_run)(
             /* An empty side is (-inf, 0) from here on, whatever stood there. */
             m[k * RAU_RUN + j] = mk;
             l[k * RAU_RUN + j] = empty ? 0.0 : lk;
-            max[j] = (mk > max[j]) | (mk != mk) ? mk : max[j]; /* a NaN stays: nothing is larger */
+            max[j] = ((mk > max[j]) | (mk != mk)) ? mk : max[j]; /* a NaN stays: nothing is larger */
             live[j] += empty ? 0.0 : 1.0;
             alone[j] = empty ? alone[j] : lk;
         }
@@ -93,7 +93,6 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rau_weigh_run)(
 
 RAU_INLINE RAU_TARGET void RAU_NAME(rau_weigh)(rau_tile *tile, const int wide) {
     const ptrdiff_t states = tile->states, rows = tile->tokens * tile->heads, lanes = tile->lanes;
-    const ptrdiff_t item = wide ? sizeof(double) : sizeof(float);
     double RAU_ALIGNED(max[RAU_RUN]), RAU_ALIGNED(sum[RAU_RUN]);
     /* Run along the axis whose rows are closer together. */
     const ptrdiff_t by_token = tile->max[states].token, by_head = tile->max[states].head;
@@ -143,7 +142,6 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rau_weigh)(rau_tile *tile, const int wide) {
                 }
             }
         }
-    (void)item;
 }
 
 static RAU_TARGET void RAU_NAME(rau_weigh_f32)(rau_tile *tile) { RAU_NAME(rau_weigh)(tile, 0); }

@@ -43,7 +43,8 @@ class Memory(NamedTuple):
 
     def same_view(self, other: Memory) -> bool:
         """Tell whether both name the same elements in the same order; an axis of length 1 has no stride."""
-        return self[:2] == other[:2] and all(
+        same = (self.address, self.shape, self.itemsize) == (other.address, other.shape, other.itemsize)
+        return same and all(
             mine == its or length == 1
             for length, mine, its in zip(self.shape, self.strides, other.strides, strict=True)
         )
@@ -67,8 +68,29 @@ class Memory(NamedTuple):
         try:
             # The bound keeps the solver's worst case, which is exponential, below about a tenth of a second.
             return np.shares_memory(np.asarray(self), np.asarray(other), max_work=1_000_000)
-        except np.exceptions.TooHardError:
+        except (np.exceptions.TooHardError, OverflowError):
             return True
+
+    def overlaps_itself(self) -> bool:
+        """Decide exactly whether two of its elements share a byte; True as well where that takes too long."""
+        if 0 in self.shape:
+            return False
+        # Nearly always each stride steps over all that the smaller ones reach.
+        reach = self.itemsize
+        for step, length in sorted((abs(s), n) for n, s in zip(self.shape, self.strides, strict=True) if n > 1):
+            if step < reach:
+                break
+            reach += step * (length - 1)
+        else:
+            return False
+        # Two elements differ first on some axis, and what they share does not depend on the indices before it.
+        for axis, (length, step) in enumerate(zip(self.shape, self.strides, strict=True)):
+            shape, strides = self.shape[axis + 1 :], self.strides[axis + 1 :]
+            first = Memory(self.address, shape, strides, self.itemsize)
+            later = Memory(self.address + step, (length - 1, *shape), (step, *strides), self.itemsize)
+            if first.overlaps(later):
+                return True
+        return False
 
 
 class Kind(Protocol):
@@ -221,6 +243,29 @@ def kind_of(array: Any) -> Kind | None:
     return kind
 
 
+def not_an_array(name: str, value: object) -> str:
+    """Word the message about an argument that is no array.
+
+    Parameters
+    ----------
+    name : str
+        The argument's.
+    value : object
+
+    Returns
+    -------
+    str
+    """
+    cls = type(value)
+    got = "None" if value is None else f"of type {cls.__module__}.{cls.__qualname__}".replace("builtins.", "")
+    text = f"{name} is {got}; expected an array (NumPy, or of a kind that a backend takes)."
+    if isinstance(value, (list, tuple)):
+        text += " Convert it with numpy.asarray(..., dtype=...)."
+    elif isinstance(value, np.ma.MaskedArray):
+        text += " A mask would be lost: fill it first; an empty row has softmax_sum 0."
+    return text
+
+
 def _find(cls: type) -> Kind | None:
     if issubclass(cls, np.ma.MaskedArray):
         return None
@@ -233,27 +278,3 @@ def _find(cls: type) -> Kind | None:
         if name in names:
             return ForeignKind(name)
     return None
-
-
-def internally_disjoint(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Tell whether no two elements of a strided array share memory.
-
-    The test is sufficient, not necessary: each stride must step over all that the smaller ones reach.
-
-    Parameters
-    ----------
-    shape, strides : tuple of int
-
-    Examples
-    --------
-    >>> internally_disjoint((4, 8), (8, 1)), internally_disjoint((4, 8), (0, 1))
-    (True, False)
-    """
-    if 0 in shape:
-        return True
-    reach = 0
-    for step, length in sorted((abs(s), n) for n, s in zip(shape, strides, strict=True) if n > 1):
-        if step <= reach:
-            return False
-        reach += step * (length - 1)
-    return True

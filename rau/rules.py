@@ -6,6 +6,7 @@ entry of the vendor's operator library; *rau* a rule of this package, with its r
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from rau.errors import ConstraintError, DTypeError, LayoutError, OptionError, ShapeError
@@ -82,19 +83,56 @@ class Report:
         """
         self.broken.append((rule, message))
 
-    def raise_if_broken(self) -> None:
-        """Raise one error that lists everything noted.
+    def choice(self, rule: str, argument: str, value: object, known: Collection[str], note: str = "") -> bool:
+        """Note an option whose value does not exist, with the closest one that does.
 
-        Raises
-        ------
-        ConstraintError
-            Of the class of the first broken rule.
+        Parameters
+        ----------
+        rule : str
+            A key of :data:`RULES`.
+        argument : str
+            The option's name.
+        value : object
+        known : collection of str
+        note : str, optional
+            Appended: what the values mean.
+
+        Returns
+        -------
+        bool
+            Whether the value exists.
         """
-        if not self.broken:
-            return
+        if isinstance(value, str) and value in known:  # asked in this order, anything can be tested
+            return True
+        import difflib
+        import reprlib  # an array in the wrong place may be long
+
+        expected = ", ".join(f'"{name}"' for name in known)
+        text = f"{argument} = {reprlib.repr(value)}; expected one of {expected}."
+        if isinstance(value, str):
+            lowered = {name.lower(): name for name in known}
+            close = difflib.get_close_matches(value.lower(), lowered, n=1)
+            if close:
+                text += f' Did you mean "{lowered[close[0]]}"?'
+        self.add(rule, text + note)
+        return False
+
+    def error(self) -> ConstraintError:
+        """Word everything noted as one error, of the class of the first broken rule."""
         lines = [f"[{rule}] {message}" for rule, message in self.broken]
         if len(lines) == 1:
             text = f"{self.call}: {lines[0]}"
         else:
             text = "\n  ".join([f"{self.call}: {len(lines)} rules are broken:", *lines])
-        raise RULES[self.broken[0][0]].error(text, (rule for rule, _ in self.broken))
+        return RULES[self.broken[0][0]].error(text, (rule for rule, _ in self.broken))
+
+    def raise_if_broken(self) -> None:
+        """Raise what was noted.
+
+        Raises
+        ------
+        ConstraintError
+            If anything was.
+        """
+        if self.broken:
+            raise self.error()

@@ -13,7 +13,7 @@ import numpy as np
 from rau.state import AttentionState
 from rau.testing.expected import widen
 
-_SCORES = 2**18  # scores computed at a time: they stay in the cache
+_SCORES = 2**22  # scores computed at a time, 32 MB; much smaller products lose time to BLAS's own threads
 _LANES = 8
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Where (batch, head, token) stand in (..., D) arrays.
@@ -147,13 +147,16 @@ class _Call(NamedTuple):
 class _Sequence(NamedTuple):
     """One sequence: which tokens it has among the queries and the keys (in SBH, which batch entry it is)."""
 
-    index: int
+    entry: int
     queries: slice
     keys: slice
 
 
 def _attend(q: Any, k: Any, v: Any, call: _Call, stats_dtype: np.dtype[Any], rounded: Any) -> AttentionState:
     """Walk over the sequences and heads; each is a matrix of queries against one of keys."""
+    for option, given, known in (("layout", call.layout, _FORMS), ("softmax_layout", call.softmax_layout, ("TND", "SBH"))):
+        if given not in known:
+            raise ValueError(f"{option} is {given!r}; expected one of {', '.join(known)}")
     q, k, v = (_checked(name, array, call.layout) for name, array in (("q", q), ("k", k), ("v", v)))
     _check_shapes(q, k, v, call.layout)
     if call.layout == "TND":
@@ -169,12 +172,14 @@ def _attend(q: Any, k: Any, v: Any, call: _Call, stats_dtype: np.dtype[Any], rou
     for sequence in sequences:
         places = (q_places[sequence.queries], k_places[sequence.keys]) if call.causal else None
         for head in range(q.shape[1]):
-            rows, keys = (sequence.index, head, sequence.queries), (sequence.index, head, sequence.keys)
-            for array, part in zip(
-                (out, maximum, total), _softmax(widen(q[rows]), widen(k[keys]), widen(v[keys]), places, stats_dtype)
-            ):
-                array[rows] = part
-    return _in_vendor_form(rounded(out), maximum.astype(stats_dtype), total.astype(stats_dtype), call, sequences)
+            rows, keys = (sequence.entry, head, sequence.queries), (sequence.entry, head, sequence.keys)
+            with np.errstate(all="ignore"):  # infinities and NaN go where they go
+                out[rows], maximum[rows], total[rows] = _softmax(
+                    widen(q[rows]), widen(k[keys]), widen(v[keys]), places, stats_dtype
+                )
+    with np.errstate(all="ignore"):
+        state = AttentionState(rounded(out), maximum.astype(stats_dtype), total.astype(stats_dtype))
+    return _in_vendor_form(state, call, sequences)
 
 
 def _softmax(
@@ -220,10 +225,9 @@ def _softmax(
     return out, maximum, total
 
 
-def _in_vendor_form(
-    out: np.ndarray, maximum: np.ndarray, total: np.ndarray, call: _Call, sequences: list[_Sequence]
-) -> AttentionState:
+def _in_vendor_form(state: AttentionState, call: _Call, sequences: list[_Sequence]) -> AttentionState:
     """Bring (B, N, S, ...) arrays into the layout of the call, and give the statistics their lanes."""
+    out, maximum, total = state
     if call.layout == "SBH":
         out = out.transpose(2, 0, 1, 3)
         out = out.reshape(*out.shape[:2], out.shape[2] * out.shape[3])
@@ -287,8 +291,6 @@ def _cumulative(name: str, given: Any, tokens: int, array: str) -> list[int]:
 
 
 def _checked(name: str, array: Any, layout: str) -> np.ndarray:
-    if layout not in _FORMS:
-        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(_FORMS)}")
     array = np.asarray(array)
     if array.dtype.name not in _DTYPES:
         raise ValueError(f"{name} has dtype {array.dtype.name}; expected one of {', '.join(_DTYPES)}")
@@ -321,8 +323,7 @@ def _rounder(dtype: str) -> Any:
 
     def rounded(out: np.ndarray) -> np.ndarray:
         # ml_dtypes goes by way of float32. Rounding to odd there makes the second rounding right.
-        with np.errstate(over="ignore"):
-            single = out.astype(np.float32)
+        single = out.astype(np.float32)
         bits = single.view(np.uint32)
         bits -= np.abs(single) > np.abs(out)
         bits |= single != out

@@ -1,0 +1,163 @@
+"""``out``: the arrays to write into, and what they may share memory with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rau.arrays import Kind, kind_of, not_an_array
+from rau.layouts import contiguous_strides, packed_row_stride
+from rau.rules import Report
+from rau.state import AttentionState
+
+FIELDS = AttentionState._fields
+
+Names = Callable[[int, int], str]  # (state, field) -> the name that the caller knows it by
+
+
+def is_triple(report: Report, out: Any) -> bool:
+    """Check that `out` is three things.
+
+    Parameters
+    ----------
+    report : Report
+    out : object
+
+    Returns
+    -------
+    bool
+    """
+    if isinstance(out, (tuple, list)) and len(out) == 3:
+        return True
+    got = f"has {len(out)} items" if isinstance(out, (tuple, list)) else f"is of type {type(out).__name__}"
+    report.add("out", f"out {got}; expected an AttentionState or a triple (attn_out, softmax_max, softmax_sum).")
+    return False
+
+
+def check_out(
+    report: Report,
+    kind: Kind,
+    states: Sequence[Sequence[Any]],
+    out: Sequence[Any],
+    names: Names,
+    dtypes: tuple[str, str],
+    packed: bool,
+) -> tuple[bool, list[tuple[int, ...]] | None]:
+    """Check the arrays to write into.
+
+    Parameters
+    ----------
+    report : Report
+    kind : Kind
+        That of the inputs.
+    states : sequence of triples of arrays
+        The inputs.
+    out : triple of objects
+    names : callable
+        Gives the caller's name of array `field` of state `state`.
+    dtypes : tuple of str
+        Of the output and of the statistics.
+    packed : bool
+        The statistics are packed per sequence.
+
+    Returns
+    -------
+    in_place : bool
+        An output stands on an input.
+    strides : list of tuples of int, or None
+        In elements; None where all three are contiguous, or where something is broken.
+    """
+    broken = len(report.broken)
+    device = kind.device(states[0][0])
+    strides = []
+    contiguous = True
+    for field, array in enumerate(out):
+        name, like = f"out.{FIELDS[field]}", states[0][field]
+        its = kind_of(array)
+        if its is None:
+            report.add("array", not_an_array(name, array))
+            continue
+        if its.name != kind.name:
+            report.add("array-kind", f"{name} is a {its.name} array; expected a {kind.name} one, like the inputs.")
+            continue
+        if its.device(array) != device:
+            report.add("array-device", f"{name} is on {its.device(array)}; expected {device}, like the inputs.")
+        dtype, wanted = its.dtype(array), dtypes[field > 0]
+        if dtype != wanted:
+            report.add("out-dtype", f"{name} has dtype {dtype}; expected {wanted}, that of {names(0, field)}.")
+        if not its.writable(array):
+            report.add("out-writable", f"{name} is read-only; expected an array that may be written to.")
+        if tuple(array.shape) != tuple(like.shape):
+            report.add("out-shape", f"{name} has shape {tuple(array.shape)}; expected {tuple(like.shape)}, "
+                       f"that of {names(0, field)}.")  # fmt: skip
+        elif its.contiguous(array):
+            strides.append(contiguous_strides(array.shape))
+        else:
+            contiguous = False
+            strides.append(_check_strides(report, its, name, array, packed and field > 0))
+    if len(report.broken) > broken:
+        return False, None
+    return _check_overlap(report, kind, states, out, names), None if contiguous else strides
+
+
+def _check_strides(report: Report, kind: Kind, name: str, array: Any, packed: bool) -> tuple[int, ...]:
+    """Check that rows can be written whole, each element once; return the strides in elements."""
+    shape = tuple(array.shape)
+    strides = kind.strides(array)
+    if strides is None or (shape[-1] > 1 and strides[-1] != 1):
+        report.add("out-strides", f"{name} has byte strides {array.strides} for shape {shape}; expected an aligned array "
+                   "with a contiguous last axis. Pass such an array and assign from it.")  # fmt: skip
+        return ()
+    if packed and packed_row_stride(shape, strides) is None:
+        report.add("packed-regular", f"{name} has strides {strides} (in elements) for shape {shape}; packed statistics "
+                   "must be contiguous. Pass such an array and assign from it.")  # fmt: skip
+    if kind.memory(array).overlaps_itself():
+        report.add("out-overlap", f"{name} overlaps itself (strides {strides} in elements for shape {shape}); expected "
+                   "one memory cell for each element. Pass a copy.")  # fmt: skip
+    return strides
+
+
+def _check_overlap(
+    report: Report, kind: Kind, states: Sequence[Sequence[Any]], out: Sequence[Any], names: Names
+) -> bool:
+    """Refuse outputs that share memory with anything, save an input of their own role exactly beneath them.
+
+    Returns whether the call is in place.
+    """
+    # Most calls are settled by one sweep over the extents: no two of them meet.
+    in_place = False
+    extents = [kind.extent(array) for array in out]
+    for state in states:
+        for field, array in enumerate(state):
+            if array is out[field]:
+                in_place = True
+            else:
+                extents.append(kind.extent(array))
+    extents.sort()
+    end = 0
+    for low, high in extents:
+        if low < end and low < high:
+            break
+        end = max(end, high)
+    else:
+        return in_place
+
+    in_place = False
+    memory = [kind.memory(array) for array in out]
+    for field, mine in enumerate(memory):
+        for later in range(field + 1, 3):
+            if mine.overlaps(memory[later]):
+                report.add("out-overlap", f"out.{FIELDS[field]} and out.{FIELDS[later]} share memory; "
+                           "expected three separate arrays.")  # fmt: skip
+        for k, state in enumerate(states):
+            for role, array in enumerate(state):
+                its = kind.memory(array)
+                if not mine.overlaps(its):
+                    continue
+                if mine.same_view(its) and (role == 0) == (field == 0):
+                    in_place = True
+                else:
+                    report.add("out-overlap", f"out.{FIELDS[field]} shares memory with {names(k, role)} without being "
+                               "the same view of it; expected separate memory, or exactly that array "
+                               "(in place).")  # fmt: skip
+    return in_place

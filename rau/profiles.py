@@ -1,0 +1,96 @@
+"""The profiles: which limits hold, the reference page's, those of CANN's V2 entry, or none but shapes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from rau.arrays import ITEMSIZE
+from rau.layouts import LAYOUTS
+from rau.rules import Report
+
+__all__ = ["PROFILES", "Profile", "unified_buffer_bytes"]
+
+UNIFIED_BUFFER = 192 * 1024
+
+_SUPPORTED = ("float16", "bfloat16", "float32")
+_CHIP = ' This is a limit of the Ascend chip; profile="portable" lifts it.'
+
+
+class Profile(NamedTuple):
+    """One set of limits."""
+
+    layouts: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    lanes: tuple[int, ...]
+    vendor: bool  # actual_seq_qlen is required in TND, int64, and prev and cur have one dtype
+    limits: Callable[[Report, str, int, int, str], None]  # in TND: report, argument's name, N, D, dtype
+
+
+def _align(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def unified_buffer_bytes(heads: int, head_dim: int, itemsize: int) -> int:
+    """Bytes of the chip's unified buffer that one token takes in layout TND.
+
+    Parameters
+    ----------
+    heads, head_dim : int
+    itemsize : int
+        Bytes of one element of attn_out.
+
+    Returns
+    -------
+    int
+        At most 192 * 1024 is accepted.
+
+    Notes
+    -----
+    The formula is the reference page's.
+
+    Examples
+    --------
+    >>> unified_buffer_bytes(42, 128, 4), unified_buffer_bytes(43, 128, 4)
+    (193536, 197632)
+    """
+    return _align(heads * head_dim, 64) * (itemsize * 6 + 8) + _align(heads * 8, 64) * 56
+
+
+def _head_dim_64(report: Report, name: str, head_dim: int) -> None:
+    if head_dim % 64:
+        report.add(
+            "tnd-head-dim-64",
+            f'the last axis of {name} is D = {head_dim}; layout "TND" takes multiples of 64.{_CHIP}',
+        )
+
+
+def _mindspore_limits(report: Report, name: str, heads: int, head_dim: int, dtype: str) -> None:
+    _head_dim_64(report, name, head_dim)
+    itemsize = ITEMSIZE.get(dtype, 4)
+    need = unified_buffer_bytes(heads, head_dim, itemsize)
+    if need > UNIFIED_BUFFER:
+        report.add(
+            "tnd-unified-buffer",
+            f"{name} with N = {heads}, D = {head_dim}, {dtype} needs AlignUp(N*D, 64) * ({itemsize}*6 + 8) "
+            f"+ AlignUp(N*8, 64) * 56 = {need} bytes; the limit is 192*1024 = {UNIFIED_BUFFER}.{_CHIP}",
+        )
+
+
+def _cann_v2_limits(report: Report, name: str, heads: int, head_dim: int, dtype: str) -> None:
+    _head_dim_64(report, name, head_dim)
+    if heads > 256:
+        report.add("tnd-heads-256", f"{name} has N = {heads} heads; the limit is 256.{_CHIP}")
+    if head_dim > 768:
+        report.add("tnd-head-dim-768", f"{name} has D = {head_dim}; the limit is 768.{_CHIP}")
+
+
+def _no_limits(report: Report, name: str, heads: int, head_dim: int, dtype: str) -> None:
+    pass
+
+
+PROFILES: dict[str, Profile] = {
+    "mindspore": Profile(("SBH", "TND"), _SUPPORTED, (8,), True, _mindspore_limits),
+    "cann-v2": Profile(("SBH", "TND"), _SUPPORTED, (8,), True, _cann_v2_limits),
+    "portable": Profile(tuple(LAYOUTS), (*_SUPPORTED, "float64"), (8, 1), False, _no_limits),
+}
