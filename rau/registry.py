@@ -10,12 +10,12 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import ContextDecorator
-from contextvars import ContextVar, Token
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from rau.backends import Backend
+from rau.backends import Backend, Capabilities
 from rau.errors import BackendUnavailableError, RauError, UnknownBackendError, UnsupportedError
 from rau.problem import Problem
 
@@ -29,7 +29,9 @@ INSTALL_HINT = (
 
 _logger = logging.getLogger("rau")
 _lock = threading.RLock()
-_requested: ContextVar[str | None] = ContextVar("rau_backend", default=None)
+# The innermost use_backend's name, and what was there before it.
+_Requested = tuple[str, Any] | None
+_requested: ContextVar[_Requested] = ContextVar("rau_backend", default=None)
 
 
 class _Entry:
@@ -94,12 +96,17 @@ def _scan() -> None:
     with _lock:
         if _scanned:
             return
-        from importlib.metadata import entry_points
+        from importlib.metadata import distributions
 
         found: dict[str, dict[str, Any]] = {}
-        for point in entry_points(group=GROUP):
-            owner = point.dist.name if point.dist else "an unknown distribution"
-            found.setdefault(point.name, {})[owner] = point
+        for distribution in distributions():
+            try:
+                points = distribution.entry_points.select(group=GROUP)
+                owner = (points and distribution.name) or "an unknown distribution"
+            except Exception:  # its metadata are broken: that must not hide the others
+                continue
+            for point in points:
+                found.setdefault(point.name, {}).setdefault(owner, point)  # the first on the path is what is imported
         for name, owners in sorted(found.items()):
             if name in _entries:
                 _entries[name].notes += [
@@ -145,7 +152,7 @@ def _load(name: str) -> _Entry:
             if entry.instance is None and entry.failure is None:
                 try:
                     entry.instance = entry.cls() if isinstance(entry.cls, type) else entry.cls
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     entry.failure = error
     return entry
 
@@ -157,11 +164,21 @@ def _load_class(name: str) -> Any:
         if entry.cls is None and entry.failure is None:
             try:
                 if name in blocked():
-                    raise BackendUnavailableError(f'RAU_BLOCK = "{os.environ["RAU_BLOCK"]}" names it')
-                entry.cls = entry.load()
-            except Exception as error:
+                    raise BackendUnavailableError(f"RAU_BLOCK = {os.environ['RAU_BLOCK']!r} names it")
+                cls = entry.load()
+                if fault := _fault(cls):
+                    raise BackendUnavailableError(f"{cls!r} is no backend: {fault}")
+                entry.cls = cls
+            except (Exception, SystemExit) as error:  # a plugin may do anything while it is imported
                 entry.failure = error
     return entry.cls
+
+
+def _fault(backend: Any) -> str:
+    """What a class or an instance lacks to be a backend; empty where it lacks nothing."""
+    if not isinstance(getattr(backend, "capabilities", None), Capabilities):
+        return "it has no attribute `capabilities`, a rau.backends.Capabilities"
+    return "" if callable(getattr(backend, "update", None)) else "it has no method `update`"
 
 
 def _known(name: str) -> bool:
@@ -215,7 +232,7 @@ def get(name: str, origin: str = "") -> Any:
 
 
 def _reason(failure: BaseException) -> str:
-    text = str(failure) or type(failure).__name__
+    text = " ".join(str(failure).split()) or "no reason given"
     return text if isinstance(failure, RauError) else f"{type(failure).__name__}: {text}"
 
 
@@ -251,16 +268,41 @@ def register(backend: Any, name: str | None = None) -> None:
     Raises
     ------
     UnknownBackendError
-        If it has no name, or one that is taken.
+        If it has no name, or one that is taken, or is no backend.
     """
     name = name or getattr(backend, "name", None)
     if not isinstance(name, str) or not name:
         raise UnknownBackendError(f"{backend!r} has no name; expected a class attribute `name`, a str.")
+    if fault := _fault(backend):
+        raise UnknownBackendError(f"{backend!r} is no backend: {fault}.")
     with _lock:
         if _known(name):
             taken = _entries[name].origin
             raise UnknownBackendError(f'the name "{name}" is taken ({taken}); choose another one.')
         _entries[name] = _Entry("registered", lambda: backend)
+
+
+@contextmanager
+def provisionally(backend: Any) -> Iterator[None]:
+    """Make a backend known for the length of a ``with`` block, in place of another one of its name.
+
+    Parameters
+    ----------
+    backend : Backend
+        An instance, such as a kernel under development that is being checked.
+    """
+    _known(backend.name)
+    before = _entries.get(backend.name)
+    entry = _Entry("under test", lambda: backend)
+    entry.cls = entry.instance = backend
+    _entries[backend.name] = entry
+    try:
+        yield
+    finally:
+        if before is None:
+            del _entries[backend.name]
+        else:
+            _entries[backend.name] = before
 
 
 def refresh() -> None:
@@ -303,7 +345,8 @@ class use_backend(ContextDecorator):  # noqa: N801 - used like a function
 
     Notes
     -----
-    The choice is a context variable: threads and asyncio tasks each have their own.
+    The choice is a context variable: threads and asyncio tasks each have their own. A decorated coroutine function
+    has it while it runs. A generator would leave it to whoever asks for the next item: use a ``with`` block there.
 
     Examples
     --------
@@ -315,19 +358,34 @@ class use_backend(ContextDecorator):  # noqa: N801 - used like a function
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._tokens: list[Token[str | None]] = []
 
-    def _recreate_cm(self) -> use_backend:  # a decorated function may run in several threads at once
-        return use_backend(self.name)
+    def __call__(self, func: Any) -> Any:
+        import functools
+        import inspect
+
+        if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+            raise TypeError(f"use_backend decorates no generator function: use a with block inside {func.__qualname__}.")
+        if not inspect.iscoroutinefunction(func):
+            return super().__call__(func)
+
+        @functools.wraps(func)
+        async def inner(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return await func(*args, **kwargs)
+
+        return inner
 
     def __enter__(self) -> use_backend:
         if not isinstance(self.name, str) or not _known(self.name):
             get(self.name, "use_backend")
-        self._tokens.append(_requested.set(self.name))
+        _requested.set((self.name, _requested.get()))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _requested.reset(self._tokens.pop())
+        # No token is kept: one object may be entered by several threads at once.
+        inner = _requested.get()
+        assert inner is not None
+        _requested.set(inner[1])
 
 
 def requested(backend: Any = None) -> tuple[Any, str]:
@@ -345,9 +403,9 @@ def requested(backend: Any = None) -> tuple[Any, str]:
     """
     if backend is not None:
         return backend, "backend="
-    name = _requested.get()
-    if name is not None:
-        return name, "use_backend"
+    inner = _requested.get()
+    if inner is not None:
+        return inner[0], "use_backend"
     name = os.environ.get("RAU_BACKEND")
     if name:
         return name, "RAU_BACKEND"
@@ -387,7 +445,13 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
                 _warn_core_missing(entry.failure)
         listing = "\n".join(f"  {line}" for line in judge(problem))
         raise UnsupportedError(f"no backend takes {problem!r} unasked:\n{listing}")
-    instance = get(choice, origin) if isinstance(choice, str) else choice
+    if isinstance(choice, str):
+        instance = get(choice, origin)
+    else:
+        instance = choice
+        fault = "it is a class" if isinstance(instance, type) else _fault(instance)
+        if fault:
+            raise UnknownBackendError(f"{origin}{instance!r} is no backend: {fault}; expected a name or an instance.")
     reasons = reasons_against(instance, problem)
     if reasons:
         listing = "\n".join(f"  {line}" for line in judge(problem))
@@ -432,8 +496,9 @@ def judge(problem: Problem) -> list[str]:
 
 def _warn_core_missing(failure: BaseException) -> None:
     global _warned
-    if not _warned and "cython" not in blocked():
-        _warned = True
+    with _lock:
+        news, _warned = not _warned, True
+    if news and "cython" not in blocked():
         warnings.warn(
             f"rau runs on NumPy, several times slower with the same bits: {_reason(failure)}",
             RuntimeWarning,

@@ -5,20 +5,16 @@ Scores, softmax and output are computed in float64 and rounded once at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from rau.state import AttentionState
 from rau.testing.expected import widen
+from rau.testing.sequences import DTYPES, Call, Sequence, positions_of, read_arrays, sequences_of
 
 _SCORES = 2**22  # scores computed at a time, 32 MB; much smaller products lose time to BLAS's own threads
 _LANES = 8
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
-# Where (batch, head, token) stand in (..., D) arrays.
-_AXES = {"SBH": (1, 2, 0), "BSND": (0, 2, 1), "BNSD": (0, 1, 2)}
-_FORMS = {"SBH": "(S, B, N, D)", "BSND": "(B, S, N, D)", "BNSD": "(B, N, S, D)", "TND": "(T, N, D)"}
 
 
 def partial_attention(
@@ -40,7 +36,8 @@ def partial_attention(
     Parameters
     ----------
     q : ndarray, float16, bfloat16, float32 or float64
-        Queries: (S, B, N, D) in layout "SBH", (B, S, N, D) in "BSND", (B, N, S, D) in "BNSD", (T, N, D) in "TND".
+        Queries: (S, B, N, D) in layout "SBH", (B, S, N, D) in "BSND", (B, N, S, D) in "BNSD", (T, N, D) in
+        "TND".
     k, v : ndarray, as `q`
         Keys and values, in the same layout with any number of tokens.
     causal : bool, default False
@@ -86,9 +83,11 @@ def partial_attention(
     >>> state.attn_out.shape, state.softmax_max.shape, state.softmax_sum.dtype.name
     ((6, 1, 8), (1, 2, 6, 8), 'float32')
     """
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected the name of one of {', '.join(_DTYPES)}")
-    call = _Call(causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected the name of one of {', '.join(DTYPES)}")
+    call = Call(
+        causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions
+    )
     stats = np.dtype(np.float64 if dtype == "float64" else np.float32)
     return _attend(q, k, v, call, stats, _rounder(dtype))
 
@@ -128,45 +127,20 @@ def exact_attention(
            [1., 2.],
            [2., 3.]])
     """
-    call = _Call(causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions)
+    call = Call(
+        causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions
+    )
     return _attend(q, k, v, call, np.dtype(np.float64), lambda out: out)
 
 
-class _Call(NamedTuple):
-    """The arguments that say how to read the arrays."""
-
-    causal: bool
-    layout: str
-    softmax_layout: str
-    qlen: Any
-    kvlen: Any
-    query_positions: Any
-    key_positions: Any
-
-
-class _Sequence(NamedTuple):
-    """One sequence: which tokens it has among the queries and the keys (in SBH, which batch entry it is)."""
-
-    entry: int
-    queries: slice
-    keys: slice
-
-
-def _attend(q: Any, k: Any, v: Any, call: _Call, stats_dtype: np.dtype[Any], rounded: Any) -> AttentionState:
+def _attend(q: Any, k: Any, v: Any, call: Call, stats_dtype: np.dtype[Any], rounded: Any) -> AttentionState:
     """Walk over the sequences and heads; each is a matrix of queries against one of keys."""
-    for option, given, known in (("layout", call.layout, _FORMS), ("softmax_layout", call.softmax_layout, ("TND", "SBH"))):
-        if given not in known:
-            raise ValueError(f"{option} is {given!r}; expected one of {', '.join(known)}")
-    q, k, v = (_checked(name, array, call.layout) for name, array in (("q", q), ("k", k), ("v", v)))
-    _check_shapes(q, k, v, call.layout)
-    if call.layout == "TND":
-        q, k, v = (array.swapaxes(0, 1)[None] for array in (q, k, v))
-    else:
-        q, k, v = (array.transpose(*_AXES[call.layout], 3) for array in (q, k, v))  # (B, N, S, D)
-    sequences = list(_sequences(q, k, call))
-    q_places = _positions("query_positions", call.query_positions, q.shape[2], [s.queries for s in sequences])
-    k_places = _positions("key_positions", call.key_positions, k.shape[2], [s.keys for s in sequences])
-
+    q, k, v = read_arrays(q, k, v, call)
+    sequences = sequences_of(q, k, call)
+    own = [sequence.queries for sequence in sequences]
+    q_places = positions_of("query_positions", call.query_positions, q.shape[2], own)
+    own = [sequence.keys for sequence in sequences]
+    k_places = positions_of("key_positions", call.key_positions, k.shape[2], own)
     out = np.empty(q.shape)
     maximum, total = np.empty(q.shape[:3]), np.empty(q.shape[:3])
     for sequence in sequences:
@@ -183,7 +157,11 @@ def _attend(q: Any, k: Any, v: Any, call: _Call, stats_dtype: np.dtype[Any], rou
 
 
 def _softmax(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, places: tuple[np.ndarray, np.ndarray] | None, stats_dtype: np.dtype[Any]
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    places: tuple[np.ndarray, np.ndarray] | None,
+    stats_dtype: np.dtype[Any],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Attend with one head of one sequence, a slab of queries at a time.
 
@@ -225,7 +203,7 @@ def _softmax(
     return out, maximum, total
 
 
-def _in_vendor_form(state: AttentionState, call: _Call, sequences: list[_Sequence]) -> AttentionState:
+def _in_vendor_form(state: AttentionState, call: Call, sequences: list[Sequence]) -> AttentionState:
     """Bring (B, N, S, ...) arrays into the layout of the call, and give the statistics their lanes."""
     out, maximum, total = state
     if call.layout == "SBH":
@@ -236,78 +214,17 @@ def _in_vendor_form(state: AttentionState, call: _Call, sequences: list[_Sequenc
     elif call.layout == "TND":
         out = out[0].swapaxes(0, 1)
         tokens = total.shape[2], total.shape[1]
-        if call.softmax_layout == "SBH":  # (N, S_i) of each sequence, one after another
-            maximum, total = (
-                np.concatenate([part[0, :, s.queries].ravel() for s in sequences] or [part.ravel()]).reshape(tokens)
-                for part in (maximum, total)
-            )
+        if call.softmax_layout == "SBH":
+            maximum, total = (_packed(part[0], sequences).reshape(tokens) for part in (maximum, total))
         else:
             maximum, total = maximum[0].T, total[0].T
     lanes = (np.repeat(part[..., None], _LANES, axis=-1) for part in (maximum, total))
     return AttentionState(np.ascontiguousarray(out), *lanes)
 
 
-def _sequences(q: np.ndarray, k: np.ndarray, call: _Call) -> Iterator[_Sequence]:
-    if call.layout != "TND":
-        return (_Sequence(entry, slice(0, q.shape[2]), slice(0, k.shape[2])) for entry in range(q.shape[0]))
-    q_ends = _cumulative("actual_seq_qlen", call.qlen, q.shape[2], "q")
-    k_ends = q_ends
-    if call.kvlen is not None or k.shape[2] != q.shape[2]:
-        k_ends = _cumulative("actual_seq_kvlen", call.kvlen, k.shape[2], "k")
-    if len(k_ends) != len(q_ends):
-        raise ValueError(
-            f"actual_seq_kvlen has {len(k_ends) - 1} sequences and actual_seq_qlen {len(q_ends) - 1}; expected as many"
-        )
-    bounds = zip(q_ends[:-1], q_ends[1:], k_ends[:-1], k_ends[1:], strict=True)
-    return (_Sequence(0, slice(a, b), slice(c, d)) for a, b, c, d in bounds)
-
-
-def _positions(name: str, given: Any, tokens: int, sequences: list[slice]) -> np.ndarray:
-    if given is None:
-        places = np.zeros(tokens, np.int64)
-        for own in sequences:
-            places[own] = np.arange(own.stop - own.start)
-        return places
-    places = np.asarray(given)
-    if places.shape != (tokens,) or places.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} has shape {places.shape} and dtype {places.dtype.name}; expected integers of shape ({tokens},), "
-            "the position of each token within its sequence"
-        )
-    return places
-
-
-def _cumulative(name: str, given: Any, tokens: int, array: str) -> list[int]:
-    rule = f"cumulative lengths in tokens, non-decreasing from 0 to {tokens}, the number of tokens in {array}"
-    if given is None:
-        raise ValueError(f'layout "TND" needs {name}: {rule}')
-    ends = np.asarray(given)
-    if ends.ndim != 1 or ends.dtype.kind not in "iu" or not ends.size:
-        raise ValueError(f"{name} has shape {ends.shape} and dtype {ends.dtype.name}; expected 1-D integers, {rule}")
-    if ends[0] != 0 or ends[-1] != tokens or (np.diff(ends.astype(np.int64)) < 0).any():
-        hint = "; these look like lengths, pass [0, *np.cumsum(lengths)]" if ends.sum() == tokens != ends[-1] else ""
-        raise ValueError(f"{name} is {ends.tolist()}; expected {rule}{hint}")
-    return [int(end) for end in ends]
-
-
-def _checked(name: str, array: Any, layout: str) -> np.ndarray:
-    array = np.asarray(array)
-    if array.dtype.name not in _DTYPES:
-        raise ValueError(f"{name} has dtype {array.dtype.name}; expected one of {', '.join(_DTYPES)}")
-    if array.ndim != _FORMS[layout].count(",") + 1:
-        split = "; split the hidden axis into heads, since their number is not passed" if layout == "SBH" else ""
-        raise ValueError(f'{name} has shape {array.shape}; expected {_FORMS[layout]} in layout "{layout}"{split}')
-    return array
-
-
-def _check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray, layout: str) -> None:
-    token = 0 if layout == "TND" else _AXES[layout][2]
-    expected = list(q.shape)
-    expected[token] = k.shape[token]
-    if list(k.shape) != expected:
-        raise ValueError(f"k has shape {k.shape}, q {q.shape}; expected them to differ in axis {token}, the tokens, only")
-    if v.shape != k.shape:
-        raise ValueError(f"v has shape {v.shape}; expected that of k, {k.shape}")
+def _packed(stats: np.ndarray, sequences: list[Sequence]) -> np.ndarray:
+    """Cut (N, T) statistics into the (N, S_i) of each sequence, one after another."""
+    return np.concatenate([stats[:, sequence.queries].ravel() for sequence in sequences] or [stats.ravel()])
 
 
 def _rounder(dtype: str) -> Any:

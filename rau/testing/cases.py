@@ -38,7 +38,8 @@ class Case:
     states : int
         2 calls ring_attention_update, anything else merge_states.
     statistics, outputs : str
-        Kinds of numbers: keys of `rau.testing.contents.STATISTICS` and `OUTPUTS`.
+        Kinds of numbers: keys of `rau.testing.contents.STATISTICS` and `OUTPUTS`. Statistics "attention": the states are
+        real partial attention, outputs included.
     attn_placement, stats_placement, out_placement : str
         How inputs and result lie in memory, see `rau.testing.memory`.
     out : {"fresh", "given", "prev", "cur"}
@@ -92,54 +93,93 @@ class Case:
         cumulative = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
         return {"array": cumulative, "int32": cumulative.astype(np.int32), "list": cumulative.tolist()}[self.qlen]
 
-    def make(self) -> Call:
-        """Make the arrays, fresh at every call.
+    def call(self, states: Any, out: Any, backend: Any) -> AttentionState:
+        """Make the public call that this case stands for, on any arrays.
+
+        Parameters
+        ----------
+        states : sequence of AttentionState
+        out : triple of arrays, or None
+        backend : str or Backend
+
+        Returns
+        -------
+        AttentionState
+        """
+        options: dict[str, Any] = {
+            "softmax_layout": self.softmax_layout, "profile": self.profile, "backend": backend, "out": out,
+        }  # fmt: skip
+        if self.states == 2:
+            return rau.ring_attention_update(*states[0], *states[1], self.lengths_argument(), self.layout, **options)
+        return rau.merge_states(states, self.lengths_argument(), self.layout, **options)
+
+    def fill(self) -> list[AttentionState]:
+        """Make the numbers.
+
+        Returns
+        -------
+        list of AttentionState
+            `states` of them (one, where they are aliased), C-contiguous.
+        """
+        rng = np.random.default_rng(zlib.crc32(self.id.encode()))
+        shape, stats_shape = self.shapes
+        distinct = 1 if self.aliased else self.states
+        if self.statistics == "attention":
+            return contents.attention(rng, self, distinct)
+        maxima, sums = contents.fill_statistics(rng, self.statistics, distinct, int(np.prod(stats_shape[:-1])))
+        states = []
+        with np.errstate(all="ignore"):  # numbers that a narrow dtype cannot hold become infinite: so be it
+            for k in range(distinct):
+                dtype = named_dtype(self.dtype if k == 0 else self.cur_dtype or self.dtype)
+                output = contents.fill_output(rng, self.outputs, shape).astype(dtype)
+                lanes = [
+                    part[k].astype(self.stats_dtype).reshape(*stats_shape[:-1], 1).repeat(self.lanes, axis=-1)
+                    for part in (maxima, sums)
+                ]
+                states.append(AttentionState(output, *lanes))
+        return states
+
+    def make(self, states: list[AttentionState] | None = None) -> Call:
+        """Lay the numbers out in memory, fresh at every call.
+
+        Parameters
+        ----------
+        states : list of AttentionState, optional
+            The numbers; those of :meth:`fill` by default.
 
         Returns
         -------
         Call
         """
-        rng = np.random.default_rng(zlib.crc32(self.id.encode()))
-        shape, stats_shape = self.shapes
-        distinct = 1 if self.aliased else self.states
-        maxima, sums = contents.fill_statistics(rng, self.statistics, distinct, int(np.prod(stats_shape[:-1])))
         attn_axis, stats_axis = _TOKEN_AXIS[self.layout]
-        placed = []
-        with np.errstate(all="ignore"):  # numbers that a narrow dtype cannot hold become infinite: so be it
-            for k in range(distinct):
-                dtype = _dtype(self.dtype if k == 0 else self.cur_dtype or self.dtype)
-                output = contents.fill_output(rng, self.outputs, shape).astype(dtype)
-                lanes = [
-                    np.repeat(part[k].astype(self.stats_dtype).reshape(*stats_shape[:-1], 1), self.lanes, axis=-1)
-                    for part in (maxima, sums)
-                ]
-                placed.append(
-                    (
-                        place(output, self.attn_placement, attn_axis),
-                        *(place(part, self.stats_placement, stats_axis) for part in lanes),
-                    )
-                )
-        states = [AttentionState(*(part.view for part in state)) for state in placed] * (self.states // distinct)
+        placed = [
+            (
+                place(state.attn_out, self.attn_placement, attn_axis),
+                place(state.softmax_max, self.stats_placement, stats_axis),
+                place(state.softmax_sum, self.stats_placement, stats_axis),
+            )
+            for state in states or self.fill()
+        ]
         out: tuple[Placed, ...] | None = None
         if self.out in ("prev", "cur"):
             out = placed[0 if self.out == "prev" else 1]
         elif self.out == "given":
-            blank = AttentionState(np.zeros(shape, _dtype(self.dtype)), *[np.zeros(stats_shape, self.stats_dtype)] * 2)
+            shape, stats_shape = self.shapes
             packed = self.layout == "TND" and self.softmax_layout == "SBH"
-            stats = self.out_placement
-            if packed and stats not in memory.PACKED_PLACEMENTS:
-                stats = "offset"
+            stats = "offset" if packed and self.out_placement not in memory.PACKED_PLACEMENTS else self.out_placement
+            blank = np.zeros(stats_shape, self.stats_dtype)
             out = (
-                place(blank.attn_out, self.out_placement, attn_axis),
-                place(blank.softmax_max, stats, stats_axis),
-                place(blank.softmax_sum, stats, stats_axis),
+                place(np.zeros(shape, named_dtype(self.dtype)), self.out_placement, attn_axis),
+                place(blank, stats, stats_axis),
+                place(blank, stats, stats_axis),
             )
         if self.read_only:
             for state in placed:
                 if state is not out:
                     for part in state:
                         part.view.flags.writeable = False
-        return Call(self, states, out)
+        views = [AttentionState(*(part.view for part in state)) for state in placed]
+        return Call(self, views * (self.states // len(views)), out)
 
 
 class Call:
@@ -158,7 +198,7 @@ class Call:
         self.out = out
 
     def run(self, backend: Any) -> AttentionState:
-        """Make the call.
+        """Make the call on the NumPy arrays.
 
         Parameters
         ----------
@@ -168,21 +208,26 @@ class Call:
         -------
         AttentionState
         """
-        case = self.case
-        options = {
-            "softmax_layout": case.softmax_layout,
-            "profile": case.profile,
-            "backend": backend,
-            "out": None if self.out is None else tuple(part.view for part in self.out),
-        }
-        if case.states == 2:
-            return rau.ring_attention_update(
-                *self.states[0], *self.states[1], case.lengths_argument(), case.layout, **options
-            )
-        return rau.merge_states(self.states, case.lengths_argument(), case.layout, **options)
+        out = None if self.out is None else tuple(part.view for part in self.out)
+        return self.case.call(self.states, out, backend)
 
 
-def _dtype(name: str) -> np.dtype[Any]:
+def named_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of a name; bfloat16 is ml_dtypes'.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    numpy.dtype
+
+    Raises
+    ------
+    ImportError
+        For "bfloat16" without ml_dtypes.
+    """
     if name != "bfloat16":
         return np.dtype(name)
     try:
@@ -192,6 +237,95 @@ def _dtype(name: str) -> np.dtype[Any]:
             "bfloat16 cases need ml_dtypes: pip install 'ring-attention-update[test]', or pip install ml_dtypes"
         ) from error
     return np.dtype(ml_dtypes.bfloat16)
+
+
+def named() -> list[Case]:
+    """List the cases with names: what has gone wrong somewhere, from small to large.
+
+    Returns
+    -------
+    list of Case
+        Their ids are stable: "GROUP/WHAT".
+
+    Examples
+    --------
+    >>> named()[0].id
+    'smallest/one-token-one-head'
+    """
+    return list(_named())
+
+
+def _named() -> Iterator[Case]:
+    yield Case(id="smallest/one-token-one-head", tokens=1, heads=1, head_dim=1)
+    for layout in ("SBH", "BSND", "BNSD"):
+        yield Case(id=f"layout/{layout}", layout=layout, batch=3, tokens=7, heads=5, head_dim=16)
+        yield Case(id=f"layout/{layout}-attention", layout=layout, batch=2, tokens=9, heads=3, head_dim=16, statistics="attention")
+    vendor = {"profile": "mindspore", "head_dim": 64, "heads": 3}
+    lengths = {"even": (4, 4, 4), "uneven": (5, 1, 6), "zero-length": (0, 5, 0, 0, 7, 0), "one": (12,), "ones": (1,) * 12}
+    for order, name in (("TND", "token-major"), ("SBH", "packed")):
+        for how, sequences in lengths.items():
+            for statistics in ("ordinary", "attention"):
+                suffix = "-attention" if statistics == "attention" else ""
+                yield Case(id=f"tnd/{name}-{how}{suffix}", layout="TND", softmax_layout=order, tokens=12, lengths=sequences,
+                           statistics=statistics, **vendor)  # fmt: skip
+        yield Case(id=f"tnd/{name}-no-tokens", layout="TND", softmax_layout=order, tokens=0, **vendor)
+        for qlen in ("int32", "list"):
+            yield Case(id=f"tnd/{name}-qlen-{qlen}", layout="TND", softmax_layout=order, tokens=12, lengths=(5, 7), qlen=qlen)
+        yield Case(id=f"tnd/{name}-thousands", layout="TND", softmax_layout=order, tokens=6000, lengths=(1, 0, 2) * 2000,
+                   heads=2, head_dim=8, dtype="bfloat16")  # fmt: skip
+    yield Case(id="tnd/token-major-no-qlen", layout="TND", tokens=12, qlen="none")
+    yield Case(id="tnd/at-the-buffer-limit", profile="mindspore", layout="TND", tokens=3, lengths=(3,), heads=42, head_dim=128)
+    yield Case(id="tnd/at-the-v2-limits", profile="cann-v2", layout="TND", tokens=2, lengths=(2,), heads=256, head_dim=768)
+    for dtype, cur_dtype in _DTYPES:
+        name = dtype if dtype == cur_dtype else f"{cur_dtype}-into-{dtype}"
+        common = {"dtype": dtype, "cur_dtype": cur_dtype}
+        profile = "mindspore" if dtype == cur_dtype != "float64" else "portable"
+        yield Case(id=f"dtype/{name}", tokens=130, heads=3, head_dim=64, profile=profile, **common)
+        yield Case(id=f"dtype/{name}-attention", tokens=20, heads=3, head_dim=64, statistics="attention", **common)
+        for outputs in contents.OUTPUTS:
+            yield Case(id=f"outputs/{outputs}-{name}", tokens=9, heads=3, head_dim=22, outputs=outputs, statistics="empty",
+                       **common)  # fmt: skip
+        for statistics in contents.STATISTICS:
+            yield Case(id=f"statistics/{statistics}-{name}", tokens=65, heads=2, head_dim=22, statistics=statistics,
+                       **common)  # fmt: skip
+        for states in (1, 3, 8):
+            yield Case(id=f"states/{states}-{name}", tokens=9, heads=3, head_dim=22, states=states, statistics="empty",
+                       **common)  # fmt: skip
+    for dimension in ("batch", "tokens", "heads", "head_dim"):
+        sizes = {"batch": 2, "tokens": 3, "heads": 2, "head_dim": 5}
+        yield Case(id=f"one/{dimension}", **{**sizes, dimension: 1})
+        empty = {**sizes, dimension: 0}
+        if dimension == "heads":
+            empty["head_dim"] = 0  # N = 0 needs H = 0
+        yield Case(id=f"none/{dimension}", **empty)
+    for head_dim in (1, 3, 7, 22, 63, 65, 127, 129, 600, 12816):
+        for dtype in ("float32", "bfloat16"):
+            yield Case(id=f"head-dim/{head_dim}-{dtype}", tokens=3, heads=2, head_dim=head_dim, dtype=dtype, out="given")
+    for lanes in (8, 1):
+        for layout in ("SBH", "TND"):
+            yield Case(id=f"lanes/{lanes}-{layout}", layout=layout, tokens=9, lengths=(9,), heads=3, lanes=lanes)
+    for placement in memory.PLACEMENTS:
+        for layout in ("SBH", "TND", "BSND", "BNSD"):
+            common = {"layout": layout, "tokens": 10, "lengths": (10,), "heads": 3, "head_dim": 16, "statistics": "empty"}
+            inputs = {"attn_placement": "contiguous" if placement == "broadcast" else placement, "stats_placement": placement}
+            yield Case(id=f"views/{placement}-{layout}", read_only=True, **common, **inputs)
+            if placement in memory.OUT_PLACEMENTS:
+                yield Case(id=f"out/{placement}-{layout}", out="given", out_placement=placement, **common)
+                yield Case(id=f"in-place/{placement}-{layout}", out="prev", **common, **inputs)
+                yield Case(id=f"in-place/{placement}-{layout}-cur", out="cur", **common, **inputs)
+    for placement in memory.PACKED_PLACEMENTS:
+        yield Case(id=f"views/{placement}-packed", layout="TND", softmax_layout="SBH", tokens=10, lengths=(3, 7), heads=3,
+                   stats_placement=placement)  # fmt: skip
+    yield Case(id="views/aliased", tokens=5, aliased=True)
+    yield Case(id="states/133", tokens=20, heads=2, head_dim=16, states=133, statistics="empty", dtype="bfloat16")
+    yield Case(id="large/streamed", tokens=3000, heads=8, head_dim=128, statistics="empty", out="given")
+    yield Case(id="large/heads", tokens=2, heads=20000, head_dim=3, statistics="empty")
+
+
+_DTYPES = (
+    ("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float64", "float64"),
+    ("float32", "bfloat16"), ("float32", "float16"),
+)  # fmt: skip
 
 
 def generated(seed: int, count: int) -> Iterator[Case]:
@@ -259,7 +393,7 @@ def _generate(name: str) -> Case:
         id=name, layout=layout, softmax_layout="SBH" if packed else "TND", batch=batch, tokens=tokens, heads=heads,
         head_dim=head_dim, lengths=lengths, qlen=pick(("array", "int32", "list") if packed else ("array", "list", "none")),
         lanes=pick((8, 1), (0.8, 0.2)), dtype=dtype, cur_dtype=cur_dtype, states=states,
-        statistics=pick(tuple(contents.STATISTICS)), outputs=pick(tuple(contents.OUTPUTS)),
+        statistics=pick((*contents.STATISTICS, "attention")) if heads and head_dim and batch else "ordinary", outputs=pick(tuple(contents.OUTPUTS)),
         attn_placement=pick(attn_placements), stats_placement=pick(stats_placements),
         out_placement=pick(memory.OUT_PLACEMENTS), out=out, read_only=bool(rng.random() < 0.5), aliased=aliased,
     )  # fmt: skip

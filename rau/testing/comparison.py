@@ -24,7 +24,7 @@ class Comparison:
         Whether nothing is wrong.
     attn_share, sum_share : float
         Largest error of attn_out and softmax_sum as a share of its bound; 1.0 is the limit. Infinity where a
-        bit was to be kept and was not, or NaN or infinity stands in the wrong place, or shape or dtype is wrong.
+        bit was to be kept and was not, NaN or infinity stands in the wrong place, or shape or dtype is wrong.
     problems : tuple of str
         What is wrong, a sentence each: where it is worst, what was expected, and what came.
     """
@@ -58,9 +58,9 @@ def compare(actual: Sequence[Any], expected: Expected, *, tolerance: float = 1.0
 
     Notes
     -----
-    softmax_max must be equal, where zeros of either sign are. NaN must stand where NaN is expected and nowhere
-    else. An infinity is right where it is expected, and where the exact value, or one within the bound of it,
-    lies beyond the format. The lanes of a statistic must be equal bit for bit.
+    softmax_max must be equal, where zeros of either sign are. NaN must stand where NaN is expected and
+    nowhere else. An infinity is right where it is expected, and where the exact value, or one within the
+    bound of it, lies beyond the format. The lanes of a statistic must be equal bit for bit.
 
     Examples
     --------
@@ -78,16 +78,14 @@ def compare(actual: Sequence[Any], expected: Expected, *, tolerance: float = 1.0
     problems: list[str] = []
     attn_share = sum_share = np.inf
     if _fits(problems, "attn_out", attn, expected.attn_out, expected.dtype):
-        attn_share = _worst(
-            problems, "attn_out", attn, expected.attn_out, expected._attn_low, expected.attn_bound, tolerance
-        )
+        target = expected.attn_out, expected._attn_low, expected.attn_bound
+        attn_share = _worst(problems, "attn_out", attn, target, tolerance)
     if _fits(problems, "softmax_max", maximum, expected.softmax_max, expected.stats_dtype):
         _check_equal(problems, maximum, expected.softmax_max)
         _check_lanes(problems, "softmax_max", maximum)
     if _fits(problems, "softmax_sum", total, expected.softmax_sum, expected.stats_dtype):
-        sum_share = _worst(
-            problems, "softmax_sum", total, expected.softmax_sum, expected._sum_low, expected.sum_bound, tolerance
-        )
+        target = expected.softmax_sum, expected._sum_low, expected.sum_bound
+        sum_share = _worst(problems, "softmax_sum", total, target, tolerance)
         _check_lanes(problems, "softmax_sum", total)
     return Comparison(not problems, float(attn_share), float(sum_share), tuple(problems))
 
@@ -130,12 +128,12 @@ def _fits(problems: list[str], name: str, actual: np.ndarray, exact: np.ndarray,
 
 
 def _worst(
-    problems: list[str], name: str, actual: np.ndarray, exact: np.ndarray, low: Any, bound: np.ndarray, tolerance: float
+    problems: list[str], name: str, actual: np.ndarray, target: tuple[Any, Any, Any], tolerance: float
 ) -> float:
-    """Find the largest share; report it where it is too large."""
+    """Find the largest share of the bound and report it where it is too large; target: exact, low, bound."""
     shape, dtype, worst, place, wrong = actual.shape, actual.dtype.name, 0.0, 0, 0
-    low = np.broadcast_to(low, shape)
-    actual, exact, low, bound = (array.reshape(-1) for array in (actual, exact, low, bound))
+    exact, low, bound = (np.broadcast_to(array, shape).reshape(-1) for array in target)
+    actual = actual.reshape(-1)
     for start in range(0, actual.size, _SLAB):  # small temporaries
         slab = slice(start, start + _SLAB)
         share = shares(widen(actual[slab]), exact[slab], low[slab], bound[slab], dtype)
@@ -143,11 +141,12 @@ def _worst(
         if share.max() > worst:
             worst, place = float(share.max()), start + int(share.argmax())
     if wrong:
-        where = ", ".join(str(int(i)) for i in np.unravel_index(place, shape))
         got = float(widen(actual[place : place + 1])[0])
-        rule = f"off by {worst:.3g} times the bound, {bound[place]:.3g}" if bound[place] else "to be kept bit for bit"
+        limit = float(bound[place])
+        rule = f"off by {worst:.3g} times the bound, {limit:.3g}" if limit else "to be kept bit for bit"
         problems.append(
-            f"{name}[{where}] is {got:.9g}, expected {exact[place]:.9g}, {rule}; {wrong} of {actual.size} are wrong"
+            f"{_at(name, np.unravel_index(place, shape))} is {got:.9g}, expected {exact[place]:.9g}, {rule}; "
+            f"{wrong} of {actual.size} are wrong"
         )
     return worst
 
@@ -158,7 +157,7 @@ def _check_equal(problems: list[str], actual: np.ndarray, exact: np.ndarray) -> 
     if differs.any():
         where = np.unravel_index(int(differs.argmax()), differs.shape)
         problems.append(
-            f"softmax_max[{', '.join(map(str, where))}] is {got[where]:.9g}, expected {exact[where]:.9g}; "
+            f"{_at('softmax_max', where)} is {got[where]:.9g}, expected {exact[where]:.9g}; "
             f"{np.count_nonzero(differs)} of {got.size} are wrong"
         )
 
@@ -169,6 +168,10 @@ def _check_lanes(problems: list[str], name: str, actual: np.ndarray) -> None:
     if differs.any():
         where = np.unravel_index(int(differs.argmax()), differs.shape)
         problems.append(
-            f"{name}[{', '.join(map(str, where))}] is {actual[where]:.9g}, lane 0 {actual[(*where[:-1], 0)]:.9g}; "
+            f"{_at(name, where)} is {actual[where]:.9g}, lane 0 {actual[(*where[:-1], 0)]:.9g}; "
             "the lanes must be equal"
         )
+
+
+def _at(name: str, where: Sequence[Any]) -> str:
+    return f"{name}[{', '.join(str(int(i)) for i in where)}]"

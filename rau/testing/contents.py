@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from rau.state import AttentionState
+
+if TYPE_CHECKING:
+    from rau.testing.cases import Case
 
 Generator = np.random.Generator
 Stats = list[np.ndarray]  # one (rows,) float64 array for each state
@@ -118,3 +124,48 @@ def fill_output(rng: Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray
     output = rng.standard_normal(shape, dtype=np.float32)
     OUTPUTS[kind](rng, output)
     return output
+
+
+def attention(rng: Generator, case: Case, states: int) -> list[AttentionState]:
+    """Make real partial states: causal attention of some queries to consecutive parts of their keys.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    case : Case
+    states : int
+
+    Returns
+    -------
+    list of AttentionState
+        In the case's layout, orders, dtypes and lanes. Early queries do not see the later parts: their rows are empty.
+    """
+    from rau.testing.attention import partial_attention
+
+    shape = case.shapes[0]
+    if case.layout == "SBH":
+        shape = (*shape[:2], case.heads, case.head_dim)
+    sequences = len(case.lengths)
+    packed_lengths: dict[str, list[int]] = {}
+    queries, made = rng.standard_normal(shape), []
+    axis = {"SBH": 0, "TND": 0, "BSND": 1, "BNSD": 2}[case.layout]
+    for k in range(states):
+        if case.layout == "TND":
+            counts = rng.integers(0, 6, sequences)
+            packed_lengths = {
+                "actual_seq_qlen": np.concatenate([[0], np.cumsum(case.lengths)]).astype(np.int64).tolist(),
+                "actual_seq_kvlen": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64).tolist(),
+            }
+            keys = int(counts.sum())
+            positions = np.concatenate([[], *(3 * k + np.arange(n) for n in counts)]).astype(np.int64)
+        else:
+            keys = int(rng.integers(1, 6))
+            positions = 3 * k + np.arange(keys)
+        their_shape = tuple(keys if a == axis else n for a, n in enumerate(shape))
+        state = partial_attention(
+            queries, rng.standard_normal(their_shape), rng.standard_normal(their_shape), causal=True, layout=case.layout,
+            softmax_layout=case.softmax_layout, key_positions=positions,
+            dtype=case.dtype if k == 0 else case.cur_dtype or case.dtype, **packed_lengths,
+        )  # fmt: skip
+        made.append(AttentionState(state[0], *(part[..., : case.lanes] for part in state[1:])))
+    return made

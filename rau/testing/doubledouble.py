@@ -110,7 +110,7 @@ def _parts_of_ln2() -> tuple[float, float, float]:
 
 
 _LN2_HIGH, _LN2_MIDDLE, _LN2_LOW = _parts_of_ln2()
-# With abs(r) <= 0.35, r^14/14! is below 2^-57: from there on float64 is precise enough. r^27/27! is below 2^-134.
+# With abs(r) <= 0.35, r^14/14! is below 2^-57: from there on float64 will do. r^27/27! is below 2^-134.
 _TAYLOR = [_pair(Fraction(1, factorial(n))) for n in range(27)]
 _FLOAT64_FROM = 14
 

@@ -65,7 +65,11 @@ class Expected:
 
 
 def oracle(
-    states: Sequence[Sequence[Any]], actual_seq_qlen: Any = None, layout: str = "SBH", *, softmax_layout: str = "TND"
+    states: Sequence[Sequence[Any]],
+    actual_seq_qlen: Any = None,
+    layout: str = "SBH",
+    *,
+    softmax_layout: str = "TND",
 ) -> Expected:
     """Merge attention states in extended precision, with a bound on the error of each number.
 
@@ -88,11 +92,11 @@ def oracle(
 
     Notes
     -----
-    Every number is the formula's, except where the contract rules otherwise: empty states are ignored; a
-    single live state comes back bit for bit; NaN and infinite statistics give what the contract's table says;
-    the exponential is 0 below -708; a weight that rounds to 0 has its product skipped, so that neither NaN nor
-    the sign of a zero leaks out of it. Within 2^-20 of that threshold either answer is right. A float64 sum
-    that overflows is stored as infinity, and its output is still the formula's.
+    Every number is the formula's, except where the contract rules otherwise. Empty states are ignored, and a
+    single live state comes back bit for bit. NaN and infinite statistics give what the contract's table says.
+    The exponential is 0 below -708. A weight that rounds to 0 has its product skipped, so that neither NaN
+    nor the sign of a zero leaks out of it; within 2^-20 of that threshold (2^-150), either answer is right.
+    A sum that overflows is stored as infinity, and the output is still the formula's.
 
     Where sums of mixed sign cancel so far that the new sum has no correct digits, or make the arithmetic
     overflow on the way, nothing is promised of the output: its bound is infinite.
@@ -109,6 +113,8 @@ def oracle(
     >>> float(expected.softmax_sum[0, 0, 0, 0]), bool(expected.attn_bound.max() < 1e-6)
     (4.0, True)
     """
+    if not states:
+        raise ValueError("there are no states; expected one or more")
     outputs, maxima, sums = zip(*(map(np.asarray, state) for state in states), strict=True)
     shape, stats_shape = outputs[0].shape, maxima[0].shape
     order = _row_order(shape, stats_shape, actual_seq_qlen, layout, softmax_layout)
@@ -169,7 +175,11 @@ def widen(array: np.ndarray) -> np.ndarray:
 
 
 def _row_order(
-    shape: tuple[int, ...], stats_shape: tuple[int, ...], actual_seq_qlen: Any, layout: str, softmax_layout: str
+    shape: tuple[int, ...],
+    stats_shape: tuple[int, ...],
+    actual_seq_qlen: Any,
+    layout: str,
+    softmax_layout: str,
 ) -> np.ndarray:
     """For each row in the order in which the output has them, the place of its statistics."""
     places = np.arange(int(np.prod(stats_shape[:-1])))
@@ -180,7 +190,9 @@ def _row_order(
     if layout == "BNSD" or softmax_layout == "TND":
         return places
     if layout != "TND" or softmax_layout != "SBH":
-        raise ValueError(f'no layout "{layout}" with softmax_layout "{softmax_layout}"')
+        raise ValueError(
+            f"layout is {layout!r} and softmax_layout {softmax_layout!r}; expected SBH, BSND, BNSD or TND, and TND or SBH"
+        )
     if actual_seq_qlen is None:
         raise ValueError('statistics packed per sequence (softmax_layout="SBH") need actual_seq_qlen')
     heads = shape[1]

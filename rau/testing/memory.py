@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PLACEMENTS = ("contiguous", "offset", "strided", "padded", "transposed", "reversed", "broadcast", "gapped")
+PLACEMENTS = ("contiguous", "offset", "strided", "half", "padded", "transposed", "reversed", "broadcast", "gapped")
 PACKED_PLACEMENTS = ("contiguous", "offset", "broadcast")  # packed rows must be evenly spaced
-OUT_PLACEMENTS = ("contiguous", "offset", "strided", "padded", "transposed", "reversed")
+OUT_PLACEMENTS = ("contiguous", "offset", "strided", "half", "padded", "transposed", "reversed")
 
 _GUARD = 0xA5  # a byte that no result happens to be made of
 
@@ -41,7 +41,7 @@ def place(values: np.ndarray, placement: str, token_axis: int = 0) -> Placed:
         Its values, shape and dtype are kept.
     placement : str
         "contiguous"; "offset" by one element from any alignment; "strided": every other token of a larger array;
-        "padded": rows of a wider array; "transposed": the first two axes swapped in memory; "reversed": tokens
+        "half": the second half of a sequence twice as long; "padded": rows of a wider array; "transposed": the first two axes swapped in memory; "reversed": tokens
         backwards; "broadcast": the last axis has stride 0 (statistics only); "gapped": the last axis is not contiguous.
     token_axis : int, default 0
         The axis that "strided" and "reversed" act on.
@@ -67,6 +67,10 @@ def place(values: np.ndarray, placement: str, token_axis: int = 0) -> Placed:
         wide = tuple(n * abs(step) if axis == token_axis else n for axis, n in enumerate(shape))
         memory, view = room(wide)
         view = view[tuple(slice(None, None, step if axis == token_axis else 1) for axis in range(len(shape)))]
+    elif placement == "half":
+        long = tuple(2 * n if axis == token_axis else n for axis, n in enumerate(shape))
+        memory, view = room(long)
+        view = view[tuple(slice(n if axis == token_axis else 0, None) for axis, n in enumerate(shape))]
     elif placement == "padded":
         memory, view = room((*shape[:-1], shape[-1] + 3))
         view = view[..., : shape[-1]]

@@ -146,7 +146,7 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
     weight_error += underflow / total_size * (1 + count * weight_size)
     weight_error = np.where(term, weight_error / (1 - relative), 0)
 
-    # Sums of mixed sign can cancel, or overflow on the way. Two that cancel exactly give IEEE's infinite weights.
+    # Sums of mixed sign can cancel, or overflow on the way. Two that cancel exactly have infinite weights.
     mixed = regular & (spread > 1 + _NEAR)
     cancelled = regular & nothing & (count == 2) & (inexact == 0).all(axis=0)
     overflows = mixed & (np.ldexp(size.sum(axis=0), top) >= 2.0**1023)
@@ -157,7 +157,7 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
     # From the weights to the bound of an element.
     if double:
         roundings, tiny = count * _E, 2.0**-1074
-        # The smaller of the weight and its a_i, which may underflow first; 2^-1075 cannot be compared with in float64.
+        # By exponents, as float64 cannot hold 2^-1075: of the weight, or of a_i, which may underflow first.
         scale = np.minimum(np.frexp(weight_mantissa[0])[1] + shift, exponent)
         rounds_to_zero, may_round_to_zero = scale < -1080, scale < -1065
     else:  # the second order in u is more than a float64's rounding, and vanishes for two states
@@ -171,7 +171,9 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
 
     # The sum as it is stored. An infinite one is the formula's: infinity, or NaN where its factor is 0.
     infinite = np.where(live & np.isinf(sums), sums, 0) * np.where(flushed, 0, 1)
-    special = np.where(np.isfinite(maximum), np.where(live & np.isnan(sums), np.nan, infinite).sum(axis=0), np.nan)
+    special = np.where(
+        np.isfinite(maximum), np.where(live & np.isnan(sums), np.nan, infinite).sum(axis=0), np.nan
+    )
     stored = np.ldexp(total[0], top)
     error = np.ldexp(total_error, top)
     total_bound = error if double else error + half_ulp(np.abs(stored) + error, "float32")

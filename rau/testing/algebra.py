@@ -1,0 +1,181 @@
+"""The laws that merging keeps whatever the numbers are: neutral element, order, split of the keys, permutations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rau.state import AttentionState
+from rau.testing.attention import exact_attention, partial_attention
+from rau.testing.bits import same_bits
+from rau.testing.cases import Case
+from rau.testing.comparison import compare
+from rau.testing.expected import oracle
+
+Merge = Callable[[Sequence[AttentionState]], AttentionState]
+Law = Callable[[Any, str], list[str]]
+
+
+def merger(backend: Any, layout: str = "BSND") -> Merge:
+    """Make a function that merges NumPy states by a backend.
+
+    Parameters
+    ----------
+    backend : Backend
+    layout : str, default "BSND"
+
+    Returns
+    -------
+    callable
+    """
+
+    def merge(states: Sequence[AttentionState]) -> AttentionState:
+        case = Case(id="law", layout=layout, states=len(states))
+        own = [AttentionState(*(backend.asarray(np.ascontiguousarray(part)) for part in state)) for state in states]
+        result = case.call(own, None, backend)
+        backend.synchronize()
+        return AttentionState(*(np.array(backend.to_numpy(part)) for part in result))
+
+    return merge
+
+
+def _layout(backend: Any) -> str:
+    return "BSND" if "BSND" in backend.capabilities.layouts else "SBH"
+
+
+def _states(backend: Any, dtype: str, states: int, statistics: str = "ordinary") -> list[AttentionState]:
+    case = Case(
+        id=f"law/{dtype}/{statistics}", layout=_layout(backend), batch=2, tokens=9, heads=4, head_dim=64, dtype=dtype,
+        states=states, statistics=statistics,
+    )  # fmt: skip
+    return case.fill()
+
+
+def neutral_element(backend: Any, dtype: str) -> list[str]:
+    """Merged with an empty state, on either side, a state comes back bit for bit."""
+    problems = []
+    merge = merger(backend, _layout(backend))
+    for statistics in ("ordinary", "nan-max", "nan-sum", "infinite-sum"):
+        (state,) = _states(backend, dtype, 1, statistics)
+        empty = AttentionState(
+            np.full_like(state.attn_out, np.nan),
+            np.full_like(state.softmax_max, -np.inf),
+            np.zeros_like(state.softmax_sum),
+        )
+        for order in ([state, empty], [empty, state]):
+            problems += same_bits(merge(order), state)
+    return problems
+
+
+def commutativity(backend: Any, dtype: str) -> list[str]:
+    """Swapped, two states give the same bits."""
+    merge = merger(backend, _layout(backend))
+    problems = []
+    for statistics in ("ordinary", "empty", "huge-gaps", "equal-maxima"):
+        one, other = _states(backend, dtype, 2, statistics)
+        problems += same_bits(merge([one, other]), merge([other, one]))
+    return problems
+
+
+def associativity(backend: Any, dtype: str) -> list[str]:
+    """(a + b) + c and a + (b + c) are within twice the bound of three states merged at once.
+
+    Two merges of two states take 3 roundings of an element each, and the sum that is stored in between one more, which
+    enters the weights twice: 8 in all, where the bound of three states counts 4.
+    """
+    layout = _layout(backend)
+    merge = merger(backend, layout)
+    a, b, c = _states(backend, dtype, 3)
+    expected = oracle([a, b, c], layout=layout)
+    problems = []
+    for result in (merge([merge([a, b]), c]), merge([a, merge([b, c])])):
+        problems += compare(result, expected, tolerance=2 * backend.capabilities.tolerance).problems
+    return problems
+
+
+def split_of_the_keys(backend: Any, dtype: str) -> list[str]:
+    """However the keys are split, the merge is the attention over all of them.
+
+    On top of the merge's own bound comes what the partial states lost by rounding: one rounding of each output, one of
+    each sum, which enters the weights twice, and that of each maximum m, abs(m) roundings in each weight, twice too.
+    """
+    layout = _layout(backend)
+    merge = merger(backend, layout)
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((2, 9, 4, 64)) for _ in range(3))
+    if layout == "SBH":
+        q, k, v = (part.swapaxes(0, 1) for part in (q, k, v))
+    axis = 0 if layout == "SBH" else 1
+    exact = exact_attention(q, k, v, layout=layout)
+    problems = []
+    for cuts in ([4], [1, 2], [2, 3, 5, 8]):
+        parts = [
+            partial_attention(q, kk, vv, layout=layout, dtype=dtype)
+            for kk, vv in zip(np.split(k, cuts, axis), np.split(v, cuts, axis), strict=True)
+        ]
+        if layout != "SBH":
+            parts = [AttentionState(part[0].reshape(q.shape), *part[1:]) for part in parts]
+        bound = oracle(parts, layout=layout)
+        largest = max(float(np.abs(part.softmax_max).max()) for part in parts)
+        tolerance = backend.capabilities.tolerance + (3 + 2 * largest) / (len(parts) + 1)
+        off = np.abs(merge(parts).attn_out - np.asarray(exact[0]).reshape(bound.attn_out.shape))
+        share = float((off / (tolerance * bound.attn_bound)).max())
+        if not share <= 1.0:
+            problems.append(f"split at {cuts}: {share:.3g} of the bound away from attention over all keys")
+    return problems
+
+
+def permutations(backend: Any, dtype: str) -> list[str]:
+    """Heads and batch entries that are permuted give the same rows, permuted."""
+    layout = _layout(backend)
+    if layout != "BSND":
+        return []
+    merge = merger(backend, layout)
+    states = _states(backend, dtype, 2, "empty")
+    heads, batch = [2, 0, 3, 1], [1, 0]
+    moved = [
+        AttentionState(state[0][batch][:, :, heads], *(part[batch][:, heads] for part in state[1:])) for state in states
+    ]
+    result = merge(states)
+    expected = AttentionState(result[0][batch][:, :, heads], *(part[batch][:, heads] for part in result[1:]))
+    return same_bits(merge(moved), expected)
+
+
+# Each law, and the dtypes that it can be held to: 16 bits are rounded at every merge.
+LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
+    "neutral-element": (neutral_element, ("float32", "float16", "bfloat16", "float64")),
+    "commutativity": (commutativity, ("float32", "float16", "bfloat16", "float64")),
+    "associativity": (associativity, ("float32", "float64")),
+    "split-of-the-keys": (split_of_the_keys, ("float32",)),
+    "permutations": (permutations, ("float32", "float16", "bfloat16", "float64")),
+}
+
+
+def laws(backend: Any) -> Iterator[tuple[str, Law, str, str]]:
+    """List the laws for a backend.
+
+    Parameters
+    ----------
+    backend : Backend
+
+    Yields
+    ------
+    id, law, dtype : str, callable, str
+    excluded : str
+        The reason why it does not apply; empty where it does.
+    """
+    capabilities = backend.capabilities
+    for name, (law, dtypes) in LAWS.items():
+        for dtype in dtypes:
+            reason = ""
+            if dtype not in capabilities.dtypes:
+                reason = f"dtype {dtype} is none of {', '.join(capabilities.dtypes)}"
+            elif name == "commutativity" and capabilities.tolerance != 1:
+                reason = f"tolerance {capabilities.tolerance:g}: the same bits are not promised"
+            elif name == "permutations" and "BSND" not in capabilities.layouts:
+                reason = "layout BSND is none of its layouts"
+            yield f"algebra/{name}-{dtype}", law, dtype, reason
+
+

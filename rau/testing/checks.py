@@ -1,0 +1,173 @@
+"""The checks of a backend on one case: values, kind, inputs, outputs, determinism."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rau import threads
+from rau.arrays import kind_of
+from rau.constraints import FIELDS, bind
+from rau.problem import Problem
+from rau.state import AttentionState
+from rau.testing.bits import same_bits
+from rau.testing.cases import Call, Case
+from rau.testing.comparison import Comparison, compare
+from rau.testing.expected import Expected, oracle
+
+
+def problem_of(call: Call) -> Problem:
+    """Describe a case's call, on its NumPy arrays.
+
+    Parameters
+    ----------
+    call : Call
+
+    Returns
+    -------
+    Problem
+    """
+    case = call.case
+    out = None if call.out is None else [part.view for part in call.out]
+    problem, _ = bind(
+        case.id, call.states, lambda k, field: f"states[{k}].{FIELDS[field]}", case.lengths_argument(), case.layout,
+        case.softmax_layout, out, case.profile, "metadata",
+    )  # fmt: skip
+    return problem
+
+
+def expected_of(call: Call) -> Expected:
+    """Ask the oracle about a case's call.
+
+    Parameters
+    ----------
+    call : Call
+        Not run yet.
+
+    Returns
+    -------
+    Expected
+    """
+    case = call.case
+    return oracle(call.states, case.lengths_argument(), case.layout, softmax_layout=case.softmax_layout)
+
+
+class Run(NamedTuple):
+    """What a backend did with one case.
+
+    Attributes
+    ----------
+    result : AttentionState or None
+        As NumPy arrays; None where the call failed.
+    problems : list of str
+        What it did wrong beside the values.
+    """
+
+    result: AttentionState | None
+    problems: list[str]
+
+
+def run(backend: Any, case: Case) -> Run:
+    """Run a case on a backend's own arrays and look at everything but the values.
+
+    Parameters
+    ----------
+    backend : Backend
+    case : Case
+
+    Returns
+    -------
+    Run
+    """
+    call, pristine = case.make(), case.make()
+    converted: dict[int, Any] = {}
+
+    def convert(array: np.ndarray) -> Any:
+        if id(array) not in converted:
+            converted[id(array)] = backend.asarray(array)
+        return converted[id(array)]
+
+    states = [AttentionState(*(convert(part) for part in state)) for state in call.states]
+    out = None if call.out is None else AttentionState(*(convert(part.view) for part in call.out))
+    try:
+        result = case.call(states, out, backend)
+        backend.synchronize()
+    except Exception as error:
+        return Run(None, [f"{type(error).__name__}: {error}"])
+
+    problems = []
+    if not isinstance(result, tuple) or len(result) != 3:
+        return Run(None, [f"returned a {type(result).__name__}; expected an AttentionState"])
+    kind = kind_of(states[0].attn_out)
+    for name, part in zip(FIELDS, result, strict=True):
+        its = kind_of(part)
+        if kind is None or its is None or its.name != kind.name:
+            problems.append(f"{name} is a {type(part).__name__}; expected the inputs' kind")
+        elif its.device(part) != kind.device(states[0].attn_out):
+            problems.append(f"{name} is on {its.device(part)}; expected {kind.device(states[0].attn_out)}")
+    if problems:
+        return Run(None, problems)
+    if out is not None:
+        problems += [
+            f"{name} was given by out, and another array came back"
+            for name, mine, its in zip(FIELDS, out, result, strict=True)
+            if mine is not its
+        ]
+    as_numpy = AttentionState(*(np.array(backend.to_numpy(part)) for part in result))
+    written = [] if out is None else list(map(id, out))
+    for k, (before, after) in enumerate(zip(pristine.states, states, strict=True)):
+        kept = [
+            (np.asarray(old), np.asarray(backend.to_numpy(part)))
+            if id(part) not in written
+            else (np.zeros(1), np.zeros(1))
+            for old, part in zip(before, after, strict=True)
+        ]
+        changed = same_bits([old for old, _ in kept], [new for _, new in kept])
+        problems += [f"states[{k}] was changed: {change}" for change in changed]
+    if call.out is not None and not all(part.guards_intact() for part in call.out):
+        problems.append("wrote beside its output")
+    return Run(as_numpy, problems)
+
+
+def check_case(backend: Any, case: Case, expected: Expected | None = None) -> tuple[list[str], Comparison | None]:
+    """Run one case and judge all of it.
+
+    Parameters
+    ----------
+    backend : Backend
+    case : Case
+    expected : Expected, optional
+        What the oracle says, if that is known already.
+
+    Returns
+    -------
+    problems : list of str
+        Empty where all is well.
+    comparison : Comparison or None
+        The values against the oracle; None where there were none.
+    """
+    if expected is None:
+        expected = expected_of(case.make())
+    result, problems = run(backend, case)
+    if result is None:
+        return problems, None
+    comparison = compare(result, expected, tolerance=backend.capabilities.tolerance)
+    problems = [*comparison.problems, *problems]
+    if backend.capabilities.deterministic:
+        problems += _repeated(backend, case, result)
+    return problems, comparison
+
+
+def _repeated(backend: Any, case: Case, result: AttentionState) -> Sequence[str]:
+    """Once more, with another number of threads."""
+    before = threads.get_num_threads()
+    threads.set_num_threads(1 if before > 1 else 2)
+    try:
+        again, _ = run(backend, case)
+    finally:
+        threads.set_num_threads(before)
+    if again is None:
+        return ["a second run failed"]
+    return [f"two runs differ: {difference}" for difference in same_bits(result, again)]

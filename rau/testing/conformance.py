@@ -1,0 +1,251 @@
+"""The conformance kit: hold any backend to the contract, from Python or from pytest."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+import rau
+from rau import registry
+from rau.errors import UnknownBackendError
+from rau.testing.algebra import laws
+from rau.testing.bits import same_bits
+from rau.testing.cases import Case, generated, named
+from rau.testing.checks import check_case, problem_of, run
+from rau.testing.report import Report
+
+GENERATED = 400  # cases beside the named ones
+
+
+def load(backend: Any) -> Any:
+    """Find a backend by name, by "module:Class", by class, or take an instance as it is.
+
+    Parameters
+    ----------
+    backend : str or type or Backend
+        A module is looked for in the current folder first, so that nothing need be installed.
+
+    Returns
+    -------
+    Backend
+
+    Raises
+    ------
+    UnknownBackendError
+        If there is no such backend, module or class.
+    BackendUnavailableError
+        If a registered backend cannot be used here.
+    """
+    if isinstance(backend, str) and ":" in backend:
+        module_name, _, class_name = backend.partition(":")
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name != module_name:
+                raise
+            raise UnknownBackendError(
+                f"{backend!r}: no module {module_name!r} here or installed; expected module:Class"
+            ) from error
+        backend = getattr(module, class_name, None)
+        if backend is None:
+            raise UnknownBackendError(f"module {module_name!r} has no class {class_name!r}")
+    elif isinstance(backend, str):
+        return registry.get(backend)
+    instance = backend() if isinstance(backend, type) else backend
+    missing = [name for name in ("name", "capabilities", "update", "merge", "asarray", "to_numpy") if not hasattr(instance, name)]
+    if missing:
+        raise UnknownBackendError(
+            f"{type(instance).__qualname__} has no {', '.join(missing)}; derive it from rau.backends.Backend"
+        )
+    return instance
+
+
+def check_backend(
+    backend: Any,
+    expected_failures: Mapping[str, str] | None = None,
+    *,
+    cases: Iterable[Case] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Hold a backend to the contract.
+
+    Parameters
+    ----------
+    backend : Backend or type or str
+        An instance, a class, a registered name, or "module:Class".
+    expected_failures : mapping of str to str, optional
+        Ids (or patterns with ``*``) of checks that are known to fail, each with the reason. Strict: one that passes, or
+        matches nothing, is a failure.
+    cases : iterable of Case, optional
+        What to run: the named cases and some hundred generated ones by default.
+    progress : callable, optional
+        Called with (id, how many checks are done, how many there are) before each.
+
+    Returns
+    -------
+    Report
+        `passed`, `failures`, and what was excluded by the backend's capabilities.
+
+    Notes
+    -----
+    Each case checks the values against the oracle (within the bound times ``capabilities.tolerance``), dtypes and shapes,
+    equal lanes, array kind and device, that inputs are unchanged, that `out` is what comes back and nothing beside it is
+    written, and that a second run with another number of threads gives the same bits. Beside the cases stand the laws of
+    merging, a wrong call (nothing may be written), and calls from several threads at once.
+
+    Examples
+    --------
+    >>> from rau.testing.cases import Case
+    >>> check_backend("numpy", cases=[Case(id="mine", tokens=3)]).passed
+    True
+    """
+    backend = load(backend)
+    report = Report(backend.name)
+    every = checks(backend, cases)
+    with registry.provisionally(backend):
+        for done, check in enumerate(every):
+            if progress is not None:
+                progress(check.id, done, len(every))
+            if check.excluded:
+                report.exclude(check.id, check.excluded)
+            else:
+                report.record(check.id, check.problems())
+    report.expect(expected_failures or {})
+    return report
+
+
+class Check(NamedTuple):
+    """One check of one backend.
+
+    Attributes
+    ----------
+    id : str
+    run : callable
+        Returns what is wrong, a list of str.
+    excluded : list of str
+        Why the backend's capabilities exclude it; empty where they do not.
+    """
+
+    id: str
+    run: Callable[[], list[str]]
+    excluded: list[str]
+
+    def problems(self) -> list[str]:
+        """Run it; an exception is a problem like any other."""
+        try:
+            return self.run()
+        except Exception as error:
+            return [f"{type(error).__name__}: {error}"]
+
+
+def checks(backend: Any, cases: Iterable[Case] | None = None) -> list[Check]:
+    """List all the checks of a backend.
+
+    Parameters
+    ----------
+    backend : Backend
+    cases : iterable of Case, optional
+
+    Returns
+    -------
+    list of Check
+    """
+    every = []
+    for case in [*named(), *generated(0, GENERATED)] if cases is None else cases:
+        excluded = backend.capabilities.limits_broken(problem_of(case.make()))
+        every.append(Check(case.id, lambda case=case: check_case(backend, case)[0], excluded))
+    for id, law, dtype, reason in laws(backend):
+        every.append(Check(id, lambda law=law, dtype=dtype: law(backend, dtype), [reason] if reason else []))
+    every.append(Check("calls/wrong-call-writes-nothing", lambda: _wrong_call(backend), []))
+    every.append(Check("calls/several-threads-at-once", lambda: _several_threads(backend), []))
+    return every
+
+
+def _wrong_call(backend: Any) -> list[str]:
+    case = Case(id="calls/wrong", tokens=5, heads=2, head_dim=64, out="given")
+    call = case.make()
+    assert call.out is not None
+    states = [[backend.asarray(part) for part in state] for state in call.states]
+    out = [backend.asarray(part.view) for part in call.out]
+    before = [np.array(backend.to_numpy(part)) for part in out]
+    short = [states[1][0], states[1][1], backend.asarray(call.states[1].softmax_sum[:, :, :-1])]
+    try:
+        rau.ring_attention_update(*states[0], *short, out=tuple(out), backend=backend)
+    except rau.ShapeError:
+        return same_bits(before, [np.asarray(backend.to_numpy(part)) for part in out])
+    return ["statistics of unequal shapes were taken"]
+
+
+def _several_threads(backend: Any) -> list[str]:
+    cases = [Case(id=f"calls/threads-{i}", tokens=40 + i, heads=4, head_dim=64) for i in range(4)]
+    alone = [run(backend, case).result for case in cases]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        together = list(pool.map(lambda case: run(backend, case).result, cases * 3))
+    problems = []
+    for one, other in zip(alone * 3, together, strict=True):
+        if one is None or other is None:
+            problems.append("a call failed")
+        elif backend.capabilities.deterministic:
+            problems += same_bits(one, other)
+    return problems
+
+
+class BackendConformance:
+    """The kit as a pytest class: derive from it and name your backend.
+
+    Attributes
+    ----------
+    backend : Backend or type or str
+        What to check, as :func:`check_backend` takes it.
+    expected_failures : mapping of str to str
+        As :func:`check_backend` takes it.
+
+    Examples
+    --------
+    >>> class TestMine(BackendConformance):
+    ...     backend = "numpy"
+    """
+
+    backend: ClassVar[Any] = None
+    expected_failures: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def pytest_generate_tests(cls, metafunc: Any) -> None:
+        """Make one test of each check: excluded ones are skipped with the reason, expected failures are strict."""
+        import pytest
+
+        if "check" not in metafunc.fixturenames:
+            return
+        assert cls.backend is not None, f"{cls.__qualname__}: set the class attribute `backend`"
+        backend = load(cls.backend)
+        parameters = []
+        for check in checks(backend):
+            marks = [
+                pytest.mark.xfail(strict=True, reason=reason)
+                for pattern, reason in cls.expected_failures.items()
+                if fnmatchcase(check.id, pattern)
+            ]
+            if check.excluded:
+                marks = [pytest.mark.skip(reason=f"excluded: {'; '.join(check.excluded)}")]
+            parameters.append(pytest.param(check, backend, id=check.id, marks=marks))
+        metafunc.parametrize(("check", "instance"), parameters)
+
+    def test_conformance(self, check: Check, instance: Any) -> None:
+        """One check."""
+        with registry.provisionally(instance):
+            problems = check.problems()
+        assert not problems, "\n".join(problems)
+
+    def test_expected_failures_match_something(self) -> None:
+        """An expectation that matches no check is a mistake."""
+        ids = [check.id for check in checks(load(self.backend))]
+        idle = [pattern for pattern in self.expected_failures if not any(fnmatchcase(id, pattern) for id in ids)]
+        assert not idle, f"expected failures that match no check: {idle}"

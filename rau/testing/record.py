@@ -1,0 +1,161 @@
+"""A call in a file: inputs, what was observed, and how to make the call again. NumPy's .npz, never pickled.
+
+The keys, all optional but the arrays of at least one state:
+
+====================================  =====================================================================
+``states.K.attn_out`` and so on       the arrays of input state K, also ``.softmax_max``, ``.softmax_sum``;
+                                      ``prev_attn_out``, ``cur_attn_out`` and so on mean states 0 and 1
+``attn_out``, ``softmax_max``,        what some implementation returned for them
+``softmax_sum``
+``actual_seq_qlen``                   cumulative sequence lengths
+``layout``, ``softmax_layout``        strings; "SBH" and "TND" by default
+``case``                              JSON of a `rau.testing.cases.Case`: how the arrays lay in memory
+====================================  =====================================================================
+
+bfloat16 has no place in the .npy format: it is stored as uint16 (in an integer dtype or as NumPy's void ``V2``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rau.constraints import FIELDS
+from rau.errors import RauError
+from rau.layouts import LAYOUTS
+from rau.state import AttentionState
+from rau.testing.cases import Case, named_dtype
+
+
+class Record(NamedTuple):
+    """What a file holds.
+
+    Attributes
+    ----------
+    case : Case
+    states : list of AttentionState
+        The inputs, C-contiguous; ``case.make(states)`` lays them out as they were.
+    observed : AttentionState or None
+        What some implementation returned.
+    """
+
+    case: Case
+    states: list[AttentionState]
+    observed: AttentionState | None
+
+
+class RecordError(RauError, ValueError):
+    """A file that is no record of a call."""
+
+
+def save(path: str | PathLike[str], case: Case, states: Sequence[Any], observed: Sequence[Any] | None = None) -> None:
+    """Write a call to a file.
+
+    Parameters
+    ----------
+    path : path
+        Ends in .npz.
+    case : Case
+    states : sequence of AttentionState
+        The inputs, as they were before the call.
+    observed : AttentionState, optional
+    """
+    arrays = {f"states.{k}.{name}": part for k, state in enumerate(states) for name, part in zip(FIELDS, state, strict=True)}
+    if observed is not None:
+        arrays.update(zip(FIELDS, observed, strict=True))
+    stored = {name: _storable(np.asarray(array)) for name, array in arrays.items()}
+    lengths = case.lengths_argument()
+    if lengths is not None:
+        stored["actual_seq_qlen"] = np.asarray(lengths)
+    stored |= {"layout": np.array(case.layout), "softmax_layout": np.array(case.softmax_layout)}
+    stored["case"] = np.array(json.dumps(asdict(case)))
+    np.savez(path, allow_pickle=False, **stored)
+
+
+def load(path: str | PathLike[str]) -> Record:
+    """Read a call from a file, written by :func:`save` or by anybody who keeps to the keys.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    Record
+
+    Raises
+    ------
+    RecordError
+        If the file is not one, or something in it does not fit together.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise RecordError(f"{path}: not a .npz file that can be read without pickle: {error}") from error
+    for side, k in (("prev", 0), ("cur", 1)):
+        for name in FIELDS:
+            if f"{side}_{name}" in arrays:
+                arrays[f"states.{k}.{name}"] = arrays.pop(f"{side}_{name}")
+    described = _text(arrays, "case", "")
+    case = Case(**{**json.loads(described), "lengths": tuple(json.loads(described)["lengths"])}) if described else None
+    count = 0
+    while f"states.{count}.attn_out" in arrays:
+        count += 1
+    if not count:
+        raise RecordError(f'{path}: no input states; expected keys such as "prev_attn_out" or "states.0.attn_out"')
+    states = [_state(path, arrays, f"states.{k}.") for k in range(count)]
+    observed = _state(path, arrays, "") if "attn_out" in arrays else None
+    if case is None:
+        case = _describe(path, states, arrays)
+    if case.aliased:
+        states = states[:1]
+    return Record(case, states, observed)
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
+
+def _text(arrays: dict[str, np.ndarray], key: str, default: str) -> str:
+    return str(arrays[key]) if key in arrays else default
+
+
+def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str) -> AttentionState:
+    parts = []
+    for name in FIELDS:
+        if prefix + name not in arrays:
+            raise RecordError(f'{path}: "{prefix}{name}" is missing beside the other arrays of its state')
+        array = arrays[prefix + name]
+        if array.dtype in (np.uint16, np.dtype("V2")):
+            array = array.view(named_dtype("bfloat16"))
+        parts.append(array)
+    return AttentionState(*parts)
+
+
+def _describe(path: Any, states: list[AttentionState], arrays: dict[str, np.ndarray]) -> Case:
+    """Work out what call the arrays stand for."""
+    layout, order = _text(arrays, "layout", "SBH"), _text(arrays, "softmax_layout", "TND")
+    if layout not in LAYOUTS:
+        raise RecordError(f"{path}: layout {layout!r} is none of {', '.join(LAYOUTS)}")
+    attn, stats = states[0].attn_out.shape, states[0].softmax_max.shape
+    axes = LAYOUTS[layout]
+    if len(attn) != axes.attn.count(",") + 1 or len(stats) != axes.stats.count(",") + 1:
+        raise RecordError(f"{path}: shapes {attn} and {stats} do not fit layout {layout!r}, {axes.attn}")
+    heads = stats[axes.stats_head]
+    lengths: tuple[int, ...] = ()
+    if layout == "TND" and "actual_seq_qlen" in arrays:
+        lengths = tuple(int(n) for n in np.diff(arrays["actual_seq_qlen"]))
+    dtypes = [state.attn_out.dtype.name for state in states]
+    return Case(
+        id=f"file/{path}", layout=layout, softmax_layout=order, batch=1 if axes.attn_batch is None else attn[axes.attn_batch],
+        tokens=attn[axes.attn_token], heads=heads,
+        head_dim=attn[-1] if axes.attn_head is not None else attn[-1] // max(heads, 1),
+        lengths=lengths, qlen="array" if lengths else "none", lanes=stats[-1], dtype=dtypes[0],
+        cur_dtype=dtypes[-1], states=len(states),
+    )  # fmt: skip

@@ -1,0 +1,115 @@
+"""The report of a check: what passed, what failed, what was excluded and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+
+class Failure(NamedTuple):
+    """One check that failed.
+
+    Attributes
+    ----------
+    id : str
+        Id of the check.
+    message : str
+        What was found and what was expected.
+    """
+
+    id: str
+    message: str
+
+
+class Report:
+    """What came of checking one backend.
+
+    Attributes
+    ----------
+    backend : str
+        Its name.
+    succeeded : list of str
+        Ids of the checks that passed.
+    failures : list of Failure
+        The checks that failed without being expected to, and the expectations that were not met.
+    expected : list of Failure
+        The checks that failed as expected.
+    excluded : list of Failure
+        What the backend's capabilities exclude, with the reasons. It was not run.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.succeeded: list[str] = []
+        self.failures: list[Failure] = []
+        self.expected: list[Failure] = []
+        self.excluded: list[Failure] = []
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed that was not expected to, and something was checked at all."""
+        return not self.failures and bool(self.succeeded)
+
+    def record(self, id: str, problems: list[str]) -> None:
+        """Note the outcome of one check.
+
+        Parameters
+        ----------
+        id : str
+        problems : list of str
+            Empty where it passed.
+        """
+        if problems:
+            self.failures.append(Failure(id, "; ".join(problems)))
+        else:
+            self.succeeded.append(id)
+
+    def exclude(self, id: str, reasons: list[str]) -> None:
+        """Note a check that the backend's capabilities exclude.
+
+        Parameters
+        ----------
+        id : str
+        reasons : list of str
+        """
+        self.excluded.append(Failure(id, "; ".join(reasons)))
+
+    def expect(self, expected_failures: Mapping[str, str]) -> None:
+        """Take the expected failures out of the failures, strictly.
+
+        Parameters
+        ----------
+        expected_failures : mapping of str to str
+            Id or pattern (``*``, ``?``), and the reason. One that matches nothing, and a match that passes, fail.
+        """
+        outcome = {failure.id: failure for failure in self.failures}
+        known = {*outcome, *self.succeeded, *(item.id for item in self.excluded)}
+        for pattern, reason in expected_failures.items():
+            matches = sorted(id for id in known if fnmatchcase(id, pattern))
+            if not matches:
+                self.failures.append(Failure(pattern, "an expected failure that matches no check"))
+            for id in matches:
+                if id in outcome:
+                    failure = outcome[id]
+                    if failure in self.failures:
+                        self.failures.remove(failure)
+                        self.expected.append(Failure(id, f"{failure.message} (expected: {reason})"))
+                elif id in self.succeeded:
+                    self.failures.append(Failure(id, f"expected to fail ({reason}), and passes: take it off the list"))
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.backend}: {'passed' if self.passed else 'FAILED'}: {len(self.succeeded)} checks passed, "
+            f"{len(self.failures)} failed, {len(self.expected)} failed as expected, {len(self.excluded)} excluded"
+        ]
+        for title, items in (("failed", self.failures), ("failed as expected", self.expected)):
+            lines += [f"  {title}: {id}: {message}" for id, message in items]
+        reasons: dict[str, list[str]] = {}
+        for id, reason in self.excluded:
+            reasons.setdefault(reason, []).append(id)
+        lines += [
+            f"  excluded: {reason}: {', '.join(ids[:4])}{f' and {len(ids) - 4} more' if len(ids) > 4 else ''}"
+            for reason, ids in reasons.items()
+        ]
+        return "\n".join(lines)
