@@ -12,7 +12,9 @@ Step: TypeAlias = Callable[..., None]
 _PIPED_WIDTH = 200  # nobody's window: enough that no table is cut off in a file
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()
+) -> None:
     """Print a table on stdout.
 
     Parameters
@@ -30,7 +32,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right:
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        print("\n".join(_plain_table(columns, rows, right)))
+        print("", *_plain_table(columns, rows, right), "", sep="\n")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:

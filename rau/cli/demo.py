@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rau.cli.ring import Result, Work
 
+_LEGEND = """\
+one merge    merge_states of all the partials
+updates      ring_attention_update of a running state, in place, partial after partial
+merge, sum   largest error of attn_out and softmax_sum against the oracle on the same inputs,
+             as a share of what the contract allows: 1.00 is the limit
+attention    largest difference from exact softmax attention in float64
+partials     as much of it as the rounding of the partials alone explains
+"""
+
 
 def add_parser(subparsers: Any) -> None:
     """Declare the command.
@@ -21,26 +30,29 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="merge real partial attention with every backend, timed and checked",
-        description="Compute the partial attention that the ranks of a ring would see, merge it with each backend, and "
-        "compare with the exact result. Exit status: 0 all right, 1 a merge is wrong, 2 wrong usage.",
+        description="Compute the partial attention that the ranks of a ring would see, merge it with each "
+        "backend, and judge the results. Exit status: 0 all right, 1 a merge is wrong, 2 wrong usage.",
     )
     for option, default, meaning in (
         ("--tokens", 4096, "tokens in all"),
         ("--heads", 16, "attention heads"),
         ("--head-dim", 64, "dimension of a head"),
-        ("--ranks", 8, "ranks of the ring, which is into how many parts the keys are split"),
-        ("--seed", 0, "seed of the random queries, keys, values and sequence lengths"),
+        ("--ranks", 8, "ranks of the ring: the keys are split into so many parts"),
+        ("--seed", 0, "seed of the random numbers"),
     ):
-        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--layout", choices=("SBH", "TND"), default="SBH", help="TND has sequences of unequal lengths")
-    parser.add_argument(
-        "--softmax-layout", choices=("TND", "SBH"), default="TND", help="order of TND statistics: token-major or packed"
-    )
+        text = f"{meaning} (default: {default})"
+        parser.add_argument(option, type=int, default=default, metavar="N", help=text)
+    for option, choices, text in (
+        ("--dtype", ("float32", "float16", "bfloat16"), "dtype of the outputs; bfloat16 needs ml_dtypes"),
+        ("--layout", ("SBH", "TND"), "layout; TND has several sequences of unequal lengths"),
+        ("--softmax-layout", ("TND", "SBH"), "order of TND statistics: token-major, or packed per sequence"),
+    ):
+        parser.add_argument(
+            option, choices=choices, default=choices[0], help=f"{text} (default: {choices[0]})"
+        )
     parser.add_argument("--causal", action="store_true", help="a query sees no later keys")
-    parser.add_argument(
-        "--backend", nargs="+", action="extend", metavar="NAME", help="only these (default: all that are available)"
-    )
+    text = "only these backends (default: all that are available)"
+    parser.add_argument("--backend", nargs="+", action="extend", metavar="NAME", help=text)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     parser.set_defaults(run=run)
 
@@ -75,11 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     results: list[Result] = []
     with progress(ring.steps_of(arguments.ranks, len(backends))) as step:
         try:
-            work = ring.prepare(
-                arguments.tokens, arguments.heads, arguments.head_dim, arguments.ranks, layout=arguments.layout,
-                softmax_layout=arguments.softmax_layout, causal=arguments.causal, dtype=arguments.dtype,
-                seed=arguments.seed, step=step,
-            )  # fmt: skip
+            work = ring.prepare(arguments, step)
         except ImportError as error:  # of ml_dtypes
             return _refuse(str(error))
         for backend in backends:
@@ -95,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(_document(arguments, work, results, missing, passed), indent=2))
     else:
         _print_results(work, results, missing)
-        print(_verdict(work, results, passed))
+        print(_verdict(work, results))
     return 0 if passed else 1
 
 
@@ -110,8 +118,8 @@ def _mistakes(arguments: argparse.Namespace) -> list[str]:
         found.append(f"--seed is {arguments.seed}; expected 0 or more")
     if arguments.ranks > arguments.tokens > 0:
         found.append(
-            f"--ranks is {arguments.ranks} and --tokens {arguments.tokens}; expected at most one rank a token, since "
-            "each rank holds a part of the keys"
+            f"--ranks is {arguments.ranks} and --tokens {arguments.tokens}; expected at most as "
+            "many ranks as tokens, since each rank holds a part of the keys"
         )
     return found
 
@@ -134,25 +142,28 @@ def _choose(names: list[str] | None) -> tuple[list[Any], dict[str, str]]:
 
 
 def _header(arguments: argparse.Namespace) -> str:
-    order = {"TND": "token-major", "SBH": "packed"}[arguments.softmax_layout]
-    layout = f"TND, statistics {order}, sequences of unequal lengths" if arguments.layout == "TND" else "SBH"
+    what = "Causal attention" if arguments.causal else "Attention"
+    layout = arguments.layout
+    if layout == "TND":
+        order = "token-major" if arguments.softmax_layout == "TND" else "packed per sequence"
+        layout = f"TND with sequences of unequal lengths, statistics {order}"
     return (
-        f"{'Causal attention' if arguments.causal else 'Attention'} of {arguments.tokens} tokens with {arguments.heads} "
-        f"heads of dimension {arguments.head_dim}; {arguments.dtype}, layout {layout}.\n"
-        f"The keys are split among {arguments.ranks} ranks; the partial attention that each sees is merged."
+        f"{what} of {arguments.tokens} tokens, {arguments.heads} heads of dimension {arguments.head_dim}, "
+        f"{arguments.dtype}, layout {layout}.\n"
+        f"Its keys are split among {arguments.ranks} ranks; the partial attention that each sees is merged."
     )
 
 
 def _print_results(work: Work, results: list[Result], missing: dict[str, str]) -> None:
     from rau.cli.console import print_table
 
-    numbers = ["time", "GB/s", "merge", "sum", "attention", "partials alone"]
+    numbers = ["time", "GB/s", "merge", "sum", "attention", "partials"]
     print_table(
-        ["backend", "call", *numbers],
+        ["backend", "how", *numbers],
         [
             [
                 result.backend,
-                result.call,
+                f"{result.updates} updates" if result.updates else "one merge",
                 _duration(result.seconds),
                 f"{result.rate:.1f}",
                 f"{result.attn_share:.2f}",
@@ -164,12 +175,7 @@ def _print_results(work: Work, results: list[Result], missing: dict[str, str]) -
         ],
         right=numbers,
     )
-    print(
-        "merge, sum: largest error of attn_out and of softmax_sum against the oracle on the same partials, as a share\n"
-        "  of the error that the contract allows; 1.00 is the limit. In the ring: the worst update.\n"
-        "attention: largest difference from exact softmax attention in float64; partials alone: as much of it as the\n"
-        "  rounding of the partials explains."
-    )
+    print(_LEGEND)
     for name, reason in missing.items():
         print(f"not run: {name} ({reason})")
 
@@ -178,23 +184,25 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
 
 
-def _verdict(work: Work, results: list[Result], passed: bool) -> str:
+def _verdict(work: Work, results: list[Result]) -> str:
     """Say in a sentence or two what it all means."""
     wrong = [result for result in results if not result.passed]
     if wrong:
         names = " and ".join(dict.fromkeys(result.backend for result in wrong))
-        return f"WRONG: {names} merged partial attention outside the allowed error. {wrong[0].call}: {wrong[0].problems[0]}."
+        return (
+            f"WRONG: {names} merged partial attention with a larger error than the contract allows.\n"
+            f"{wrong[0].backend}, {wrong[0].call}: {wrong[0].problems[0]}."
+        )
     if not results:
         return "Nothing was checked: no backend could run this."
     names = ", ".join(dict.fromkeys(result.backend for result in results))
+    share = max(result.attn_share for result in results)
     several = len({result.backend for result in results}) > 1
-    agree = ", bit for bit the same" if several and _agree(results) else ""
-    worst = max(result.attn_share for result in results)
-    attention = max(result.attention for result in results)
     return (
-        f"Right: {names} merged the partials within the allowed error{agree}; the worst element takes {worst:.0%} of it.\n"
-        f"The result differs from exact attention by at most {attention:.1e}; the rounding of the partials alone makes "
-        f"{work.rounding:.1e}."
+        f"Right: every merge by {names} keeps within the error that the contract allows, {share:.0%} of it\n"
+        f"at worst{'; all give the same bits' if several and _agree(results) else ''}. "
+        f"From exact attention they differ by at most {max(result.attention for result in results):.1e},\n"
+        f"of which the rounding of the partials alone makes {work.rounding:.1e}."
     )
 
 
@@ -218,6 +226,7 @@ def _document(
             {
                 "backend": result.backend,
                 "call": result.call,
+                "updates": result.updates,
                 "seconds": result.seconds,
                 "gigabytes_per_second": result.rate,
                 "merge_share": _number(result.attn_share),

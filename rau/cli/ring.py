@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +50,8 @@ class Result(NamedTuple):
     Attributes
     ----------
     backend, call : str
+    updates : int
+        Length of the ring; 0 for a merge of all at once.
     seconds : float
         Best time.
     rate : float
@@ -64,6 +68,7 @@ class Result(NamedTuple):
 
     backend: str
     call: str
+    updates: int
     seconds: float
     rate: float
     attn_share: float
@@ -79,34 +84,39 @@ def steps_of(ranks: int, backends: int) -> int:
     return 2 * ranks + 1 + backends * (ranks + 2)
 
 
-def prepare(
-    tokens: int, heads: int, head_dim: int, ranks: int, *, layout: str, softmax_layout: str, causal: bool, dtype: str,
-    seed: int, step: Step,
-) -> Work:  # fmt: skip
-    """Compute the partial attention of each rank, the oracle's merge of it, and exact attention."""
-    random = np.random.default_rng(seed)
-    packed = layout == "TND"
-    shape = (tokens, heads, head_dim) if packed else (tokens, 1, heads, head_dim)
+def prepare(options: argparse.Namespace, step: Step) -> Work:
+    """Compute the partial attention of each rank, the oracle's merge of it, and exact attention.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        Those of ``python -m rau demo``.
+    step : callable
+        From :func:`rau.cli.console.progress`.
+    """
+    random = np.random.default_rng(options.seed)
+    tokens, ranks, packed = options.tokens, options.ranks, options.layout == "TND"
+    shape = (tokens, *(() if packed else (1,)), options.heads, options.head_dim)
     q, k, v = random.standard_normal((3, *shape), dtype=np.float32)
     ends = [0, tokens]
     if packed and tokens > 1:  # up to five sequences
         cuts = random.choice(np.arange(1, tokens), min(4, tokens - 1), replace=False)
         ends = [0, *sorted(map(int, cuts)), tokens]
-    call: dict[str, Any] = {"layout": layout, "softmax_layout": softmax_layout}
+    call: dict[str, Any] = {"layout": options.layout, "softmax_layout": options.softmax_layout}
     if packed:
         call["actual_seq_qlen"] = ends
     partials = []
     for rank in range(ranks):
         step(f"partial attention of rank {rank + 1}")
         # A rank holds its part of every sequence's keys.
-        places = [np.array_split(np.arange(b - a), ranks)[rank] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        places = [np.array_split(np.arange(end - start), ranks)[rank] for start, end in pairwise(ends)]
         own = np.concatenate([start + part for start, part in zip(ends[:-1], places, strict=True)])
-        part = dict(causal=causal, key_positions=np.concatenate(places), dtype=dtype)
+        part: dict[str, Any] = {"causal": options.causal, "key_positions": np.concatenate(places)}
         if packed:
             part["actual_seq_kvlen"] = np.cumsum([0, *map(len, places)])
-        partials.append(partial_attention(q, k[own], v[own], **part, **call))
+        partials.append(partial_attention(q, k[own], v[own], dtype=options.dtype, **part, **call))
     step("exact attention", ranks)
-    exact = exact_attention(q, k, v, causal=causal, **call).attn_out
+    exact = exact_attention(q, k, v, causal=options.causal, **call).attn_out
     step("the oracle")
     expected = oracle(partials, **call)
     return Work(partials, call, expected, exact, float(np.abs(expected.attn_out - exact).max()))
@@ -126,7 +136,7 @@ def merge_at_once(work: Work, backend: Any, step: Step) -> Result:
     merged = _on_host(backend, result)
     comparison = compare(merged, work.expected, tolerance=backend.capabilities.tolerance)
     traffic = sum(map(_bytes, work.partials)) + _bytes(merged)
-    return _result(work, backend, "merge_states, all at once", seconds, traffic, merged, [comparison])
+    return _result(work, backend, 0, seconds, traffic, merged, [comparison])
 
 
 def merge_in_a_ring(work: Work, backend: Any, step: Step) -> Result | None:
@@ -149,7 +159,9 @@ def merge_in_a_ring(work: Work, backend: Any, step: Step) -> Result | None:
         backend.synchronize()
 
     def update(state: AttentionState) -> None:
-        rau.ring_attention_update(*running, *state, out=running, backend=backend.name, profile="portable", **work.call)
+        rau.ring_attention_update(
+            *running, *state, out=running, backend=backend.name, profile="portable", **work.call
+        )
 
     def ring() -> None:
         for state in states[1:]:
@@ -165,19 +177,21 @@ def merge_in_a_ring(work: Work, backend: Any, step: Step) -> Result | None:
         before = AttentionState(*(array.copy() for array in _on_host(backend, running)))
         update(states[number])
         expected = oracle([before, work.partials[number]], **work.call)
-        comparisons.append(compare(_on_host(backend, running), expected, tolerance=backend.capabilities.tolerance))
+        comparisons.append(
+            compare(_on_host(backend, running), expected, tolerance=backend.capabilities.tolerance)
+        )
     traffic = updates * 3 * _bytes(work.partials[0])
-    name = f"ring_attention_update, {updates} in place"
-    return _result(work, backend, name, seconds, traffic, _on_host(backend, running), comparisons)
+    return _result(work, backend, updates, seconds, traffic, _on_host(backend, running), comparisons)
 
 
 def _result(
-    work: Work, backend: Any, call: str, seconds: float, traffic: int, merged: AttentionState,
+    work: Work, backend: Any, updates: int, seconds: float, traffic: int, merged: AttentionState,
     comparisons: Sequence[Comparison],
 ) -> Result:  # fmt: skip
     return Result(
         backend=backend.name,
-        call=call,
+        call="ring_attention_update" if updates else "merge_states",
+        updates=updates,
         seconds=seconds,
         rate=traffic / seconds / 1e9,
         attn_share=max(comparison.attn_share for comparison in comparisons),

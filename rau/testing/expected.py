@@ -182,6 +182,11 @@ def _row_order(
     softmax_layout: str,
 ) -> np.ndarray:
     """For each row in the order in which the output has them, the place of its statistics."""
+    if layout not in ("SBH", "BSND", "BNSD", "TND") or softmax_layout not in ("TND", "SBH"):
+        raise ValueError(
+            f"layout is {layout!r}, softmax_layout {softmax_layout!r}; "
+            "expected SBH, BSND, BNSD or TND, and TND or SBH"
+        )
     places = np.arange(int(np.prod(stats_shape[:-1])))
     if layout == "SBH":  # rows (S, B, N), statistics (B, N, S)
         return places.reshape(stats_shape[:-1]).transpose(2, 0, 1).ravel()
@@ -189,10 +194,6 @@ def _row_order(
         return places.reshape(stats_shape[:-1]).transpose(0, 2, 1).ravel()
     if layout == "BNSD" or softmax_layout == "TND":
         return places
-    if layout != "TND" or softmax_layout != "SBH":
-        raise ValueError(
-            f"layout is {layout!r} and softmax_layout {softmax_layout!r}; expected SBH, BSND, BNSD or TND, and TND or SBH"
-        )
     if actual_seq_qlen is None:
         raise ValueError('statistics packed per sequence (softmax_layout="SBH") need actual_seq_qlen')
     heads = shape[1]

@@ -104,6 +104,10 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
     maxima, sums : ndarray of float64, shape (K, R)
     double : bool
         Whether the problem is float64, where weights stay in float64 and sums are stored in it.
+
+    Returns
+    -------
+    Rows
     """
     live = ~((sums == 0) | (maxima == -np.inf))
     count = live.sum(axis=0)

@@ -1,0 +1,197 @@
+"""python -m rau demo: as a person runs it, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import rau
+from rau.__main__ import main
+from rau.backends.numpy_ import NumPyBackend
+from rau.cli import console, ring
+
+SMALL = ["demo", "--tokens", "48", "--heads", "2", "--head-dim", "8", "--ranks", "3"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(ring, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(ring, "_LEAST_REPEATS", 1)
+
+
+def test_as_typed(backend):
+    command = [sys.executable, "-m", "rau", *SMALL, "--backend", backend]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no progress where nobody watches
+    assert done.stdout.startswith("Attention of 48 tokens, 2 heads of dimension 8, float32, layout SBH.\n")
+    rows = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == [backend]]
+    assert [row[1:3] for row in rows] == [["one", "merge"], ["2", "updates"]]
+    assert "Right: every merge by " + backend in done.stdout
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("form", [("SBH", "TND"), ("TND", "TND"), ("TND", "SBH")])
+def test_json(form, dtype, causal, backend, capsys):
+    options = ["--json", "--layout", form[0], "--softmax-layout", form[1], "--dtype", dtype, "--seed", "7"]
+    assert main([*SMALL, *options, "--backend", backend, *(["--causal"] if causal else [])]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["passed"] is True and document["problem"]["causal"] is causal
+    assert [result["call"] for result in document["results"]] == ["merge_states", "ring_attention_update"]
+    limit = {"float32": 1e-6, "float16": 3e-3, "bfloat16": 3e-2}[dtype]
+    for result in document["results"]:
+        assert 0 < result["merge_share"] <= 1 and 0 < result["sum_share"] <= 1
+        assert result["attention_error"] < limit and result["problems"] == []
+        assert result["seconds"] > 0 and result["gigabytes_per_second"] > 0
+    assert 0 < document["partials_error"] < limit
+    ends = document["problem"]["actual_seq_qlen"]
+    assert (
+        (ends is None)
+        if form[0] == "SBH"
+        else (ends[0] == 0 and ends[-1] == 48 and len(set(np.diff(ends))) > 1)
+    )
+
+
+def test_packed_statistics_read_as_token_major_are_noticed(monkeypatch, capsys):
+    """The verdict is not a formality: a call that says the wrong order of the statistics is judged wrong."""
+    merge = rau.merge_states
+    monkeypatch.setattr(
+        rau, "merge_states", lambda *args, **kw: merge(*args, **(kw | {"softmax_layout": "TND"}))
+    )
+    assert main([*SMALL, "--layout", "TND", "--softmax-layout", "SBH", "--backend", "numpy"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG: numpy merged partial attention with a larger error than the contract allows." in out
+    assert "numpy, merge_states: attn_out[" in out and "times the bound" in out
+
+
+def test_a_wrong_backend_is_noticed(capsys):
+    class Wrong(NumPyBackend):
+        name = "wrong"
+
+        def merge(self, problem, states, out):
+            result = super().merge(problem, states, out)
+            result.attn_out[-1] *= 1 + 1e-5
+            return result
+
+    rau.registry.register(Wrong)
+    try:
+        assert main([*SMALL, "--json"]) == 1
+    finally:
+        rau.registry.refresh()
+    document = json.loads(capsys.readouterr().out)
+    assert document["passed"] is False and document["same_bits"] is False
+    passed = {result["backend"]: result["passed"] for result in document["results"]}
+    assert passed.pop("wrong") is False and all(passed.values())
+    assert any(
+        "times the bound" in problem for result in document["results"] for problem in result["problems"]
+    )
+
+
+def test_backends_that_cannot_run_are_listed(monkeypatch, capsys):
+    monkeypatch.setenv("RAU_BLOCK", "cython")
+    rau.registry.refresh()
+    try:
+        assert main(SMALL) == 0
+        out = capsys.readouterr().out
+        assert "not run: cython (RAU_BLOCK" in out
+        assert main([*SMALL, "--backend", "cython"]) == 2
+    finally:
+        monkeypatch.undo()
+        rau.registry.refresh()
+    captured = capsys.readouterr()
+    assert captured.out == "" and 'backend "cython" is not available' in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "-1"], "--tokens is -1; expected 1 or more"),
+        (["--head-dim", "0"], "--head-dim is 0; expected 1 or more"),
+        (["--ranks", "0"], "--ranks is 0; expected 1 or more"),
+        (["--tokens", "4", "--ranks", "5"], "expected at most as many ranks as tokens"),
+        (["--seed", "-3"], "--seed is -3; expected 0 or more"),
+        (["--backend", "nump"], 'Did you mean "numpy"?'),
+    ],
+)
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+def test_wrong_usage(options, message, json_too, capsys):
+    assert main(["demo", *options, *json_too]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err
+
+
+def test_an_option_that_is_no_number(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", "--tokens", "many"])
+    assert caught.value.code == 2 and "invalid int value: 'many'" in capsys.readouterr().err
+
+
+def test_the_smallest_problem(capsys):
+    assert (
+        main(["demo", "--tokens", "1", "--ranks", "1", "--heads", "1", "--head-dim", "1", "--layout", "TND"])
+        == 0
+    )
+    assert "Right" in capsys.readouterr().out
+
+
+def without_rich(monkeypatch):
+    for name in ("rich", "rich.box", "rich.console", "rich.progress", "rich.table", "rich.text"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_table(rich, monkeypatch, capsys):
+    if not rich:
+        without_rich(monkeypatch)
+    console.print_table(["name", "time"], [["a[b]", "1"], ["long name", "12"]], right=["time"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [line.split() for line in (lines[0], *lines[2:])] == [
+        ["name", "time"],
+        ["a[b]", "1"],
+        ["long", "name", "12"],
+    ]
+    assert lines[2].endswith("   1") and lines[3].endswith("  12")
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_is_shown_on_a_terminal_only(rich, monkeypatch, capsys):
+    if not rich:
+        without_rich(monkeypatch)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)  # noqa: B023
+        with console.progress(4) as step:
+            step("first", 3)
+            step("second")
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert ("second" in captured.err) is terminal
+        if terminal and not rich:
+            assert "75% second" in captured.err and captured.err.endswith("\r")
+
+
+def test_the_parser_costs_nothing():
+    code = (
+        "import sys, argparse; from rau.cli import demo;"
+        "demo.add_parser(argparse.ArgumentParser().add_subparsers());"
+        "assert not {'rich', 'rau.testing', 'rau.cli.ring', 'ml_dtypes'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_help_names_every_option(capsys):
+    parser = argparse.ArgumentParser()
+    from rau.cli.demo import add_parser
+
+    add_parser(parser.add_subparsers())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["demo", "--help"])
+    text = capsys.readouterr().out
+    shape, form = "tokens heads head-dim ranks seed", "dtype layout softmax-layout causal backend json"
+    for option in f"{shape} {form}".split():
+        assert f"--{option}" in text
