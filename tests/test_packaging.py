@@ -1,0 +1,122 @@
+"""What a checkout and an install have to be. The sdist and the wheel take longer: .ci/run looks at them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rau
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+TEXTS = sorted(
+    path
+    for pattern in ("*.md", "*.py", "*.toml", "rau/**/*", "docs/**/*", "examples/**/*", "asv_bench/**/*", "tests/**/*")
+    for path in ROOT.glob(pattern)
+    if path.is_file() and path.suffix in {".h", ".ipynb", ".json", ".md", ".py", ".pyi", ".pyx", ".rst", ".toml", ".txt"}
+    if path != Path(__file__)
+)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter in the repository root, without the RAU_* variables of this one."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAU_")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+
+
+# ---------------------------------------------------------------------------------------------------------------- core
+
+
+def test_core_is_compiled_and_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without this test everything else would pass on NumPy alone.
+    monkeypatch.delenv("RAU_BACKEND", raising=False)
+    out, stats = np.ones((4, 1, 16), np.float32), np.ones((1, 2, 4, 8), np.float32)
+    if os.environ.get("RAU_EXPECT_NO_CORE"):
+        with pytest.raises(ImportError):
+            importlib.import_module("rau._core")
+        expected = "numpy"
+    else:
+        core = importlib.import_module("rau._core")
+        assert str(core.__file__).endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
+        expected = "cython"
+    explanation = rau.explain(out, stats, stats, out, stats, stats)
+    assert (explanation.selected, explanation.origin) == (expected, "automatic")
+
+
+# -------------------------------------------------------------------------------------------------------------- import
+
+
+def test_import_is_light() -> None:
+    done = run(
+        "-c",
+        "import json, logging, sys, numpy; before = set(sys.modules); import rau; "
+        "print(json.dumps([sorted(set(sys.modules) - before), len(logging.getLogger('rau').handlers), len(logging.root.handlers)]))",
+    )
+    assert done.returncode == 0, done.stderr
+    modules, own_handlers, root_handlers = json.loads(done.stdout)
+    heavy = {"torch", "mindspore", "triton", "ml_dtypes", "rich", "pytest", "hypothesis", "importlib.metadata"}
+    assert not heavy & set(modules)
+    assert (own_handlers, root_handlers) == (0, 0)
+
+
+def test_installed_version_is_that_of_the_sources() -> None:
+    # Otherwise an old install lies about what is being tested.
+    assert importlib.metadata.version("ring-attention-update") == PYPROJECT["project"]["version"]
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("--help",)], ids=" ".join)
+def test_python_m_rau_works(arguments: tuple[str, ...]) -> None:
+    done = run("-m", "rau", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def install_hints(text: str) -> list[str]:
+    """What ``pip install`` is told to install, requirement by requirement."""
+    words = [word for hint in re.findall(r"\bpip3?\s+install\b([^\n`&|;]*)", text) for word in hint.split()]
+    return [word.strip("'\"\\,.:)(") for word in words]
+
+
+def test_install_hints_are_found() -> None:
+    assert install_hints("run `pip install 'rau[cli]'` now") == ["rau[cli]"]
+    assert install_hints("python -m pip install --quiet rau.") == ["--quiet", "rau"]
+
+
+def test_install_hints_name_the_distribution() -> None:
+    # "rau" is somebody else's on the package index.
+    extras = set(PYPROJECT["project"]["optional-dependencies"])
+    for path in TEXTS:
+        for word in install_hints(path.read_text(encoding="utf-8")):
+            assert not re.match(r"rau\b", word), f"{path.relative_to(ROOT)}: pip install {word}"
+            if match := re.match(r"(?:ring-attention-update|\.)\[([\w,-]+)", word):
+                unknown = set(match[1].split(",")) - extras
+                assert not unknown, f"{path.relative_to(ROOT)}: no such extra: {sorted(unknown)}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python3 -m venv .venv && .venv/bin/python -m pip install -e '.[cli]' && .venv/bin/python -m rau demo",
+        "python3 -m venv .venv && .venv/bin/python -m pip install -e '.[test]' && .venv/bin/python -m pytest",
+    ],
+    ids=["demo", "tests"],
+)
+def test_readme_has_the_two_commands(command: str) -> None:
+    # Each alone on its line, once: .ci/run reads them there.
+    lines = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    assert lines.count(command) == 1
