@@ -51,6 +51,8 @@ class CythonBackend(Backend):
                 np.empty(problem.stats_shape, first[2].dtype),
             )
         arrays = tuple([array for state in (*states, out) for array in state])
-        self._merge(problem.blocks, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, problem.lanes,
+        blocks = problem.blocks
+        assert blocks is not None  # host arrays have their lengths on the host
+        self._merge(blocks, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, problem.lanes,
                     problem.in_place, get_num_threads())  # fmt: skip
         return out

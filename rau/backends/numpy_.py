@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from rau.backends import AttentionState, Backend, Capabilities, Problem
+from rau.backends.exponential import LN2_HIGH, LN2_LOW, LOG2_E, ROUND, TAYLOR, UNDERFLOW
 from rau.layouts import ATTN, MAX, SUM, row_index
 
 _ELEMENTS = 1 << 18  # elements merged at a time: their float32 copies stay in the cache
 
-_LOG2_E = float.fromhex("0x1.71547652b82fep+0")
-_ROUND = float.fromhex("0x1.8p52")  # added and subtracted, it rounds to the nearest integer
-_LN2_HIGH = float.fromhex("0x1.62e42feep-1")
-_LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
-_TAYLOR = [1.0 / math.factorial(n) for n in range(12, -1, -1)]
-
 
 def exp_nonpositive(x: np.ndarray) -> np.ndarray:
-    """The exponential of rau, made of IEEE operations only, so that every backend has the same bits.
+    """The exponential of rau, see :mod:`rau.backends.exponential`.
 
     Parameters
     ----------
@@ -33,25 +27,19 @@ def exp_nonpositive(x: np.ndarray) -> np.ndarray:
     ndarray of float64, shape of `x`
         0 below -708; relative error at most 3.6 * 2**-53 elsewhere.
 
-    Notes
-    -----
-    exp(x) = 2**k * exp(r) with k = round(x / ln 2) and abs(r) <= ln(2) / 2; exp(r) by its Taylor polynomial of
-    degree 12, in Horner's order. k * _LN2_HIGH is exact. A library's exp differs between libraries in the
-    last bit.
-
     Examples
     --------
     >>> exp_nonpositive(np.array([0.0, -1.0, -800.0]))
     array([1.        , 0.36787944, 0.        ])
     """
-    safe = np.where(x >= -708.0, x, 0.0)
-    k = (safe * _LOG2_E + _ROUND) - _ROUND
-    r = (safe - k * _LN2_HIGH) - k * _LN2_LOW
-    p = np.full_like(r, _TAYLOR[0])
-    for coefficient in _TAYLOR[1:]:
+    safe = np.where(x >= UNDERFLOW, x, 0.0)
+    k = (safe * LOG2_E + ROUND) - ROUND
+    r = (safe - k * LN2_HIGH) - k * LN2_LOW
+    p = np.full_like(r, TAYLOR[0])
+    for coefficient in TAYLOR[1:]:
         p = p * r + coefficient
     result = np.ldexp(p, k.astype(np.int32))
-    return np.where(x < -708.0, 0.0, np.where(np.isnan(x), x, result))
+    return np.where(x < UNDERFLOW, 0.0, np.where(np.isnan(x), x, result))
 
 
 def row_weights(

@@ -55,7 +55,7 @@ def _states(backend: Any, dtype: str, states: int, statistics: str = "ordinary")
 
 def neutral_element(backend: Any, dtype: str) -> list[str]:
     """Merged with an empty state, on either side, a state comes back bit for bit."""
-    problems = []
+    problems: list[str] = []
     merge = merger(backend, _layout(backend))
     for statistics in ("ordinary", "nan-max", "nan-sum", "infinite-sum"):
         (state,) = _states(backend, dtype, 1, statistics)
@@ -72,7 +72,7 @@ def neutral_element(backend: Any, dtype: str) -> list[str]:
 def commutativity(backend: Any, dtype: str) -> list[str]:
     """Swapped, two states give the same bits."""
     merge = merger(backend, _layout(backend))
-    problems = []
+    problems: list[str] = []
     for statistics in ("ordinary", "empty", "huge-gaps", "equal-maxima"):
         one, other = _states(backend, dtype, 2, statistics)
         problems += same_bits(merge([one, other]), merge([other, one]))
@@ -89,7 +89,7 @@ def associativity(backend: Any, dtype: str) -> list[str]:
     merge = merger(backend, layout)
     a, b, c = _states(backend, dtype, 3)
     expected = oracle([a, b, c], layout=layout)
-    problems = []
+    problems: list[str] = []
     for result in (merge([merge([a, b]), c]), merge([a, merge([b, c])])):
         problems += compare(result, expected, tolerance=2 * backend.capabilities.tolerance).problems
     return problems
@@ -109,7 +109,7 @@ def split_of_the_keys(backend: Any, dtype: str) -> list[str]:
         q, k, v = (part.swapaxes(0, 1) for part in (q, k, v))
     axis = 0 if layout == "SBH" else 1
     exact = exact_attention(q, k, v, layout=layout)
-    problems = []
+    problems: list[str] = []
     for cuts in ([4], [1, 2], [2, 3, 5, 8]):
         parts = [
             partial_attention(q, kk, vv, layout=layout, dtype=dtype)

@@ -107,11 +107,12 @@ class Case:
         AttentionState
         """
         options: dict[str, Any] = {
-            "softmax_layout": self.softmax_layout, "profile": self.profile, "backend": backend, "out": out,
+            "actual_seq_qlen": self.lengths_argument(), "layout": self.layout, "softmax_layout": self.softmax_layout,
+            "profile": self.profile, "backend": backend, "out": out,
         }  # fmt: skip
         if self.states == 2:
-            return rau.ring_attention_update(*states[0], *states[1], self.lengths_argument(), self.layout, **options)
-        return rau.merge_states(states, self.lengths_argument(), self.layout, **options)
+            return rau.ring_attention_update(*states[0], *states[1], **options)
+        return rau.merge_states(states, **options)
 
     def fill(self) -> list[AttentionState]:
         """Make the numbers.
@@ -260,7 +261,7 @@ def _named() -> Iterator[Case]:
     for layout in ("SBH", "BSND", "BNSD"):
         yield Case(id=f"layout/{layout}", layout=layout, batch=3, tokens=7, heads=5, head_dim=16)
         yield Case(id=f"layout/{layout}-attention", layout=layout, batch=2, tokens=9, heads=3, head_dim=16, statistics="attention")
-    vendor = {"profile": "mindspore", "head_dim": 64, "heads": 3}
+    vendor: dict[str, Any] = {"profile": "mindspore", "head_dim": 64, "heads": 3}
     lengths = {"even": (4, 4, 4), "uneven": (5, 1, 6), "zero-length": (0, 5, 0, 0, 7, 0), "one": (12,), "ones": (1,) * 12}
     for order, name in (("TND", "token-major"), ("SBH", "packed")):
         for how, sequences in lengths.items():
@@ -278,7 +279,7 @@ def _named() -> Iterator[Case]:
     yield Case(id="tnd/at-the-v2-limits", profile="cann-v2", layout="TND", tokens=2, lengths=(2,), heads=256, head_dim=768)
     for dtype, cur_dtype in _DTYPES:
         name = dtype if dtype == cur_dtype else f"{cur_dtype}-into-{dtype}"
-        common = {"dtype": dtype, "cur_dtype": cur_dtype}
+        common: dict[str, Any] = {"dtype": dtype, "cur_dtype": cur_dtype}
         profile = "mindspore" if dtype == cur_dtype != "float64" else "portable"
         yield Case(id=f"dtype/{name}", tokens=130, heads=3, head_dim=64, profile=profile, **common)
         yield Case(id=f"dtype/{name}-attention", tokens=20, heads=3, head_dim=64, statistics="attention", **common)
@@ -292,9 +293,9 @@ def _named() -> Iterator[Case]:
             yield Case(id=f"states/{states}-{name}", tokens=9, heads=3, head_dim=22, states=states, statistics="empty",
                        **common)  # fmt: skip
     for dimension in ("batch", "tokens", "heads", "head_dim"):
-        sizes = {"batch": 2, "tokens": 3, "heads": 2, "head_dim": 5}
+        sizes: dict[str, Any] = {"batch": 2, "tokens": 3, "heads": 2, "head_dim": 5}
         yield Case(id=f"one/{dimension}", **{**sizes, dimension: 1})
-        empty = {**sizes, dimension: 0}
+        empty: dict[str, Any] = {**sizes, dimension: 0}
         if dimension == "heads":
             empty["head_dim"] = 0  # N = 0 needs H = 0
         yield Case(id=f"none/{dimension}", **empty)
@@ -307,7 +308,7 @@ def _named() -> Iterator[Case]:
     for placement in memory.PLACEMENTS:
         for layout in ("SBH", "TND", "BSND", "BNSD"):
             common = {"layout": layout, "tokens": 10, "lengths": (10,), "heads": 3, "head_dim": 16, "statistics": "empty"}
-            inputs = {"attn_placement": "contiguous" if placement == "broadcast" else placement, "stats_placement": placement}
+            inputs: dict[str, Any] = {"attn_placement": "contiguous" if placement == "broadcast" else placement, "stats_placement": placement}
             yield Case(id=f"views/{placement}-{layout}", read_only=True, **common, **inputs)
             if placement in memory.OUT_PLACEMENTS:
                 yield Case(id=f"out/{placement}-{layout}", out="given", out_placement=placement, **common)
@@ -384,7 +385,7 @@ def _generate(name: str) -> Case:
         out = "prev"
     if aliased and out != "given":
         out = "fresh"
-    stats_placements = memory.PACKED_PLACEMENTS if packed else memory.PLACEMENTS
+    stats_placements: tuple[str, ...] = memory.PACKED_PLACEMENTS if packed else memory.PLACEMENTS
     in_place = out in ("prev", "cur")
     if in_place:  # what is written to must be writable and have a contiguous last axis
         stats_placements = tuple(p for p in stats_placements if p not in ("broadcast", "gapped"))

@@ -69,19 +69,22 @@ class Run(NamedTuple):
     problems: list[str]
 
 
-def run(backend: Any, case: Case) -> Run:
+def run(backend: Any, case: Case, numbers: list[AttentionState] | None = None) -> Run:
     """Run a case on a backend's own arrays and look at everything but the values.
 
     Parameters
     ----------
     backend : Backend
     case : Case
+    numbers : list of AttentionState, optional
+        The input states, where they are known already or come from elsewhere; those of ``case.fill()`` by default.
 
     Returns
     -------
     Run
     """
-    call, pristine = case.make(), case.make()
+    numbers = numbers or case.fill()
+    call, pristine = case.make(numbers), case.make(numbers)
     converted: dict[int, Any] = {}
 
     def convert(array: np.ndarray) -> Any:
@@ -131,7 +134,9 @@ def run(backend: Any, case: Case) -> Run:
     return Run(as_numpy, problems)
 
 
-def check_case(backend: Any, case: Case, expected: Expected | None = None) -> tuple[list[str], Comparison | None]:
+def check_case(
+    backend: Any, case: Case, expected: Expected | None = None, numbers: list[AttentionState] | None = None
+) -> tuple[list[str], Comparison | None]:
     """Run one case and judge all of it.
 
     Parameters
@@ -140,6 +145,8 @@ def check_case(backend: Any, case: Case, expected: Expected | None = None) -> tu
     case : Case
     expected : Expected, optional
         What the oracle says, if that is known already.
+    numbers : list of AttentionState, optional
+        As :func:`run` takes them.
 
     Returns
     -------
@@ -148,24 +155,27 @@ def check_case(backend: Any, case: Case, expected: Expected | None = None) -> tu
     comparison : Comparison or None
         The values against the oracle; None where there were none.
     """
+    numbers = numbers or case.fill()
     if expected is None:
-        expected = expected_of(case.make())
-    result, problems = run(backend, case)
+        expected = expected_of(case.make(numbers))
+    result, problems = run(backend, case, numbers)
     if result is None:
         return problems, None
     comparison = compare(result, expected, tolerance=backend.capabilities.tolerance)
     problems = [*comparison.problems, *problems]
     if backend.capabilities.deterministic:
-        problems += _repeated(backend, case, result)
+        problems += _repeated(backend, case, numbers, result)
     return problems, comparison
 
 
-def _repeated(backend: Any, case: Case, result: AttentionState) -> Sequence[str]:
+def _repeated(
+    backend: Any, case: Case, numbers: list[AttentionState], result: AttentionState
+) -> Sequence[str]:
     """Once more, with another number of threads."""
     before = threads.get_num_threads()
     threads.set_num_threads(1 if before > 1 else 2)
     try:
-        again, _ = run(backend, case)
+        again, _ = run(backend, case, numbers)
     finally:
         threads.set_num_threads(before)
     if again is None:

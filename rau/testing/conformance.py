@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -60,7 +61,8 @@ def load(backend: Any) -> Any:
     elif isinstance(backend, str):
         return registry.get(backend)
     instance = backend() if isinstance(backend, type) else backend
-    missing = [name for name in ("name", "capabilities", "update", "merge", "asarray", "to_numpy") if not hasattr(instance, name)]
+    needed = ("name", "capabilities", "update", "merge", "asarray", "to_numpy", "synchronize")
+    missing = [name for name in needed if not hasattr(instance, name)]
     if missing:
         raise UnknownBackendError(
             f"{type(instance).__qualname__} has no {', '.join(missing)}; derive it from rau.backends.Backend"
@@ -73,7 +75,9 @@ def check_backend(
     expected_failures: Mapping[str, str] | None = None,
     *,
     cases: Iterable[Case] | None = None,
+    select: str = "*",
     progress: Callable[[str, int, int], None] | None = None,
+    into: Report | None = None,
 ) -> Report:
     """Hold a backend to the contract.
 
@@ -86,8 +90,12 @@ def check_backend(
         matches nothing, is a failure.
     cases : iterable of Case, optional
         What to run: the named cases and some hundred generated ones by default.
+    select : str, default "*"
+        Pattern of the ids of the checks to run.
     progress : callable, optional
         Called with (id, how many checks are done, how many there are) before each.
+    into : Report, optional
+        A report to fill, so that what was found is kept when the run is interrupted.
 
     Returns
     -------
@@ -108,8 +116,8 @@ def check_backend(
     True
     """
     backend = load(backend)
-    report = Report(backend.name)
-    every = checks(backend, cases)
+    report = into if into is not None else Report(backend.name)
+    every = checks(backend, cases, select)
     with registry.provisionally(backend):
         for done, check in enumerate(every):
             if progress is not None:
@@ -146,13 +154,15 @@ class Check(NamedTuple):
             return [f"{type(error).__name__}: {error}"]
 
 
-def checks(backend: Any, cases: Iterable[Case] | None = None) -> list[Check]:
+def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*") -> list[Check]:
     """List all the checks of a backend.
 
     Parameters
     ----------
     backend : Backend
     cases : iterable of Case, optional
+    select : str, default "*"
+        Pattern of their ids.
 
     Returns
     -------
@@ -160,13 +170,18 @@ def checks(backend: Any, cases: Iterable[Case] | None = None) -> list[Check]:
     """
     every = []
     for case in [*named(), *generated(0, GENERATED)] if cases is None else cases:
-        excluded = backend.capabilities.limits_broken(problem_of(case.make()))
-        every.append(Check(case.id, lambda case=case: check_case(backend, case)[0], excluded))
+        if fnmatchcase(case.id, select):
+            excluded = backend.capabilities.limits_broken(problem_of(case.make()))
+            every.append(Check(case.id, partial(_case, backend, case), excluded))
     for id, law, dtype, reason in laws(backend):
-        every.append(Check(id, lambda law=law, dtype=dtype: law(backend, dtype), [reason] if reason else []))
-    every.append(Check("calls/wrong-call-writes-nothing", lambda: _wrong_call(backend), []))
-    every.append(Check("calls/several-threads-at-once", lambda: _several_threads(backend), []))
-    return every
+        every.append(Check(id, partial(law, backend, dtype), [reason] if reason else []))
+    every.append(Check("calls/wrong-call-writes-nothing", partial(_wrong_call, backend), []))
+    every.append(Check("calls/several-threads-at-once", partial(_several_threads, backend), []))
+    return [check for check in every if fnmatchcase(check.id, select)]
+
+
+def _case(backend: Any, case: Case) -> list[str]:
+    return check_case(backend, case)[0]
 
 
 def _wrong_call(backend: Any) -> list[str]:

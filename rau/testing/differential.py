@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rau import registry
+from rau.errors import ConstraintError, UnknownBackendError
 from rau.state import AttentionState
 from rau.testing import checks, record
 from rau.testing.bits import same_bits
@@ -19,6 +22,7 @@ from rau.testing.cases import Case, generated, named
 from rau.testing.comparison import compare, shares
 from rau.testing.conformance import load
 from rau.testing.expected import Expected, widen
+from rau.testing.shrink import shrink
 
 BINS = 20  # of the histogram of shares, over [0, 1]; one more holds what is beyond
 
@@ -84,17 +88,24 @@ class Finding:
     message : str
     file : str
         Where the case was written; empty where it was not.
+    unregistered : tuple of str
+        Which of its backends no registry knows, as "module:Class".
     """
 
     case: Case
     backend: str
     message: str
     file: str = ""
+    unregistered: tuple[str, ...] = ()
 
     @property
     def replay(self) -> str:
         """The command that runs it again."""
-        return f"python -m rau difftest --replay {shlex.quote(self.file)}" if self.file else ""
+        if not self.file:
+            return ""
+        names = [name for name in self.backend.split(", ") if name in registry.names()]
+        chosen = f" --backends {shlex.quote(','.join((*self.unregistered, *names)))}" if self.unregistered else ""
+        return f"python -m rau difftest --replay {shlex.quote(self.file)}{chosen}"
 
 
 @dataclass
@@ -181,6 +192,15 @@ def run_differential(
       numpy: 1 cases, 0 excluded; worst 0... (attn_out) and 0... (softmax_sum) of the bound
     """
     instances = [load(backend) for backend in backends]
+    names = [instance.name for instance in instances]
+    for name in names:
+        if names.count(name) > 1:
+            raise UnknownBackendError(f'two of the backends are called "{name}"; give each class its own `name`')
+    unregistered = {
+        name: backend
+        for name, backend in zip(names, backends, strict=True)
+        if isinstance(backend, str) and ":" in backend
+    }
     report = into if into is not None else Differential()
     for instance in instances:
         report.standings.setdefault(instance.name, Standing())
@@ -192,7 +212,15 @@ def run_differential(
         for who, message in judge(instances, case, report):
             report.wrong[who] = report.wrong.get(who, 0) + 1
             if all(finding.backend != who for finding in report.findings):
-                report.findings.append(_smallest(instances, case, who, message, folder))
+                blamed = [unregistered[name] for name in who.split(", ") if name in unregistered]
+                finding = Finding(case, who, message, unregistered=tuple(blamed))
+                report.findings.append(finding)
+                try:
+                    for smaller in shrink(case, partial(_still_wrong, finding, instances)):
+                        finding.case, finding.message = smaller
+                finally:  # an interrupted search has found something too
+                    if folder is not None:
+                        _write(finding, instances, folder)
         report.cases += 1
         if progress is not None:
             progress(report)
@@ -214,7 +242,8 @@ def judge(instances: Sequence[Any], case: Case, report: Differential | None = No
     who, message : str
         What went wrong, and whose it is.
     """
-    pristine = case.make()
+    numbers = case.fill()
+    pristine = case.make(numbers)
     problem, expected = checks.problem_of(pristine), checks.expected_of(pristine)
     report = report if report is not None else Differential()
     results: list[tuple[Any, AttentionState]] = []
@@ -226,7 +255,7 @@ def judge(instances: Sequence[Any], case: Case, report: Differential | None = No
             continue
         standing.cases += 1
         with registry.provisionally(instance):
-            result, problems = checks.run(instance, case)
+            result, problems = checks.run(instance, case, numbers)
         if result is not None:
             comparison = compare(result, expected, tolerance=instance.capabilities.tolerance)
             problems = [*comparison.problems, *problems]
@@ -280,56 +309,30 @@ def _apart(one: AttentionState, other: AttentionState, expected: Expected) -> fl
     return float(np.max(np.where(np.isfinite(apart), apart, 0.0), initial=0.0))
 
 
-def _smallest(instances: Sequence[Any], case: Case, who: str, message: str, folder: Path | None) -> Finding:
-    """Make a failing case smaller as long as the same backend, or pair, still fails."""
-    names = who.split(", ")
-    involved = [instance for instance in instances if instance.name in names]
+def _still_wrong(finding: Finding, instances: Sequence[Any], case: Case) -> str:
+    try:
+        verdicts = judge(_involved(finding, instances), case)
+        return next((message for who, message in verdicts if who == finding.backend), "")
+    except ConstraintError:  # too small for its profile, or no valid call at all
+        return ""
 
-    def wrong(candidate: Case) -> str:
-        return next((said for blamed, said in judge(involved, candidate) if blamed == who), "")
 
-    shrinking = True
-    while shrinking:
-        shrinking = False
-        for candidate in _smaller(case):
-            said = wrong(candidate)
-            if said:
-                case, message, shrinking = candidate, said, True
-                break
-    file = ""
-    if folder is not None:
+def _write(finding: Finding, instances: Sequence[Any], folder: Path) -> None:
+    """Write a failing case to a file."""
+    case = finding.case
+    name = re.sub(r"[^\w.-]+", "-", f"{finding.backend}-{case.id}")
+    path = folder / f"{name}.npz"
+    first = _involved(finding, instances)[0]
+    with registry.provisionally(first):
+        observed = checks.run(first, case).result
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{who.replace(', ', '-')}-{case.id.replace('/', '-')}.npz"
-        states = case.make().states
-        observed = checks.run(involved[0], case).result
-        record.save(path, case, states, observed)
-        file = str(path)
-    return Finding(case, who, message, file)
+        record.save(path, case, case.make().states, observed)
+    except OSError as error:
+        finding.message += f" (and the case could not be written: {error})"
+    else:
+        finding.file = str(path)
 
 
-def _smaller(case: Case) -> Iterator[Case]:
-    """Cases a step simpler, the largest steps first."""
-    for name, least in (("tokens", 1), ("batch", 1), ("heads", 1), ("head_dim", 1)):
-        value = getattr(case, name)
-        for smaller in dict.fromkeys((least, value // 4, value // 2, value - 1)):
-            if least <= smaller < value and not (name == "tokens" and case.layout == "TND"):
-                yield replace(case, **{name: smaller})
-    if case.layout == "TND" and len(case.lengths) > 1:
-        half = len(case.lengths) // 2
-        for kept in (case.lengths[:half], case.lengths[half:], case.lengths[1:], case.lengths[:-1]):
-            yield replace(case, lengths=kept, tokens=sum(kept))
-    for place, length in enumerate(case.lengths[:8]):
-        if length > 1:
-            for shorter in dict.fromkeys((1, length // 2, length - 1)):
-                kept = (*case.lengths[:place], shorter, *case.lengths[place + 1 :])
-                yield replace(case, lengths=kept, tokens=sum(kept))
-    if case.states > 2 and case.out != "cur":
-        yield replace(case, states=2)
-        yield replace(case, states=case.states - 1)
-    plain = {
-        "out": "fresh", "attn_placement": "contiguous", "stats_placement": "contiguous", "out_placement": "contiguous",
-        "read_only": False, "aliased": False, "qlen": "array", "statistics": "ordinary", "outputs": "ordinary",
-    }  # fmt: skip
-    for name, value in plain.items():
-        if getattr(case, name) != value and not (name == "qlen" and not case.lengths):
-            yield replace(case, **{name: value})
+def _involved(finding: Finding, instances: Sequence[Any]) -> list[Any]:
+    return [instance for instance in instances if instance.name in finding.backend.split(", ")]

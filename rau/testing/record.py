@@ -18,6 +18,7 @@ bfloat16 has no place in the .npy format: it is stored as uint16 (in an integer 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from os import PathLike
@@ -94,16 +95,22 @@ def load(path: str | PathLike[str]) -> Record:
         If the file is not one, or something in it does not fit together.
     """
     try:
+        with zipfile.ZipFile(path):  # NumPy takes other files too
+            pass
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise RecordError(f"{path}: not a .npz file that can be read without pickle: {error}") from error
     for side, k in (("prev", 0), ("cur", 1)):
         for name in FIELDS:
             if f"{side}_{name}" in arrays:
                 arrays[f"states.{k}.{name}"] = arrays.pop(f"{side}_{name}")
     described = _text(arrays, "case", "")
-    case = Case(**{**json.loads(described), "lengths": tuple(json.loads(described)["lengths"])}) if described else None
+    try:
+        words = json.loads(described) if described else {}
+        case = Case(**words | {"lengths": tuple(words.get("lengths", ()))}) if described else None
+    except (TypeError, ValueError) as error:
+        raise RecordError(f'{path}: "case" describes no case: {error}') from error
     count = 0
     while f"states.{count}.attn_out" in arrays:
         count += 1

@@ -1,0 +1,80 @@
+"""Making a failing case small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from rau.testing.cases import Case
+
+
+def shrink(case: Case, wrong: Callable[[Case], str]) -> Iterator[tuple[Case, str]]:
+    """Look for ever smaller cases that still fail.
+
+    Parameters
+    ----------
+    case : Case
+        It fails.
+    wrong : callable
+        Says what is wrong with a case; empty where nothing is.
+
+    Yields
+    ------
+    case, message : Case, str
+        Each smaller than the one before. The last one has no step left that keeps it failing.
+
+    Examples
+    --------
+    >>> [(found.tokens, found.heads) for found, _ in shrink(Case(id="x", tokens=9), lambda case: "!" * (case.tokens > 3))]
+    [(4, 2), (4, 1), (4, 1)]
+    """
+    found = True
+    while found:
+        found = False
+        for candidate in smaller(case):
+            message = wrong(candidate)
+            if message:
+                case, found = candidate, True
+                yield case, message
+                break
+
+
+def smaller(case: Case) -> Iterator[Case]:
+    """List cases a step simpler than one, the largest steps first.
+
+    Parameters
+    ----------
+    case : Case
+
+    Yields
+    ------
+    Case
+        Not all of them make valid calls.
+    """
+    if case.profile != "portable":  # lifts the limits that keep it large
+        yield replace(case, profile="portable")
+    for name, least in (("tokens", 1), ("batch", 1), ("heads", 1), ("head_dim", 1)):
+        value = getattr(case, name)
+        for smaller in dict.fromkeys((least, value // 4, value // 2, value - 1)):
+            if least <= smaller < value and not (name == "tokens" and case.layout == "TND"):
+                yield replace(case, **{name: smaller})
+    if case.layout == "TND" and len(case.lengths) > 1:
+        half = len(case.lengths) // 2
+        for kept in (case.lengths[:half], case.lengths[half:], case.lengths[1:], case.lengths[:-1]):
+            yield replace(case, lengths=kept, tokens=sum(kept))
+    for place, length in enumerate(case.lengths[:8]):
+        if length > 1:
+            for shorter in dict.fromkeys((1, length // 2, length - 1)):
+                kept = (*case.lengths[:place], shorter, *case.lengths[place + 1 :])
+                yield replace(case, lengths=kept, tokens=sum(kept))
+    if case.states > 2 and case.out != "cur":
+        yield replace(case, states=2)
+        yield replace(case, states=case.states - 1)
+    plain: dict[str, Any] = {
+        "out": "fresh", "attn_placement": "contiguous", "stats_placement": "contiguous", "out_placement": "contiguous",
+        "read_only": False, "aliased": False, "qlen": "array", "statistics": "ordinary", "outputs": "ordinary",
+    }  # fmt: skip
+    for name, value in plain.items():
+        if getattr(case, name) != value and not (name == "qlen" and not case.lengths):
+            yield replace(case, **{name: value})
