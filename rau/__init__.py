@@ -66,9 +66,12 @@ def __getattr__(name: str) -> Any:
 
         return show_config
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("ring-attention-update")
+        try:
+            return version("ring-attention-update")
+        except PackageNotFoundError:  # a source tree that is not installed
+            return "0+unknown"
     raise AttributeError(f"module 'rau' has no attribute {name!r}")
 
 

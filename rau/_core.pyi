@@ -10,7 +10,7 @@ def build() -> dict[str, Any]: ...
 def address(array: np.ndarray) -> int: ...
 def merge(
     table: np.ndarray,
-    arrays: tuple[np.ndarray, ...],
+    arrays: tuple[np.ndarray | int, ...],
     dtype: str,
     cur_dtype: str,
     heads: int,

@@ -153,7 +153,7 @@ def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, P
     ----------
     table : int64, shape (blocks, 2 + 9 * (K + 1))
         The block table, see rau.layouts.
-    arrays : tuple of 3 * (K + 1) ndarrays
+    arrays : tuple of 3 * (K + 1) ndarrays or addresses
         attn_out, softmax_max, softmax_sum of each input, then of the result.
     dtype, cur_dtype : str
         Of the first state and the result; of the later states.
@@ -208,7 +208,7 @@ def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, P
         if call.scratch == NULL or call.arrays == NULL:
             raise MemoryError("rau: no memory for the scratch of a merge")
         for i in range(3 * (states + 1)):
-            call.arrays[i] = data_of(arrays[i])
+            call.arrays[i] = <char *><uintptr_t>arrays[i] if isinstance(arrays[i], int) else data_of(arrays[i])
         with nogil:
             if call.workers == 1:  # enters no parallel region, which would start OpenMP's threads
                 _work(&call, 0)

@@ -6,7 +6,6 @@ are recognised by name, so that nothing is imported to find out.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +20,9 @@ except ImportError:  # not compiled: the same number, more slowly
 
 
 _NUMPY_NAMES: dict[np.dtype, str] = {}
+_TYPE_NAMES: dict[type, tuple[str, ...]] = {}
+# Keeps the overlap solver's worst case, which is exponential, below about a tenth of a second.
+_MOST_WORK: Any = 1_000_000
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -66,8 +68,7 @@ class Memory(NamedTuple):
         if high <= its_low or its_high <= low:
             return False
         try:
-            # The bound keeps the solver's worst case, which is exponential, below about a tenth of a second.
-            return np.shares_memory(np.asarray(self), np.asarray(other), max_work=1_000_000)
+            return np.shares_memory(np.asarray(self), np.asarray(other), max_work=_MOST_WORK)
         except (np.exceptions.TooHardError, OverflowError):
             return True
 
@@ -103,6 +104,9 @@ class Kind(Protocol):
 
     def device(self, array: Any) -> str:
         """Return where the array lives, such as "cpu" or "cuda:0"."""
+
+    def readable(self, array: Any) -> bool:
+        """Tell whether the values are at hand, without waiting for a device."""
 
     def contiguous(self, array: Any) -> bool:
         """Tell whether the array is C-contiguous and aligned to its items."""
@@ -141,6 +145,9 @@ class NumPyKind:
 
     def device(self, array: np.ndarray) -> str:
         return "cpu"
+
+    def readable(self, array: np.ndarray) -> bool:
+        return True
 
     def contiguous(self, array: np.ndarray) -> bool:
         flags = array.flags
@@ -187,6 +194,9 @@ class ForeignKind:
     def device(self, array: Any) -> str:
         return str(getattr(array, "device", "cpu"))
 
+    def readable(self, array: Any) -> bool:
+        return self.device(array) == "cpu"
+
     def contiguous(self, array: Any) -> bool:
         return True
 
@@ -212,16 +222,26 @@ class ForeignKind:
 _KINDS: dict[type, Kind] = {np.ndarray: NumPyKind()}
 
 
-@functools.cache
 def type_names(cls: type) -> tuple[str, ...]:
-    """Names of a type and its bases, as capabilities spell them.
+    """Name a type and its bases as capabilities spell them.
+
+    Parameters
+    ----------
+    cls : type
+
+    Returns
+    -------
+    tuple of str
 
     Examples
     --------
     >>> type_names(bool)
     ('builtins:bool', 'builtins:int', 'builtins:object')
     """
-    return tuple(f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__)
+    names = _TYPE_NAMES.get(cls)
+    if names is None:
+        names = _TYPE_NAMES[cls] = tuple(f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__)
+    return names
 
 
 def kind_of(array: Any) -> Kind | None:
@@ -243,6 +263,27 @@ def kind_of(array: Any) -> Kind | None:
     return kind
 
 
+def described(value: object) -> str:
+    """Word what somebody passed, for messages.
+
+    Parameters
+    ----------
+    value : object
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> described(None), described([1]), described(np.float32(1))
+    ('None', 'of type list', 'of type numpy.float32')
+    """
+    if value is None:
+        return "None"
+    return f"of type {type_names(type(value))[0].replace(':', '.').removeprefix('builtins.')}"
+
+
 def not_an_array(name: str, value: object) -> str:
     """Word the message about an argument that is no array.
 
@@ -256,9 +297,7 @@ def not_an_array(name: str, value: object) -> str:
     -------
     str
     """
-    cls = type(value)
-    got = "None" if value is None else f"of type {cls.__module__}.{cls.__qualname__}".replace("builtins.", "")
-    text = f"{name} is {got}; expected an array (NumPy, or of a kind that a backend takes)."
+    text = f"{name} is {described(value)}; expected an array (NumPy, or of a kind that a backend takes)."
     if isinstance(value, (list, tuple)):
         text += " Convert it with numpy.asarray(..., dtype=...)."
     elif isinstance(value, np.ma.MaskedArray):
@@ -271,6 +310,11 @@ def _find(cls: type) -> Kind | None:
         return None
     if issubclass(cls, np.ndarray):
         return _KINDS[np.ndarray]
+    if "torch:Tensor" in type_names(cls):
+        from rau.frameworks import TorchKind
+
+        _KINDS[cls] = kind = TorchKind()
+        return kind
     from rau import registry
 
     names = registry.array_types()

@@ -9,12 +9,13 @@ from typing import Any
 
 from rau import registry
 from rau.errors import RauError
+from rau.rules import Report
 from rau.threads import get_num_threads, threads_origin
 
 # Every environment variable that rau reads.
 ENVIRONMENT = {
     "RAU_BACKEND": "name of the backend that runs every call, strictly; use_backend and backend= win over it",
-    "RAU_BLOCK": "comma-separated names of backends that are never loaded",
+    "RAU_BLOCK": "comma-separated names of backends that are not to be loaded",
     "RAU_SIMD": 'instruction-set version of the compiled core: "baseline", "avx2" or "avx512"; the same bits',
     "RAU_TEST_BACKENDS": "test suite: names of the backends that must be present and are tested",
     "RAU_EXPECT_NO_CORE": "test suite: set to 1 where the compiled core is meant to be missing",
@@ -54,11 +55,13 @@ def _choice() -> dict[str, str]:
     """Who runs a call on NumPy arrays now, and who says so."""
     name, origin = registry.requested()
     if name is not None:
+        choice = {"backend": name, "origin": origin}
         try:
-            registry.get(name, origin)
+            if "numpy:ndarray" not in registry.get(name, origin).capabilities.array_types:
+                choice["error"] = f'backend "{name}" takes no NumPy arrays'
         except RauError as error:
-            return {"backend": name, "origin": origin, "error": str(error)}
-        return {"backend": name, "origin": origin}
+            choice["error"] = str(error)
+        return choice
     available = {status.name for status in registry.status() if status.available}
     first = next((name for name in ("cython", "numpy") if name in available), "none")
     return {"backend": first, "origin": origin}
@@ -92,7 +95,8 @@ def collect() -> dict[str, Any]:
 
 def _variable_note(name: str) -> str:
     if name in ENVIRONMENT:
-        return ENVIRONMENT[name]
+        strangers = sorted(registry.blocked() - set(registry.names())) if name == "RAU_BLOCK" else []
+        return ENVIRONMENT[name] + (f"; no backend is called {', '.join(strangers)}" if strangers else "")
     import difflib
 
     close = difflib.get_close_matches(name, ENVIRONMENT, n=1)
@@ -132,7 +136,8 @@ def render(config: dict[str, Any]) -> str:
         lines.append(f"  but calls fail: {choice['error']}")
     lines.append("environment variables set:" if config["environment"] else "environment variables set: no RAU_*")
     lines += [f"  {name}={entry['value']}: {entry['note']}" for name, entry in config["environment"].items()]
-    return "\n".join(lines)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a variable may hold what a terminal cannot show
+    return "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
@@ -155,14 +160,13 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Examples
     --------
     >>> config = show_config(mode="dicts")
-    >>> config["choice"]["origin"]
-    'automatic'
+    >>> sorted(config)
+    ['backends', 'choice', 'core', 'environment', 'platform', 'threads', 'versions']
     """
+    report = Report("show_config")
+    report.choice("mode", "mode", mode, ("stdout", "dicts"))
+    report.raise_if_broken()
     if mode == "dicts":
         return collect()
-    if mode != "stdout":
-        from rau.errors import OptionError
-
-        raise OptionError(f'show_config: mode = {mode!r}; expected "stdout" or "dicts".')
     sys.stdout.write(render(collect()) + "\n")
     return None

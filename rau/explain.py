@@ -63,9 +63,11 @@ class Explanation(NamedTuple):
     problem: Problem
 
     def __str__(self) -> str:
-        lines = [repr(self.problem)]
-        lines.append(f"runs on {self.selected} ({self.origin})" if self.selected else f"fails: {self.failure.splitlines()[0]}")
-        return "\n".join([*lines, *(f"  {verdict}" for verdict in self.verdicts)])
+        if self.selected:
+            outcome = f"runs on {self.selected} ({self.origin})"
+        else:
+            outcome = f"fails: {self.failure.splitlines()[0]}"
+        return "\n".join([repr(self.problem), outcome, *(f"  {verdict}" for verdict in self.verdicts)])
 
 
 def explain(

@@ -147,27 +147,27 @@ def block_table(
     -------
     ndarray of int64, shape (blocks, 2 + 9 * (K + 1))
     """
-    axes = LAYOUTS[layout]
+    _, _, attn_batch, attn_token, attn_head, stats_batch, token, head = LAYOUTS[layout]
     batch, tokens, heads, head_dim = lengths
     line = [tokens, heads]
-    batch_strides = []  # of each array, in the order of its columns
-    for index, stride in enumerate(strides):
-        if index % 3 == 0:
-            line += (0, stride[axes.attn_token], head_dim if axes.attn_head is None else stride[axes.attn_head])
-            batch_strides.append(0 if axes.attn_batch is None else stride[axes.attn_batch])
-        else:
-            line += (0, stride[axes.stats_token], stride[axes.stats_head])
-            batch_strides.append(0 if axes.stats_batch is None else stride[axes.stats_batch])
+    for index in range(0, len(strides), 3):
+        attn, maximum, total = strides[index : index + 3]
+        line += (
+            0, attn[attn_token], head_dim if attn_head is None else attn[attn_head],
+            0, maximum[token], maximum[head],
+            0, total[token], total[head],
+        )  # fmt: skip
 
     if not packed:
-        if axes.attn_batch is None or batch == 1:
+        if attn_batch is None or stats_batch is None or batch == 1:
             return np.array((line,), dtype=np.int64)
         table = np.empty((batch, len(line)), dtype=np.int64)
         table[:] = line
-        table[:, 2::3] = np.arange(batch)[:, None] * np.array(batch_strides, dtype=np.int64)
+        steps = [stride[stats_batch if index % 3 else attn_batch] for index, stride in enumerate(strides)]
+        table[:, 2::3] = np.arange(batch)[:, None] * np.array(steps, dtype=np.int64)
         return table
 
-    assert cumulative is not None
+    assert cumulative is not None  # the validator requires it here
     start = cumulative[:-1]
     length = np.diff(cumulative)
     table = np.empty((len(start), len(line)), dtype=np.int64)
@@ -176,7 +176,7 @@ def block_table(
     for index, stride in enumerate(strides):
         first = 2 + 3 * index
         if index % 3 == 0:
-            table[:, first] = start * stride[axes.attn_token]
+            table[:, first] = start * stride[attn_token]
         else:
             row = stride[1] if heads != 1 else stride[0]  # as packed_row_stride has checked
             table[:, first] = start * (heads * row)

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import kind_of
+from rau.arrays import described, kind_of
 from rau.rules import Report
 
 NAME = "actual_seq_qlen"
 
 
 def bind_lengths(
-    report: Report, value: Any, tokens: int, packed: bool, vendor: bool
+    report: Report, value: Any, tokens: int | None, packed: bool, vendor: bool
 ) -> tuple[Any, int, int | None]:
     """Check the cumulative sequence lengths of a TND call.
 
@@ -22,8 +22,8 @@ def bind_lengths(
     report : Report
     value : array or list or tuple of int, or None
         As the caller gave it: cumulative, from 0 to `tokens`, one more entry than sequences.
-    tokens : int
-        T.
+    tokens : int or None
+        T; None where the shapes did not tell.
     packed : bool
         The statistics are packed per sequence.
     vendor : bool
@@ -38,14 +38,15 @@ def bind_lengths(
     """
     nothing = None, 1, tokens
     if value is None:
-        example = f"[0, {tokens}] for a single sequence"
+        end = "T" if tokens is None else f"T = {tokens}"
+        wanted = f"the cumulative sequence lengths from 0 to {end}"
+        if tokens is not None:
+            wanted += f", such as [0, {tokens}] for a single sequence"
         if vendor:
-            order = "" if packed else ' (profile="portable" takes token-major statistics without it)'
-            report.add("tnd-qlen-required", f'{NAME} is None; layout "TND" expects the cumulative sequence lengths '
-                       f"from 0 to T = {tokens}, such as {example}{order}.")  # fmt: skip
+            hint = "" if packed else ' profile="portable" takes token-major statistics without it.'
+            report.add("tnd-qlen-required", f'{NAME} is None; layout "TND" expects {wanted}.{hint}')
         elif packed:
-            report.add("packed-qlen-required", f"{NAME} is None; packed statistics (softmax_layout=\"SBH\") expect the "
-                       f"cumulative sequence lengths from 0 to T = {tokens}, such as {example}.")  # fmt: skip
+            report.add("packed-qlen-required", f'{NAME} is None; packed statistics expect {wanted}.')
         return nothing
     if isinstance(value, (list, tuple)):
         lengths = _from_list(report, value)
@@ -54,19 +55,21 @@ def bind_lengths(
     else:
         kind = kind_of(value)
         if kind is None:
-            report.add("qlen-dtype", f"{NAME} is a {type(value).__name__}; expected an int64 array or a list of ints.")
+            report.add("qlen-dtype", f"{NAME} is {described(value)}; expected an int64 array or a list of ints.")
             return nothing
-        dtype = kind.dtype(value)
+        dtype, shape = kind.dtype(value), tuple(value.shape)
         if dtype != "int64" and (vendor or dtype != "int32"):
             hint = ' profile="portable" takes int32 too.' if dtype == "int32" else ""
             report.add("qlen-dtype", f"{NAME} has dtype {dtype}; expected int64.{hint}")
+            dtype = ""
+        if len(shape) != 1 or shape[0] == 0:
+            report.add("qlen-rank", f"{NAME} has shape {shape}; expected one axis with one more entry than there are "
+                       "sequences, so at least [0].")  # fmt: skip
             return nothing
-        if len(value.shape) != 1 or value.shape[0] == 0:
-            report.add("qlen-rank", f"{NAME} has shape {tuple(value.shape)}; expected one axis with one more entry than "
-                       "there are sequences, so at least [0].")  # fmt: skip
+        if not dtype:
             return nothing
-        if kind.device(value) != "cpu":
-            return value, value.shape[0] - 1, None  # reading it would wait for the device
+        if not kind.readable(value):
+            return value, shape[0] - 1, None
         lengths = np.ascontiguousarray(kind.to_numpy(value), dtype=np.int64)
     return _check_cumulative(report, lengths, tokens)
 
@@ -74,7 +77,7 @@ def bind_lengths(
 def _from_list(report: Report, value: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
     wrong = [item for item in value if isinstance(item, bool) or not isinstance(item, (int, np.integer))]
     if wrong:
-        report.add("qlen-dtype", f"{NAME} holds {wrong[0]!r}, a {type(wrong[0]).__name__}; expected ints.")
+        report.add("qlen-dtype", f"{NAME} holds {wrong[0]!r}, {described(wrong[0])}; expected ints.")
         return None
     if not value:
         report.add("qlen-rank", f"{NAME} is empty; expected one more entry than there are sequences, so at least [0].")
@@ -86,15 +89,17 @@ def _from_list(report: Report, value: list[Any] | tuple[Any, ...]) -> np.ndarray
         return None
 
 
-def _check_cumulative(report: Report, lengths: np.ndarray, tokens: int) -> tuple[np.ndarray | None, int, int]:
-    steps = np.diff(lengths)
+def _check_cumulative(
+    report: Report, lengths: np.ndarray, tokens: int | None
+) -> tuple[np.ndarray | None, int, int | None]:
     first, last = int(lengths[0]), int(lengths[-1])
     # Compared, not subtracted: a difference of two int64 may wrap.
-    falls = np.flatnonzero(lengths[1:] < lengths[:-1])
-    if first == 0 and last == tokens and not len(falls):
-        return lengths, len(steps), int(steps.max(initial=0))
-    if len(falls):
-        at = int(falls[0])
+    falls = lengths[1:] < lengths[:-1]
+    falling = falls.any()
+    if first == 0 and not falling and tokens in (last, None):
+        return lengths, len(falls), int(np.diff(lengths).max(initial=0))
+    if falling:
+        at = int(falls.argmax())
         found = f"it decreases from {lengths[at]} at index {at} to {lengths[at + 1]}"
     elif first != 0:
         found = f"it starts at {first}"
@@ -106,10 +111,11 @@ def _check_cumulative(report: Report, lengths: np.ndarray, tokens: int) -> tuple
         if len(lengths) <= 8:
             hint += f", here {np.concatenate([[0], np.cumsum(lengths)]).tolist()}"
         hint += "."
-    elif not len(falls) and first > 0 and last == tokens:
+    elif not falling and first > 0 and last == tokens:
         hint = " The leading 0 seems to be missing."
+    end = "T" if tokens is None else f"T = {tokens}"
     report.add("tnd-qlen-cumulative", f"{NAME} = {_short(lengths)}: {found}; expected a non-decreasing sequence from "
-               f"0 to T = {tokens}.{hint}")  # fmt: skip
+               f"0 to {end}.{hint}")  # fmt: skip
     return None, 1, tokens
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rau.arrays import Kind, kind_of, not_an_array
-from rau.layouts import contiguous_strides, packed_row_stride
+from rau.arrays import Kind, described, kind_of, not_an_array
+from rau.layouts import packed_row_stride
 from rau.rules import Report
 from rau.state import AttentionState
 
@@ -29,7 +29,7 @@ def is_triple(report: Report, out: Any) -> bool:
     """
     if isinstance(out, (tuple, list)) and len(out) == 3:
         return True
-    got = f"has {len(out)} items" if isinstance(out, (tuple, list)) else f"is of type {type(out).__name__}"
+    got = f"has {len(out)} items" if isinstance(out, (tuple, list)) else f"is {described(out)}"
     report.add("out", f"out {got}; expected an AttentionState or a triple (attn_out, softmax_max, softmax_sum).")
     return False
 
@@ -40,9 +40,10 @@ def check_out(
     states: Sequence[Sequence[Any]],
     out: Sequence[Any],
     names: Names,
+    shapes: Sequence[tuple[int, ...]],
     dtypes: tuple[str, str],
     packed: bool,
-) -> tuple[bool, list[tuple[int, ...]] | None]:
+) -> bool:
     """Check the arrays to write into.
 
     Parameters
@@ -55,6 +56,7 @@ def check_out(
     out : triple of objects
     names : callable
         Gives the caller's name of array `field` of state `state`.
+    shapes : triple of tuples of int
     dtypes : tuple of str
         Of the output and of the statistics.
     packed : bool
@@ -62,17 +64,13 @@ def check_out(
 
     Returns
     -------
-    in_place : bool
-        An output stands on an input.
-    strides : list of tuples of int, or None
-        In elements; None where all three are contiguous, or where something is broken.
+    bool
+        The call is in place: an output stands on an input.
     """
     broken = len(report.broken)
     device = kind.device(states[0][0])
-    strides = []
-    contiguous = True
     for field, array in enumerate(out):
-        name, like = f"out.{FIELDS[field]}", states[0][field]
+        name = f"out.{FIELDS[field]}"
         its = kind_of(array)
         if its is None:
             report.add("array", not_an_array(name, array))
@@ -84,37 +82,33 @@ def check_out(
             report.add("array-device", f"{name} is on {its.device(array)}; expected {device}, like the inputs.")
         dtype, wanted = its.dtype(array), dtypes[field > 0]
         if dtype != wanted:
-            report.add("out-dtype", f"{name} has dtype {dtype}; expected {wanted}, that of {names(0, field)}.")
+            report.add("out-dtype", f"{name} has dtype {dtype}; expected {wanted}.")
         if not its.writable(array):
             report.add("out-writable", f"{name} is read-only; expected an array that may be written to.")
-        if tuple(array.shape) != tuple(like.shape):
-            report.add("out-shape", f"{name} has shape {tuple(array.shape)}; expected {tuple(like.shape)}, "
-                       f"that of {names(0, field)}.")  # fmt: skip
-        elif its.contiguous(array):
-            strides.append(contiguous_strides(array.shape))
-        else:
-            contiguous = False
-            strides.append(_check_strides(report, its, name, array, packed and field > 0))
-    if len(report.broken) > broken:
-        return False, None
-    return _check_overlap(report, kind, states, out, names), None if contiguous else strides
+        if tuple(array.shape) != shapes[field]:
+            report.add("out-shape", f"{name} has shape {tuple(array.shape)}; expected {shapes[field]}.")
+        elif not its.contiguous(array):
+            _check_strides(report, its, name, array, packed and field > 0)
+    return len(report.broken) == broken and _check_overlap(report, kind, states, out, names)
 
 
-def _check_strides(report: Report, kind: Kind, name: str, array: Any, packed: bool) -> tuple[int, ...]:
-    """Check that rows can be written whole, each element once; return the strides in elements."""
+def _check_strides(report: Report, kind: Kind, name: str, array: Any, packed: bool) -> None:
+    """Check that rows can be written whole, and each element once."""
     shape = tuple(array.shape)
     strides = kind.strides(array)
-    if strides is None or (shape[-1] > 1 and strides[-1] != 1):
-        report.add("out-strides", f"{name} has byte strides {array.strides} for shape {shape}; expected an aligned array "
-                   "with a contiguous last axis. Pass such an array and assign from it.")  # fmt: skip
-        return ()
+    if strides is None:
+        report.add("out-strides", f"{name} is not aligned to its items (byte strides {array.strides}); expected an "
+                   "aligned array. Pass such an array and assign from it.")  # fmt: skip
+        return
+    if shape[-1] > 1 and strides[-1] != 1:
+        report.add("out-strides", f"{name} has strides {strides} (in elements) for shape {shape}; expected a "
+                   "contiguous last axis. Pass such an array and assign from it.")  # fmt: skip
     if packed and packed_row_stride(shape, strides) is None:
         report.add("packed-regular", f"{name} has strides {strides} (in elements) for shape {shape}; packed statistics "
                    "must be contiguous. Pass such an array and assign from it.")  # fmt: skip
     if kind.memory(array).overlaps_itself():
-        report.add("out-overlap", f"{name} overlaps itself (strides {strides} in elements for shape {shape}); expected "
-                   "one memory cell for each element. Pass a copy.")  # fmt: skip
-    return strides
+        report.add("out-overlap", f"{name} has strides {strides} (in elements) for shape {shape} and overlaps itself; "
+                   "expected memory of its own for each element. Pass a copy.")  # fmt: skip
 
 
 def _check_overlap(
@@ -157,7 +151,7 @@ def _check_overlap(
                 if mine.same_view(its) and (role == 0) == (field == 0):
                     in_place = True
                 else:
-                    report.add("out-overlap", f"out.{FIELDS[field]} shares memory with {names(k, role)} without being "
-                               "the same view of it; expected separate memory, or exactly that array "
-                               "(in place).")  # fmt: skip
+                    report.add("out-overlap", f"out.{FIELDS[field]} shares memory with {names(k, role)}; expected "
+                               f"separate memory, or in place exactly an input's {FIELDS[field]}: the same address, "
+                               "shape and strides.")  # fmt: skip
     return in_place

@@ -67,7 +67,9 @@ def _head_dim_64(report: Report, name: str, head_dim: int) -> None:
 
 def _mindspore_limits(report: Report, name: str, heads: int, head_dim: int, dtype: str) -> None:
     _head_dim_64(report, name, head_dim)
-    itemsize = ITEMSIZE.get(dtype, 4)
+    if dtype not in _SUPPORTED:
+        return
+    itemsize = ITEMSIZE[dtype]
     need = unified_buffer_bytes(heads, head_dim, itemsize)
     if need > UNIFIED_BUFFER:
         report.add(

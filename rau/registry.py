@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -80,8 +81,14 @@ _BUILT_IN = {
     "cython": ("rau.backends.cython_", "CythonBackend"),
     "numpy": ("rau.backends.numpy_", "NumPyBackend"),
 }
-# Who runs arrays of a kind of ours unasked, best first. Installing a plugin changes nothing here.
-_AUTOMATIC = {"numpy": ("cython", "numpy")}
+# Who runs arrays of a kind of ours unasked, by kind and device, best first. Installing a plugin changes nothing here.
+_AUTOMATIC = {
+    ("numpy", "cpu"): ("cython", "numpy"),
+    ("torch", "cpu"): ("cython", "torch"),
+    ("torch", "cuda"): ("cuda", "torch"),
+    ("torch", "npu"): ("ascend", "torch"),
+}
+_OURS = ("cython", "numpy", "torch", "cuda", "ascend")
 
 _entries: dict[str, _Entry] = {name: _builtin(*where) for name, where in _BUILT_IN.items()}
 _scanned = False
@@ -109,9 +116,8 @@ def _scan() -> None:
                 found.setdefault(point.name, {}).setdefault(owner, point)  # the first on the path is what is imported
         for name, owners in sorted(found.items()):
             if name in _entries:
-                _entries[name].notes += [
-                    f"the distribution {owner} declares this name too, in vain: it was taken" for owner in sorted(owners)
-                ]
+                both = " and ".join(sorted(owners))
+                _entries[name].notes.append(f"declared by {both} too, in vain: the name was taken")
             elif len(owners) == 1:
                 ((owner, point),) = owners.items()
                 _entries[name] = _Entry(owner, point.load)
@@ -123,7 +129,7 @@ def _scan() -> None:
 
 
 def names() -> list[str]:
-    """Return every known name: the built-in ones first, then the others in alphabetical order.
+    """Return every known name: this package's own first, then the others in alphabetical order.
 
     Returns
     -------
@@ -135,7 +141,7 @@ def names() -> list[str]:
     ['cython', 'numpy']
     """
     _scan()
-    return [*_BUILT_IN, *sorted(_entries.keys() - _BUILT_IN.keys())]
+    return [*(name for name in _OURS if name in _entries), *sorted(_entries.keys() - set(_OURS))]
 
 
 def blocked() -> set[str]:
@@ -364,7 +370,7 @@ class use_backend(ContextDecorator):  # noqa: N801 - used like a function
         import inspect
 
         if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
-            raise TypeError(f"use_backend decorates no generator function: use a with block inside {func.__qualname__}.")
+            raise TypeError(f"use_backend decorates no generator: use a with block inside {func.__qualname__}.")
         if not inspect.iscoroutinefunction(func):
             return super().__call__(func)
 
@@ -437,6 +443,8 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
     choice, origin = requested(backend)
     if choice is None:
         for name in automatic(problem):
+            if not _known(name):
+                continue
             entry = _load(name)
             if entry.failure is None:
                 if not reasons_against(entry.instance, problem):
@@ -464,9 +472,11 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
 
 def automatic(problem: Problem) -> tuple[str, ...]:
     """Names to try for a problem without a request, best first."""
-    ours = _AUTOMATIC.get(problem.kind)
+    ours = _AUTOMATIC.get((problem.kind, problem.device.partition(":")[0]))
     if ours is not None:
         return ours
+    if problem.kind == "torch":
+        return ("torch",)
     # An array type of a plugin's own: the plugins that name it.
     takers = []
     for name in names():
@@ -499,10 +509,13 @@ def _warn_core_missing(failure: BaseException) -> None:
     with _lock:
         news, _warned = not _warned, True
     if news and "cython" not in blocked():
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "rau":
+            frame, level = frame.f_back, level + 1  # the caller's line is the one to show
         warnings.warn(
             f"rau runs on NumPy, several times slower with the same bits: {_reason(failure)}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=level,
         )
 
 

@@ -27,6 +27,8 @@ RULES: dict[str, Rule] = {
     "profile": Rule(OptionError, "a profile names a set of limits", "rau"),
     "base": Rule(OptionError, "logarithms to base 2 and e are mixed up silently", "rau"),
     "lse-layout": Rule(OptionError, "(T, N) and (N, T) both exist in TND", "rau"),
+    "to": Rule(OptionError, "statistics are reordered to one of two orders", "rau"),
+    "mode": Rule(OptionError, "the configuration is printed or returned", "rau"),
     "threads": Rule(OptionError, "at least one thread runs a call", "rau"),
     "check": Rule(OptionError, "a check level says what is read", "rau"),
     "states": Rule(ShapeError, "a state is three arrays, and there is at least one", "rau"),

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.arrays import kind_of
-from rau.constraints import choice_error
+from rau.arrays import kind_of, not_an_array
 from rau.layouts import LAYOUTS, SUM, block_table, row_index
 from rau.lengths import bind_lengths
 from rau.rules import Report
@@ -81,7 +80,9 @@ class AttentionState(NamedTuple):
         Notes
         -----
         lse = -inf becomes the empty row. For base "2", m = float32(lse * ln 2) and l = float32(exp(lse * ln 2 - m)),
-        so that what the rounding of m loses, l keeps.
+        so that what the rounding of m loses, l keeps: :meth:`lse` gives back a float32 lse exactly where its magnitude
+        is from 2 to 2**30, within 2**-23 below that, and within a unit in the last place above. For base "e" it always
+        comes back exactly.
 
         Examples
         --------
@@ -97,15 +98,14 @@ class AttentionState(NamedTuple):
         report.raise_if_broken()
         if lse_layout == "NT":
             lse = lse.T
-        one = np.ones((), lse.dtype)
         if base == "e":
-            maximum, total = lse, one
+            maximum, total = lse, np.ones((), lse.dtype)
         else:
             with np.errstate(all="ignore"):
                 natural = lse.astype(np.float64) * _LN2
                 maximum = natural.astype(lse.dtype)
-                lost = np.exp(natural - maximum).astype(lse.dtype)
-            total = np.where(np.isinf(maximum), one, lost)
+                lost = natural - maximum  # NaN where infinite; too much for l beyond 2**30, where a step is 128
+                total = np.where(np.abs(lost) <= 64, np.exp(lost), 1).astype(lse.dtype)
         return cls(attn_out, *(np.broadcast_to(part[..., None], (*lse.shape, 8)) for part in (maximum, total)))
 
     def lse(
@@ -147,25 +147,26 @@ class AttentionState(NamedTuple):
         """
         report = Report("AttentionState.lse")
         _check_base(report, base)
-        if layout not in LAYOUTS:
-            report.add("layout", choice_error("layout", layout, tuple(LAYOUTS)))
-        if softmax_layout not in ("TND", "SBH"):
-            report.add("softmax-layout", choice_error("softmax_layout", softmax_layout, ("TND", "SBH")))
+        report.choice("layout", "layout", layout, LAYOUTS)
+        report.choice("softmax-layout", "softmax_layout", softmax_layout, ("TND", "SBH"))
         for name, stats in (("softmax_max", self.softmax_max), ("softmax_sum", self.softmax_sum)):
-            _check_numpy(report, name, stats, ("float32", "float64"), "dtype-stats")
+            _check_numpy(report, name, stats, "dtype-stats", ("float32", "float64"))
         report.raise_if_broken()
-        rank = 3 if layout == "TND" else 4
+        form = LAYOUTS[layout].stats.format(lanes="8 or 1")
         for name, stats in (("softmax_max", self.softmax_max), ("softmax_sum", self.softmax_sum)):
-            if stats.ndim != rank or stats.shape[-1] < 1:
-                form = LAYOUTS[layout].stats.format(lanes="8 or 1")
+            if stats.ndim != form.count(",") + 1 or stats.shape[-1] < 1:
                 report.add("rank", f'{name} has shape {stats.shape}; layout "{layout}" expects {form}.')
         if self.softmax_sum.shape != self.softmax_max.shape:
             report.add("shape-match", f"softmax_sum has shape {self.softmax_sum.shape}; expected that of softmax_max, "
                        f"{self.softmax_max.shape}.")  # fmt: skip
+        lengths = None
+        if layout == "TND" and softmax_layout == "SBH":
+            tokens = self.softmax_max.shape[0] if self.softmax_max.ndim else None
+            lengths, _, _ = bind_lengths(report, actual_seq_qlen, tokens, packed=True, vendor=False)
         report.raise_if_broken()
         maximum, total = self.softmax_max[..., 0], self.softmax_sum[..., 0]
-        if layout == "TND" and softmax_layout == "SBH":
-            maximum, total = (reorder_softmax(part, actual_seq_qlen, to="TND") for part in (maximum, total))
+        if lengths is not None:
+            maximum, total = _reorder(maximum, lengths, "TND"), _reorder(total, lengths, "TND")
         empty = (total == 0) | (maximum == -np.inf)
         with np.errstate(all="ignore"):
             result = maximum.astype(np.float64) + np.log(total.astype(np.float64))
@@ -197,7 +198,7 @@ def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> np.ndarray:
 
     Notes
     -----
-    Packed, sequence i of length S_i owns T * N rows from N * start_i on, laid out as (N, S_i). The two
+    Packed, sequence i of length S_i owns S_i * N rows from N * start_i on, laid out as (N, S_i). The two
     calls with ``to="TND"`` and ``to="SBH"`` undo each other.
 
     Examples
@@ -210,16 +211,21 @@ def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> np.ndarray:
            [ 5,  6]])
     """
     report = Report("reorder_softmax")
-    if to not in ("TND", "SBH"):
-        report.add("softmax-layout", choice_error("to", to, ("TND", "SBH")))
-    _check_numpy(report, "stats", stats, None, "dtype-stats")
-    report.raise_if_broken()
-    if stats.ndim not in (2, 3):
-        report.add("rank", f"stats has shape {stats.shape}; expected (T, N, lanes) or (T, N).")
-        report.raise_if_broken()
-    tokens, heads = stats.shape[:2]
+    report.choice("to", "to", to, ("TND", "SBH"))
+    tokens = None
+    if _check_numpy(report, "stats", stats, "dtype-stats"):
+        if stats.ndim in (2, 3):
+            tokens = stats.shape[0]
+        else:
+            report.add("rank", f"stats has shape {stats.shape}; expected (T, N, lanes) or (T, N).")
     lengths, _, _ = bind_lengths(report, actual_seq_qlen, tokens, packed=True, vendor=False)
     report.raise_if_broken()
+    return _reorder(np.asarray(stats), lengths, to)  # a subclass might index in its own way
+
+
+def _reorder(stats: np.ndarray, lengths: np.ndarray, to: str) -> np.ndarray:
+    """Do what :func:`reorder_softmax` says, to arguments that have been checked."""
+    tokens, heads = stats.shape[:2]
     row = (heads, 1, 1)  # strides of a (T, N, 1) array
     table = block_table("TND", True, (1, tokens, heads, 1), lengths, (row,) * 3)
     packed_rows = row_index(table, 0, SUM)  # for rows in token-major order: packed blocks are whole sequences
@@ -232,55 +238,62 @@ def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> np.ndarray:
 
 
 def _check_base(report: Report, base: object) -> None:
-    if base not in ("e", "2"):
-        note = " Natural logarithms: FlashAttention, PyTorch, vLLM. Base 2: FlashInfer."
-        report.add("base", choice_error("base", base, ("e", "2"), note))
+    note = " Natural logarithms: FlashAttention, PyTorch, vLLM. Base 2: FlashInfer."
+    report.choice("base", "base", base, ("e", "2"), note)
 
 
-def _check_numpy(report: Report, name: str, array: Any, dtypes: tuple[str, ...] | None, rule: str) -> bool:
+def _check_numpy(report: Report, name: str, array: Any, rule: str, dtypes: tuple[str, ...] = ()) -> bool:
     kind = kind_of(array)
-    if kind is None or kind.name != "numpy":
-        report.add("array", f"{name} is a {type(array).__name__}; expected a NumPy array.")
-        return False
-    if dtypes is not None and kind.dtype(array) not in dtypes:
-        report.add(rule, f"{name} has dtype {kind.dtype(array)}; expected one of {', '.join(dtypes)}.")
-        return False
-    return True
+    if kind is None:
+        report.add("array", not_an_array(name, array))
+    elif kind.name != "numpy":
+        report.add("array", f"{name} is a {kind.name} array; expected a NumPy one.")
+    elif dtypes and kind.dtype(array) not in dtypes:
+        expected = f"one of {', '.join(dtypes)}" if len(dtypes) > 1 else dtypes[0]
+        report.add(rule, f"{name} has dtype {kind.dtype(array)}; expected {expected}.")
+    else:
+        return True
+    return False
 
 
 def _check_lse_inputs(report: Report, attn_out: Any, lse: Any, layout: str, lse_layout: str | None) -> None:
-    if layout not in LAYOUTS:
-        report.add("layout", choice_error("layout", layout, tuple(LAYOUTS)))
-        return
-    if lse_layout not in (None, "TN", "NT") or (lse_layout and layout != "TND"):
-        note = "" if layout == "TND" else f' It says nothing in layout "{layout}", where lse is (B, N, S).'
-        report.add("lse-layout", choice_error("lse_layout", lse_layout, ("TN", "NT"), note))
-        return
-    dtypes = ("float16", "bfloat16", "float32", "float64")
-    if not _check_numpy(report, "attn_out", attn_out, dtypes, "dtype-attn"):
-        return
-    wide = attn_out.dtype == np.float64
-    if not _check_numpy(report, "lse", lse, ("float64",) if wide else ("float32",), "dtype-stats"):
+    known = report.choice("layout", "layout", layout, LAYOUTS)
+    if lse_layout is not None:
+        if known and layout != "TND":
+            report.add("lse-layout", f'lse_layout = {lse_layout!r}; layout "{layout}" has one only: lse is (B, N, S).')
+        else:
+            report.choice("lse-layout", "lse_layout", lse_layout, ("TN", "NT"))
+    arrays = _check_numpy(report, "attn_out", attn_out, "dtype-attn", ("float16", "bfloat16", "float32", "float64"))
+    wide = arrays and attn_out.dtype == np.float64
+    arrays &= _check_numpy(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32",))
+    if not (known and arrays):
         return
     shape, axes = attn_out.shape, LAYOUTS[layout]
     if len(shape) != axes.attn.count(",") + 1:
         report.add("rank", f'attn_out has shape {shape}; layout "{layout}" expects {axes.attn}.')
         return
+    if axes.attn_batch is not None:
+        form = "(B, N, S)"
+    else:
+        form = "(N, T)" if lse_layout == "NT" else "(T, N)"
+    if lse.ndim != form.count(",") + 1:
+        report.add("rank", f'lse has shape {lse.shape}; layout "{layout}" expects {form}.')
+        return
     tokens = shape[axes.attn_token]
     if axes.attn_head is not None:
         heads = shape[axes.attn_head]
     else:
-        heads = lse.shape[1] if lse.ndim == 3 else 1
+        heads = lse.shape[1]
         if shape[-1] % heads if heads else shape[-1]:
-            report.add("heads-divide-hidden", f"attn_out has H = {shape[-1]} and lse N = {heads} heads (shape {lse.shape}); "
-                       "expected H = N * D.")  # fmt: skip
-    if axes.attn_batch is None:
-        form, expected = ("(N, T)", (heads, tokens)) if lse_layout == "NT" else ("(T, N)", (tokens, heads))
+            report.add("heads-divide-hidden", f"attn_out has H = {shape[-1]} and lse N = {heads} heads (shape "
+                       f"{lse.shape}); expected H = N * D.")  # fmt: skip
+    expected: tuple[int, ...]
+    if axes.attn_batch is not None:
+        expected = (shape[axes.attn_batch], heads, tokens)
     else:
-        form, expected = "(B, N, S)", (shape[axes.attn_batch], heads, tokens)
+        expected = (heads, tokens) if lse_layout == "NT" else (tokens, heads)
     if lse.shape != expected:
-        other = ' Pass lse_layout="NT" for (N, T).' if layout == "TND" and lse.shape == expected[::-1] else ""
-        report.add("shape-stats", f"lse has shape {lse.shape}; for attn_out of shape {shape} layout \"{layout}\" expects "
-                   f"{form} = {expected}.{other}")  # fmt: skip
-
-
+        other = {"(T, N)": "NT", "(N, T)": "TN"}.get(form, "") if lse.shape == expected[::-1] else ""
+        hint = f' Pass lse_layout="{other}" for ({other[0]}, {other[1]}).' if other else ""
+        report.add("shape-stats", f'lse has shape {lse.shape}; for attn_out of shape {shape} layout "{layout}" '
+                   f"expects {form} = {expected}.{hint}")  # fmt: skip

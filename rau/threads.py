@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 
 from rau.errors import OptionError
@@ -65,9 +66,10 @@ def set_num_threads(n: int) -> None:
     >>> set_num_threads(before)
     """
     global _threads, _origin
-    if isinstance(n, bool) or not hasattr(n, "__index__"):
+    try:
+        number = 0 if isinstance(n, bool) else operator.index(n)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= _MOST:
         raise OptionError(f"set_num_threads: n = {n!r}; expected an int from 1 to {_MOST}.", ("threads",))
-    n = n.__index__()
-    if not 1 <= n <= _MOST:
-        raise OptionError(f"set_num_threads: n = {n}; expected an int from 1 to {_MOST}.", ("threads",))
-    _threads, _origin = n, "set_num_threads"
+    _threads, _origin = number, "set_num_threads"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rau import registry
+from rau.arrays import described
 from rau.constraints import FIELDS, bind
-from rau.errors import ShapeError
+from rau.errors import ShapeError, UnsupportedError
 from rau.state import AttentionState
 
 
@@ -17,6 +19,9 @@ def _update_name(state: int, field: int) -> str:
 
 def _state_name(state: int, field: int) -> str:
     return f"states[{state}].{FIELDS[field]}"
+
+
+NAMES = {"ring_attention_update": _update_name, "merge_states": _state_name}
 
 
 def ring_attention_update(
@@ -46,8 +51,8 @@ def ring_attention_update(
         Attention output of the first part: (S, B, H) in layout "SBH", (T, N, D) in "TND"; in profile "portable" also
         float64, (B, S, N, D) in "BSND" and (B, N, S, D) in "BNSD". NumPy arrays, bfloat16 as ml_dtypes has it.
     prev_softmax_max : array, float32
-        Row maximum of the scores: (B, N, S, 8), or (T, N, 8) in "TND"; lane 0 is read. In profile "portable" also 1 lane,
-        and float64 with a float64 output.
+        Row maximum of the scores: (B, N, S, 8), or (T, N, 8) in "TND"; lane 0 is read. In profile "portable" also
+        1 lane, and float64 with a float64 output.
     prev_softmax_sum : array, shape and dtype of `prev_softmax_max`
         Row sum of exp(score - max).
     cur_attn_out : array, shape and dtype of `prev_attn_out`
@@ -88,15 +93,16 @@ def ring_attention_update(
 
     Notes
     -----
-    With m = max(m_prev, m_cur), a = l_prev * exp(m_prev - m) and b = l_cur * exp(m_cur - m), as on the reference page of
-    ``mindspore.ops.ring_attention_update``::
+    With m = max(m_prev, m_cur), a = l_prev * exp(m_prev - m) and b = l_cur * exp(m_cur - m), as on the reference page
+    of ``mindspore.ops.ring_attention_update``::
 
         l = a + b,    o = o_prev * (a / l) + o_cur * (b / l)
 
-    Rows are computed in float64 and their weights rounded once to float32; elements in float32 without fused operations,
-    rounded once more where stored in 16 bits. Each float32 element is within 3 * 2**-24 * (abs(w1*o1) + abs(w2*o2)) of
-    the exact result (plus at most 2**-149 + 2**-150 * (abs(o1) + abs(o2)) where something is subnormal); 16 bits add half
-    a unit in the last place. Every backend of this package returns the same bits.
+    Rows are computed in float64 and their weights rounded once to float32; elements in float32 without fused
+    operations, rounded once more where stored in 16 bits. Each float32 element is within
+    3 * 2**-24 * (abs(w1*o1) + abs(w2*o2)) of the exact result (plus at most 2**-149 + 2**-150 * (abs(o1) + abs(o2))
+    where something is subnormal); 16 bits add half a unit in the last place. Every backend of this package returns the
+    same bits.
 
     A side whose sum is 0 or whose max is -inf is empty: the other side comes back bit for bit, whatever stands behind
     the empty one. With both empty the result is empty: output 0, max -inf, sum 0.
@@ -119,12 +125,7 @@ def ring_attention_update(
     True
     """
     states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
-    problem, (prev, cur) = bind("ring_attention_update", states, _update_name, actual_seq_qlen, layout,
-                                softmax_layout, out, profile, check)  # fmt: skip
-    chosen, origin = registry.select(problem, backend)
-    registry.log_call("ring_attention_update", chosen, origin)
-    target = None if out is None else AttentionState(*out)
-    return chosen.update(problem, AttentionState(*prev), AttentionState(*cur), target)
+    return _call("ring_attention_update", states, actual_seq_qlen, layout, softmax_layout, out, backend, profile, check)
 
 
 def merge_states(
@@ -160,8 +161,8 @@ def merge_states(
     Notes
     -----
     As :func:`ring_attention_update`, which is the case K = 2: the states are added left to right, each input is read
-    once, and a 16-bit result is rounded once. Each float32 element is within (K + 1) * 2**-24 * sum(abs(w_i * o_i)) of the
-    exact result, plus the subnormal term.
+    once, and a 16-bit result is rounded once. Each float32 element is within (K + 1) * 2**-24 * sum(abs(w_i * o_i)) of
+    the exact result, plus the subnormal term.
 
     Examples
     --------
@@ -172,13 +173,65 @@ def merge_states(
     >>> rau.merge_states(parts).attn_out.item()
     7.0
     """
-    bound = _as_states(states)
-    problem, regular = bind("merge_states", bound, _state_name, actual_seq_qlen, layout, softmax_layout, out, profile,
-                            check)  # fmt: skip
+    states = _as_states(states)
+    return _call("merge_states", states, actual_seq_qlen, layout, softmax_layout, out, backend, profile, check)
+
+
+def _call(
+    call: str,
+    states: Sequence[Sequence[Any]],
+    actual_seq_qlen: Any,
+    layout: str,
+    softmax_layout: str,
+    out: Any,
+    backend: Any,
+    profile: str,
+    check: str,
+) -> AttentionState:
+    """Make a call here, or by its torch operator where torch traces it or wants a gradient."""
+    if "torch" in sys.modules:
+        from rau.backends import torch_op
+
+        if torch_op.wanted(states):
+            options = layout, softmax_layout, profile, check
+            return AttentionState(*torch_op.through_operator(call, states, actual_seq_qlen, options, out, backend))
+    return run(call, states, actual_seq_qlen, layout, softmax_layout, out, backend, profile, check)
+
+
+def run(
+    call: str,
+    states: Sequence[Sequence[Any]],
+    actual_seq_qlen: Any,
+    layout: str,
+    softmax_layout: str,
+    out: Any,
+    backend: Any,
+    profile: str,
+    check: str,
+) -> AttentionState:
+    """Check a call, choose who runs it, and run it.
+
+    Parameters
+    ----------
+    call : {"ring_attention_update", "merge_states"}
+    states : sequence of triples
+    actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
+        As in :func:`ring_attention_update`.
+
+    Returns
+    -------
+    AttentionState
+    """
+    problem, regular = bind(call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, out, profile, check)
     chosen, origin = registry.select(problem, backend)
-    registry.log_call("merge_states", chosen, origin)
+    registry.log_call(call, chosen, origin)
     target = None if out is None else AttentionState(*out)
-    return chosen.merge(problem, [AttentionState(*state) for state in regular], target)
+    bound = [AttentionState(*state) for state in regular]
+    if call == "ring_attention_update":
+        return chosen.update(problem, *bound, target)
+    if not hasattr(chosen, "merge"):
+        raise UnsupportedError(f'backend "{chosen.name}" has no merge; derive it from rau.backends.Backend.')
+    return chosen.merge(problem, bound, target)
 
 
 def _as_states(states: Any) -> Sequence[Sequence[Any]]:
@@ -187,10 +240,14 @@ def _as_states(states: Any) -> Sequence[Sequence[Any]]:
     if isinstance(states, AttentionState):
         raise ShapeError(f"merge_states: [states] states is one AttentionState; {expected}: pass [state].", ("states",))
     if not isinstance(states, (list, tuple)) or not states:
-        got = "empty" if isinstance(states, (list, tuple)) else f"a {type(states).__name__}"
+        got = "empty" if isinstance(states, (list, tuple)) else described(states)
         raise ShapeError(f"merge_states: [states] states is {got}; {expected}.", ("states",))
     for k, state in enumerate(states):
         if not isinstance(state, (list, tuple)) or len(state) != 3:
-            got = f"{len(state)} items" if isinstance(state, (list, tuple)) else f"a {type(state).__name__}"
-            raise ShapeError(f"merge_states: [states] states[{k}] is {got}; {expected}.", ("states",))
+            several = isinstance(state, (list, tuple))
+            got = f"has {len(state)} items" if several else f"is {described(state)}"
+            hint = ""
+            if several and len(state) == 2:
+                hint = " A pair (out, lse) becomes a state by AttentionState.from_lse(out, lse, base=...)."
+            raise ShapeError(f"merge_states: [states] states[{k}] {got}; {expected}.{hint}", ("states",))
     return states

@@ -37,7 +37,7 @@ def check_values(
               "a finite number, or -inf for a row without keys")  # fmt: skip
         if check == "document":
             _note(report, "document-max-positive", names(k, 1), maximum, ~(maximum > 0),
-                  'a positive number, as the reference page says; real maxima are often negative: check="values"')  # fmt: skip
+                  'a positive number, as the reference page says (real maxima are often negative: check="values")')
         _note(report, "value-sum", names(k, 2), total, ~(total >= 0), "a number that is not negative")
 
 

@@ -28,8 +28,8 @@ class Capabilities:
     ----------
     array_types : tuple of str
         Types it takes, as "module:qualname", compared with the names of an array's type and its bases.
-    devices : tuple of str
-        Kinds of device, such as "cpu" or "cuda".
+    devices : tuple of str or None
+        Kinds of device, such as "cpu" or "cuda"; None: any.
     dtypes : tuple of str
         Dtypes of attn_out.
     mixed : bool
@@ -49,7 +49,7 @@ class Capabilities:
     """
 
     array_types: tuple[str, ...]
-    devices: tuple[str, ...] = ("cpu",)
+    devices: tuple[str, ...] | None = ("cpu",)
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     mixed: bool = True
     layouts: tuple[str, ...] = ("SBH", "TND", "BSND", "BNSD")
@@ -96,6 +96,21 @@ class Capabilities:
             reasons.append(f"D = {problem.D} is no multiple of {self.head_dim_multiple}")
         return reasons
 
+    def running_dtype(self, dtype: str) -> str:
+        """Name the dtype in which a chain of updates keeps its running output: 16 bits would be rounded at every step.
+
+        Parameters
+        ----------
+        dtype : str
+            Of the first state's output.
+
+        Returns
+        -------
+        str
+            "float32" for 16 bits, where that is one of `dtypes`.
+        """
+        return "float32" if dtype in ("float16", "bfloat16") and "float32" in self.dtypes else dtype
+
     def arrays_refused(self, problem: Problem) -> list[str]:
         """Reasons against the arrays of a problem: their type and device.
 
@@ -110,7 +125,7 @@ class Capabilities:
         reasons = []
         if not any(name in self.array_types for name in problem.array_types):
             reasons.append(f"{problem.array_types[0]} is none of {', '.join(self.array_types)}")
-        if problem.device.partition(":")[0] not in self.devices:
+        if self.devices is not None and problem.device.partition(":")[0] not in self.devices:
             reasons.append(f"device {problem.device} is none of {', '.join(self.devices)}")
         return reasons
 
@@ -143,7 +158,7 @@ class Backend:
         raise NotImplementedError(f"{type(self).__name__} has no update")
 
     def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
-        """Merge K states; by default one update after another, with a rounding at each.
+        """Merge K states; by default one update after another.
 
         Parameters
         ----------
@@ -154,21 +169,40 @@ class Backend:
         Returns
         -------
         AttentionState
-        """
-        from rau.constraints import bind
 
-        running = states[0]
+        Notes
+        -----
+        Each update rounds a weight, a product, a sum and the row's sum that it stores, so that an element may be four times
+        as far off as the bound of one merge of all allows; and what a weight that vanishes in two steps leaves out, a sum that
+        overflows on the way does not. 16 bits are rounded once: a running float32 state goes by way of `to_numpy`.
+        """
+        if len(states) == 2:
+            return self.update(problem, states[0], states[1], out)
+        running, wide = states[0], self.capabilities.running_dtype(problem.dtype)
+        narrow = self.to_numpy(running.attn_out).dtype
+        if wide != problem.dtype:
+            running = self._cast(running, wide)
         # With a single state: merged with the neutral element, it comes back as it is.
         for cur in states[1:] or [self._neutral(problem, running)]:
-            pair, _ = bind("merge_states", (running, cur), lambda k, field: f"states[{k}]", problem.actual_seq_qlen,
-                           problem.layout, problem.softmax_layout, None, "portable", "metadata")  # fmt: skip
-            running = self.update(pair, running, cur, None)
-        if out is None:
-            return running
-        target, _ = bind("merge_states", (running, self._neutral(problem, running)), lambda k, field: f"states[{k}]",
-                         problem.actual_seq_qlen, problem.layout, problem.softmax_layout, out, "portable",
-                         "metadata")  # fmt: skip
-        return self.update(target, running, self._neutral(problem, running), out)
+            if wide != problem.dtype and not self.capabilities.mixed:
+                cur = self._cast(cur, wide)
+            running = self._step(problem, running, cur, None)
+        if wide != problem.dtype:
+            running = self._cast(running, narrow)
+        return running if out is None else self._step(problem, running, self._neutral(problem, running), out)
+
+    def _step(
+        self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
+    ) -> AttentionState:
+        from rau.constraints import bind
+
+        pair, (prev, cur) = bind("merge_states", (prev, cur), lambda k, field: f"states[{k}]", problem.actual_seq_qlen,
+                                 problem.layout, problem.softmax_layout, out, "portable", "metadata")  # fmt: skip
+        return self.update(pair, AttentionState(*prev), AttentionState(*cur), out)
+
+    def _cast(self, state: AttentionState, dtype: Any) -> AttentionState:
+        with np.errstate(over="ignore"):
+            return AttentionState(self.asarray(self.to_numpy(state.attn_out).astype(dtype)), *state[1:])
 
     def _neutral(self, problem: Problem, like: AttentionState) -> AttentionState:
         stats = np.dtype(problem.stats_dtype)

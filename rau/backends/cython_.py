@@ -1,13 +1,12 @@
-"""The Cython backend: NumPy arrays into the compiled core, nothing else."""
+"""The Cython backend: arrays in host memory into the compiled core, nothing else."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-import numpy as np
-
 from rau.backends import AttentionState, Backend, Capabilities, Problem
+from rau.backends.host import fresh
 from rau.errors import BackendUnavailableError
 from rau.threads import get_num_threads
 
@@ -22,7 +21,7 @@ class CythonBackend(Backend):
     """The fast one on every CPU: one streaming pass over the states, in threads."""
 
     name = "cython"
-    capabilities = Capabilities(array_types=("numpy:ndarray",))
+    capabilities = Capabilities(array_types=("numpy:ndarray", "torch:Tensor"))
 
     def __init__(self) -> None:
         try:
@@ -44,13 +43,10 @@ class CythonBackend(Backend):
 
     def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
         if out is None:
-            first = states[0]
-            out = AttentionState(
-                np.empty(problem.shape, first[0].dtype),
-                np.empty(problem.stats_shape, first[1].dtype),
-                np.empty(problem.stats_shape, first[2].dtype),
-            )
+            out = fresh(problem, states[0])
         arrays = tuple([array for state in (*states, out) for array in state])
+        if problem.kind == "torch":
+            arrays = tuple([array.data_ptr() for array in arrays])
         blocks = problem.blocks
         assert blocks is not None  # host arrays have their lengths on the host
         self._merge(blocks, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, problem.lanes,

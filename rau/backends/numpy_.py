@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.backends.exponential import LN2_HIGH, LN2_LOW, LOG2_E, ROUND, TAYLOR, UNDERFLOW
+from rau.backends.host import as_numpy, fresh
 from rau.layouts import ATTN, MAX, SUM, row_index
 
 _ELEMENTS = 1 << 18  # elements merged at a time: their float32 copies stay in the cache
@@ -160,9 +162,8 @@ def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
 class _Rows:
     """The rows of one array, wherever they lie: `length` elements from each start of an index on."""
 
-    def __init__(self, array: np.ndarray, starts: np.ndarray, length: int) -> None:
-        if array.dtype.name == "bfloat16":
-            array = array.view(np.uint16)
+    def __init__(self, array: Any, starts: np.ndarray, length: int) -> None:
+        array = as_numpy(array)
         # Seen from its lowest address on, through windows of one row that start at every element.
         lowest = array[tuple(slice(None, None, -1 if step < 0 else 1) for step in array.strides)]
         itemsize = array.itemsize
@@ -184,7 +185,7 @@ class NumPyBackend(Backend):
     """Runs everywhere NumPy does; several times slower than the compiled core, with the same bits."""
 
     name = "numpy"
-    capabilities = Capabilities(array_types=("numpy:ndarray",))
+    capabilities = Capabilities(array_types=("numpy:ndarray", "torch:Tensor"))
 
     def update(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
@@ -193,12 +194,7 @@ class NumPyBackend(Backend):
 
     def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
         if out is None:
-            first = states[0]
-            out = AttentionState(
-                np.empty(problem.shape, first[0].dtype),
-                np.empty(problem.stats_shape, first[1].dtype),
-                np.empty(problem.stats_shape, first[2].dtype),
-            )
+            out = fresh(problem, states[0])
         table = problem.blocks
         assert table is not None
         head_dim, last = problem.D, len(states)

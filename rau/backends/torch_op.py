@@ -1,0 +1,257 @@
+"""The operators rau::ring_attention_update and rau::merge_states of torch.library: compile, export and gradients.
+
+Everything that must not be traced (the validator, the registry, context, environment) runs inside them: at trace time
+the validator in their fake functions, at run time the whole call in their kernels. Imported once torch is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rau import update
+from rau.backends.torch_ import Geometry, merge_rows, weigh
+from rau.constraints import bind
+from rau.errors import DTypeError, UnsupportedError
+
+Options = tuple[str, str, str, str]  # layout, softmax_layout, profile, check
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def wanted(states: Sequence[Sequence[Any]]) -> bool:
+    """Tell whether a call has to go through the operators.
+
+    It has to while torch compiles or exports, inside a functorch transform or forward-mode AD, for tensors of other
+    types than torch's own two (fake ones, subclasses), and where a gradient is asked for.
+
+    Parameters
+    ----------
+    states : sequence of triples
+        The arrays of a call.
+
+    Returns
+    -------
+    bool
+    """
+    arrays = [array for state in states for array in state]
+    if not any([isinstance(array, Tensor) for array in arrays]):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    gradients = torch.is_grad_enabled()
+    for array in arrays:
+        if isinstance(array, Tensor) and (
+            type(array) not in (Tensor, torch.nn.Parameter) or (gradients and array.requires_grad)
+        ):
+            return True
+    return False
+
+
+def through_operator(
+    call: str, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, options: Options, out: Any, backend: Any
+) -> Triple:
+    """Make a call by its operator.
+
+    Parameters
+    ----------
+    call : {"ring_attention_update", "merge_states"}
+    states : sequence of triples of Tensors
+    actual_seq_qlen, out, backend
+        As the caller gave them.
+    options : tuple of str
+        (layout, softmax_layout, profile, check)
+
+    Returns
+    -------
+    tuple of Tensor
+
+    Raises
+    ------
+    UnsupportedError
+        For `out` and a backend that is no name, which cannot be part of a graph; for functorch and forward-mode AD.
+    """
+    if out is not None:
+        raise UnsupportedError(
+            f"{call}: out is given, and the inputs require grad or are being traced (compile, export, functorch); an "
+            "output that is written into has no gradient and no place in a graph. Leave out=None, or call under "
+            "torch.no_grad() outside of tracing."
+        )
+    if backend is not None and not isinstance(backend, str):
+        raise UnsupportedError(f"{call}: backend is a {type(backend).__name__}; expected a name where torch traces the call")
+    for state in states:
+        for part in state:
+            if not isinstance(part, Tensor):
+                raise DTypeError(
+                    f"{call}: [array-kind] a {type(part).__name__} among torch tensors; expected tensors alone", ("array-kind",)
+                )
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            f"{call}: functorch transforms (torch.func.grad, vmap, ...) are not implemented: torch's own operators from "
+            "Python do not take them. Use torch.autograd.grad, and put a batch into the layout's own axis."
+        )
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        duals = (torch.autograd.forward_ad.unpack_dual(part).tangent for state in states for part in state)
+        if any(tangent is not None for tangent in duals):
+            raise UnsupportedError(
+                f"{call}: forward-mode AD is not implemented, and the tangent would be lost; use reverse mode "
+                "(torch.autograd.grad, torch.func.vjp)"
+            )
+    if options[0] != "TND":
+        actual_seq_qlen = None  # not even looked at
+    elif actual_seq_qlen is not None and not isinstance(actual_seq_qlen, Tensor):
+        actual_seq_qlen = torch.as_tensor(actual_seq_qlen)
+    if call == "ring_attention_update":
+        return torch.ops.rau.ring_attention_update(*states[0], *states[1], actual_seq_qlen, *options, backend)
+    columns = ([state[field] for state in states] for field in range(3))
+    return torch.ops.rau.merge_states(*columns, actual_seq_qlen, *options, backend)
+
+
+@torch.library.custom_op("rau::ring_attention_update", mutates_args=())
+def _update(
+    prev_attn_out: Tensor,
+    prev_softmax_max: Tensor,
+    prev_softmax_sum: Tensor,
+    cur_attn_out: Tensor,
+    cur_softmax_max: Tensor,
+    cur_softmax_sum: Tensor,
+    actual_seq_qlen: Tensor | None,
+    layout: str,
+    softmax_layout: str,
+    profile: str,
+    check: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
+    result = update.run(
+        "ring_attention_update", states, actual_seq_qlen, layout, softmax_layout, None, backend, profile, check
+    )
+    return result.attn_out, result.softmax_max, result.softmax_sum
+
+
+@torch.library.custom_op("rau::merge_states", mutates_args=())
+def _merge(
+    attn_out: Sequence[Tensor],
+    softmax_max: Sequence[Tensor],
+    softmax_sum: Sequence[Tensor],
+    actual_seq_qlen: Tensor | None,
+    layout: str,
+    softmax_layout: str,
+    profile: str,
+    check: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    states = list(zip(attn_out, softmax_max, softmax_sum, strict=True))
+    result = update.run("merge_states", states, actual_seq_qlen, layout, softmax_layout, None, backend, profile, check)
+    return result.attn_out, result.softmax_max, result.softmax_sum
+
+
+def _blank(call: str, states: Sequence[Sequence[Tensor]], actual_seq_qlen: Tensor | None, *options: str) -> Triple:
+    """Check the metadata, as far as it can be seen while tracing, and make results without values."""
+    layout, softmax_layout, profile, _ = options
+    bind(call, states, update.NAMES[call], actual_seq_qlen, layout, softmax_layout, None, profile, "metadata")
+    attn_out, maximum, total = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in states[0])
+    return attn_out, maximum, total
+
+
+@_update.register_fake
+def _blank_update(*arguments: Any) -> Triple:
+    return _blank("ring_attention_update", (arguments[:3], arguments[3:6]), *arguments[6:-1])
+
+
+@_merge.register_fake
+def _blank_merge(*arguments: Any) -> Triple:
+    return _blank("merge_states", list(zip(*arguments[:3], strict=True)), *arguments[3:-1])
+
+
+def _keep(ctx: Any, states: Sequence[Sequence[Tensor]], actual_seq_qlen: Tensor | None, layout: str, softmax_layout: str) -> None:
+    """Save the inputs themselves: weights are cheap to compute again, and take no memory until then."""
+    ctx.save_for_backward(*[part for state in states for part in state], actual_seq_qlen)
+    ctx.layout, ctx.softmax_layout = layout, softmax_layout
+
+
+def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[list[Tensor]]:
+    """Gradients of all inputs, a triple for each state.
+
+    Notes
+    -----
+    With w_i = l_i exp(m_i - m) / l, e_i = exp(m_i - m) and t_i the share of a maximum in m (1 for the largest, 1/n among
+    n equal ones, 0 else), and s_i the sum over D of grad(o) * (o_i - o)::
+
+        grad(o_i) = w_i grad(o)
+        grad(l_i) = e_i / l * s_i + e_i grad(l)
+        grad(m_i) = w_i s_i + (l_i e_i - l t_i) grad(l) + t_i grad(m)
+
+    The lanes' gradients are summed, and an input's goes to its lane 0. An empty side gets zeros; where a weight is 0,
+    s_i counts as 0 and o_i is not read.
+    """
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "rau: the gradient of a merge was asked for with create_graph=True; differentiating twice is not implemented"
+        )
+    *saved, actual_seq_qlen = ctx.saved_tensors
+    states = [saved[k : k + 3] for k in range(0, len(saved), 3)]
+    geometry = Geometry.of(states[0], actual_seq_qlen, ctx.layout, ctx.softmax_layout)
+    maxima, sums = ([geometry.rows(state[field]) for state in states] for field in (1, 2))
+    weighed = weigh(maxima, sums)
+    wide = weighed.weights[0].dtype
+    rows = [geometry.heads(state[0]) for state in states]
+    g_out = None if grads[0] is None else geometry.heads(grads[0].contiguous())
+    g_max, g_sum = (
+        torch.zeros_like(weighed.total) if grad is None else geometry.rows(grad.double().sum(-1, keepdim=True))
+        for grad in grads[1:]
+    )
+    merged = merge_rows(weighed.weights, rows)
+    ties = torch.stack(
+        [alive & (part.double() == weighed.maximum) for alive, part in zip(weighed.live, maxima, strict=True)]
+    ).double()
+    ties = ties / ties.sum(0).clamp_min(1)
+
+    result = []
+    for k, (row, weight, e) in enumerate(zip(rows, weighed.weights, weighed.exponentials, strict=True)):
+        zero = torch.zeros_like(weighed.total)
+        read = (weight != 0) & ~weighed.alone  # a side that is alone does not depend on its own statistics
+        through = zero
+        if g_out is None:
+            grad_row = torch.zeros_like(row)
+        else:
+            grad_row = (g_out * weight.unsqueeze(-1)).masked_fill_((weight == 0).unsqueeze(-1), 0.0).to(row.dtype)
+            apart = (row.to(wide) - merged).mul_(g_out).masked_fill_(~read.unsqueeze(-1), 0.0)
+            through = apart.sum(-1, dtype=torch.float64)
+        total = sums[k].double()
+        grad_sum = torch.where(read, e / weighed.total * through, zero) + e * g_sum
+        grad_max = weight.double() * through + (total * e - weighed.total * ties[k]) * g_sum + ties[k] * g_max
+        statistics = []
+        for grad, stats in ((grad_max, states[k][1]), (grad_sum, states[k][2])):
+            grad = torch.where(weighed.live[k], grad, zero).to(stats.dtype)
+            lanes = torch.zeros_like(stats, memory_format=torch.contiguous_format)
+            lanes[..., :1] = geometry.statistics(grad)
+            statistics.append(lanes)
+        result.append([grad_row.reshape(states[k][0].shape), *statistics])
+    return result
+
+
+def _keep_update(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
+    _keep(ctx, (inputs[:3], inputs[3:6]), *inputs[6:9])
+
+
+def _update_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    prev, cur = _gradients(ctx, grads)
+    return (*prev, *cur, None, None, None, None, None, None)
+
+
+def _keep_merge(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
+    _keep(ctx, list(zip(*inputs[:3], strict=True)), *inputs[3:6])
+
+
+def _merge_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    columns = zip(*_gradients(ctx, grads), strict=True)
+    return (*map(list, columns), None, None, None, None, None, None)
+
+
+_update.register_autograd(_update_backward, setup_context=_keep_update)
+_merge.register_autograd(_merge_backward, setup_context=_keep_merge)
