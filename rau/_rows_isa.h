@@ -178,12 +178,11 @@ RAU_INLINE RAU_TARGET uint16_t RAU_NAME(rau_to_f16)(float x) {
     const uint32_t sign = (bits.u >> 16) & 0x8000u, magnitude = bits.u & 0x7fffffffu;
     /* Normal results: move the exponent's bias from 127 to 15 and round 13 bits away. */
     uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    normal = normal > 0x7c00u ? 0x7c00u : normal;
+    normal = normal > 0x7c00u ? 0x7c00u : normal; /* beyond the format: infinity */
     /* Subnormal results are multiples of 2^-24, which is the spacing of floats next to 0.5. */
     small.u = magnitude;
     small.f += 0.5f;
     uint32_t result = magnitude < 0x38800000u ? small.u - 0x3f000000u : normal;
-    result = magnitude >= 0x47800000u ? 0x7c00u : result; /* 65536 and beyond: the carry above went too far */
     result = magnitude > 0x7f800000u ? 0x7e00u : result;
     return (uint16_t)(sign | result);
 }

@@ -98,7 +98,8 @@ def test_the_gil_is_released():
             call.run("cython")
         inside.clear()
 
-    before = sys.getswitchinterval()
+    before, threads_before = sys.getswitchinterval(), rau.get_num_threads()
+    rau.set_num_threads(1)  # without a parallel region, which might release it on its own account
     sys.setswitchinterval(1000.0)
     try:
         thread = threading.Thread(target=work)
@@ -108,6 +109,7 @@ def test_the_gil_is_released():
             time.sleep(0)
     finally:
         sys.setswitchinterval(before)
+        rau.set_num_threads(threads_before)
     thread.join()
     assert seen
 
