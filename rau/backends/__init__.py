@@ -8,7 +8,7 @@ group ``rau.backends``, or passed to :func:`rau.registry.register`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,6 +43,9 @@ class Capabilities:
         The same bits at every run and for any number of threads.
     max_heads, max_head_dim : int or None
     head_dim_multiple : int
+    limits : callable or None
+        Further reasons against a :class:`Problem`, a list of str, for what the fields above cannot say: a limit of one
+        layout alone, or one on a product. It looks at sizes and dtypes, never at where the arrays are.
     tolerance : float
         Multiple of the contract's bound that it keeps: 1 for the arithmetic of rau, larger for a kernel
         that computes its rows in float32.
@@ -61,6 +64,7 @@ class Capabilities:
     max_heads: int | None = None
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
+    limits: Callable[[Problem], list[str]] | None = None
     tolerance: float = 1.0
 
     def limits_broken(self, problem: Problem) -> list[str]:
@@ -94,6 +98,8 @@ class Capabilities:
             reasons.append(f"D = {problem.D} > {self.max_head_dim}")
         if problem.D % self.head_dim_multiple:
             reasons.append(f"D = {problem.D} is no multiple of {self.head_dim_multiple}")
+        if self.limits is not None:
+            reasons += self.limits(problem)
         return reasons
 
     def running_dtype(self, dtype: str) -> str:
@@ -179,7 +185,6 @@ class Backend:
         if len(states) == 2:
             return self.update(problem, states[0], states[1], out)
         running, wide = states[0], self.capabilities.running_dtype(problem.dtype)
-        narrow = self.to_numpy(running.attn_out).dtype
         if wide != problem.dtype:
             running = self._cast(running, wide)
         # With a single state: merged with the neutral element, it comes back as it is.
@@ -188,7 +193,7 @@ class Backend:
                 cur = self._cast(cur, wide)
             running = self._step(problem, running, cur, None)
         if wide != problem.dtype:
-            running = self._cast(running, narrow)
+            running = self._cast(running, problem.dtype)
         return running if out is None else self._step(problem, running, self._neutral(problem, running), out)
 
     def _step(
@@ -200,7 +205,7 @@ class Backend:
                                  problem.layout, problem.softmax_layout, out, "portable", "metadata")  # fmt: skip
         return self.update(pair, AttentionState(*prev), AttentionState(*cur), out)
 
-    def _cast(self, state: AttentionState, dtype: Any) -> AttentionState:
+    def _cast(self, state: AttentionState, dtype: str) -> AttentionState:
         with np.errstate(over="ignore"):
             return AttentionState(self.asarray(self.to_numpy(state.attn_out).astype(dtype)), *state[1:])
 

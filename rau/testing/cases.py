@@ -48,6 +48,8 @@ class Case:
         Inputs that are not written to are read-only.
     aliased : bool
         The states are one and the same.
+    unequal_lanes : bool
+        Lanes 1 to 7 of the inputs hold other numbers than lane 0, which is the one to read.
     """
 
     id: str
@@ -72,6 +74,7 @@ class Case:
     out: str = "fresh"
     read_only: bool = False
     aliased: bool = False
+    unequal_lanes: bool = False
 
     @property
     def stats_dtype(self) -> str:
@@ -85,6 +88,13 @@ class Case:
             return (S, N, D), (S, N, self.lanes)
         attn = {"SBH": (S, B, N * D), "BSND": (B, S, N, D), "BNSD": (B, N, S, D)}[self.layout]
         return attn, (B, N, S, self.lanes)
+
+    @property
+    def needs_float64_rows(self) -> bool:
+        """Whether rows in float32 cannot get it right: sums near the ends of float32's range, or of both signs; NaN or
+        the sign of zero behind a weight that is subnormal."""
+        hostile = ("large-sums", "subnormal-sums", "negative-sums", "subnormal-weights")
+        return self.statistics in hostile or (self.statistics == "huge-gaps" and self.outputs != "ordinary")
 
     def lengths_argument(self) -> Any:
         """What is passed as actual_seq_qlen."""
@@ -133,12 +143,26 @@ class Case:
             for k in range(distinct):
                 dtype = named_dtype(self.dtype if k == 0 else self.cur_dtype or self.dtype)
                 output = contents.fill_output(rng, self.outputs, shape).astype(dtype)
-                lanes = [
-                    part[k].astype(self.stats_dtype).reshape(*stats_shape[:-1], 1).repeat(self.lanes, axis=-1)
-                    for part in (maxima, sums)
-                ]
-                states.append(AttentionState(output, *lanes))
+                rows = (part[k].astype(self.stats_dtype).reshape(stats_shape[:-1]) for part in (maxima, sums))
+                states.append(AttentionState(output, *map(self.in_all_lanes, rows)))
         return states
+
+    def in_all_lanes(self, rows: np.ndarray) -> np.ndarray:
+        """Write a statistic into its lanes: the same number into each, or other numbers into all but lane 0.
+
+        Parameters
+        ----------
+        rows : ndarray
+            One number for each row.
+
+        Returns
+        -------
+        ndarray, `rows` with one axis more
+        """
+        lanes = rows[..., None].repeat(self.lanes, axis=-1)
+        if self.unequal_lanes:
+            lanes[..., 1:] += np.arange(1, self.lanes, dtype=lanes.dtype)
+        return lanes
 
     def make(self, states: list[AttentionState] | None = None) -> Call:
         """Lay the numbers out in memory, fresh at every call.
@@ -305,6 +329,10 @@ def _named() -> Iterator[Case]:
     for lanes in (8, 1):
         for layout in ("SBH", "TND"):
             yield Case(id=f"lanes/{lanes}-{layout}", layout=layout, tokens=9, lengths=(9,), heads=3, lanes=lanes)
+    for order, layout in (("TND", "SBH"), ("TND", "TND"), ("SBH", "TND")):
+        name = "packed" if order == "SBH" else layout
+        yield Case(id=f"lanes/unequal-{name}", layout=layout, softmax_layout=order, tokens=9, lengths=(3, 6), heads=3,
+                   head_dim=22, statistics="empty", unequal_lanes=True)  # fmt: skip
     for placement in memory.PLACEMENTS:
         for layout in ("SBH", "TND", "BSND", "BNSD"):
             common = {"layout": layout, "tokens": 10, "lengths": (10,), "heads": 3, "head_dim": 16, "statistics": "empty"}
@@ -329,7 +357,7 @@ _DTYPES = (
 )  # fmt: skip
 
 
-def generated(seed: int, count: int) -> Iterator[Case]:
+def generated(seed: int, count: int, first: int = 0) -> Iterator[Case]:
     """Generate cases that mix everything with everything, small enough to run thousands.
 
     Parameters
@@ -337,6 +365,8 @@ def generated(seed: int, count: int) -> Iterator[Case]:
     seed : int
         Case i of a seed is always the same.
     count : int
+    first : int, default 0
+        The number i of the first one.
 
     Yields
     ------
@@ -348,7 +378,7 @@ def generated(seed: int, count: int) -> Iterator[Case]:
     >>> [case.id for case in generated(7, 2)]
     ['generated/7/0', 'generated/7/1']
     """
-    for index in range(count):
+    for index in range(first, first + count):
         yield _generate(f"generated/{seed}/{index}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +14,10 @@ from rau.arrays import kind_of
 from rau.constraints import FIELDS, bind
 from rau.problem import Problem
 from rau.state import AttentionState
+from rau.testing import folding
 from rau.testing.bits import same_bits
 from rau.testing.cases import Call, Case
-from rau.testing.comparison import Comparison, compare
+from rau.testing.comparison import Comparison
 from rau.testing.expected import Expected, oracle
 
 
@@ -38,6 +41,30 @@ def problem_of(call: Call) -> Problem:
     return problem
 
 
+def excluded_by(backend: Any, case: Case, problem: Problem | None = None) -> list[str]:
+    """List the reasons why a case is not run on a backend.
+
+    Parameters
+    ----------
+    backend : Backend
+    case : Case
+    problem : Problem, optional
+        The case's call, if that is known already.
+
+    Returns
+    -------
+    list of str
+        What its capabilities exclude, or the library that the case needs; empty where it is run.
+    """
+    try:
+        reasons = backend.capabilities.limits_broken(problem or problem_of(case.make()))
+    except ImportError as error:  # of ml_dtypes
+        return [str(error)]
+    if backend.capabilities.tolerance > 1 and case.needs_float64_rows:
+        reasons.append(f"tolerance {backend.capabilities.tolerance:g}: it is not held to what only float64 rows decide")
+    return list(reasons)
+
+
 def expected_of(call: Call) -> Expected:
     """Ask the oracle about a case's call.
 
@@ -52,6 +79,22 @@ def expected_of(call: Call) -> Expected:
     """
     case = call.case
     return oracle(call.states, case.lengths_argument(), case.layout, softmax_layout=case.softmax_layout)
+
+
+def described(error: BaseException) -> str:
+    """Word an exception, with the place where it was raised.
+
+    Parameters
+    ----------
+    error : BaseException
+
+    Returns
+    -------
+    str
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 class Run(NamedTuple):
@@ -98,7 +141,7 @@ def run(backend: Any, case: Case, numbers: list[AttentionState] | None = None) -
         result = case.call(states, out, backend)
         backend.synchronize()
     except Exception as error:
-        return Run(None, [f"{type(error).__name__}: {error}"])
+        return Run(None, [described(error)])
 
     problems = []
     if not isinstance(result, tuple) or len(result) != 3:
@@ -112,7 +155,14 @@ def run(backend: Any, case: Case, numbers: list[AttentionState] | None = None) -
             problems.append(f"{name} is on {its.device(part)}; expected {kind.device(states[0].attn_out)}")
     if problems:
         return Run(None, problems)
-    if out is not None:
+    if out is None:
+        inputs = {id(part) for state in states for part in state}
+        problems += [
+            f"{name} is an input itself; expected a fresh array"
+            for name, part in zip(FIELDS, result, strict=True)
+            if id(part) in inputs
+        ]
+    else:
         problems += [
             f"{name} was given by out, and another array came back"
             for name, mine, its in zip(FIELDS, out, result, strict=True)
@@ -161,7 +211,7 @@ def check_case(
     result, problems = run(backend, case, numbers)
     if result is None:
         return problems, None
-    comparison = compare(result, expected, tolerance=backend.capabilities.tolerance)
+    comparison = folding.judge(backend, case, numbers, result, expected)
     problems = [*comparison.problems, *problems]
     if backend.capabilities.deterministic:
         problems += _repeated(backend, case, numbers, result)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from rau import registry
-from rau.errors import ConstraintError, UnknownBackendError
+from rau.errors import ConstraintError, RauError, UnknownBackendError
 from rau.state import AttentionState
-from rau.testing import checks, record
+from rau.testing import checks, folding, record
 from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
-from rau.testing.comparison import compare, shares
+from rau.testing.comparison import shares
 from rau.testing.conformance import load
 from rau.testing.expected import Expected, widen
 from rau.testing.shrink import shrink
@@ -88,23 +88,22 @@ class Finding:
     message : str
     file : str
         Where the case was written; empty where it was not.
-    unregistered : tuple of str
-        Which of its backends no registry knows, as "module:Class".
+    backends : str
+        How the command line names its backends; empty where it knows all of them unasked.
     """
 
     case: Case
     backend: str
     message: str
     file: str = ""
-    unregistered: tuple[str, ...] = ()
+    backends: str = ""
 
     @property
     def replay(self) -> str:
         """The command that runs it again."""
         if not self.file:
             return ""
-        names = [name for name in self.backend.split(", ") if name in registry.names()]
-        chosen = f" --backends {shlex.quote(','.join((*self.unregistered, *names)))}" if self.unregistered else ""
+        chosen = f" --backends {shlex.quote(self.backends)}" if self.backends else ""
         return f"python -m rau difftest --replay {shlex.quote(self.file)}{chosen}"
 
 
@@ -182,7 +181,7 @@ def run_differential(
     Notes
     -----
     A backend is wrong where a value is beyond ``capabilities.tolerance`` times the bound, or where it fails any other
-    check of :mod:`rau.testing.checks`. Two backends that declare tolerance 1 must have the same bits.
+    check of :mod:`rau.testing.checks`. Two backends that declare tolerance 1, and are not wrong, must have the same bits.
 
     Examples
     --------
@@ -196,11 +195,6 @@ def run_differential(
     for name in names:
         if names.count(name) > 1:
             raise UnknownBackendError(f'two of the backends are called "{name}"; give each class its own `name`')
-    unregistered = {
-        name: backend
-        for name, backend in zip(names, backends, strict=True)
-        if isinstance(backend, str) and ":" in backend
-    }
     report = into if into is not None else Differential()
     for instance in instances:
         report.standings.setdefault(instance.name, Standing())
@@ -212,8 +206,8 @@ def run_differential(
         for who, message in judge(instances, case, report):
             report.wrong[who] = report.wrong.get(who, 0) + 1
             if all(finding.backend != who for finding in report.findings):
-                blamed = [unregistered[name] for name in who.split(", ") if name in unregistered]
-                finding = Finding(case, who, message, unregistered=tuple(blamed))
+                finding = Finding(case, who, message)
+                finding.backends = _spelled(_involved(finding, instances))
                 report.findings.append(finding)
                 try:
                     for smaller in shrink(case, partial(_still_wrong, finding, instances)):
@@ -242,14 +236,20 @@ def judge(instances: Sequence[Any], case: Case, report: Differential | None = No
     who, message : str
         What went wrong, and whose it is.
     """
-    numbers = case.fill()
+    report = report if report is not None else Differential()
+    try:
+        numbers = case.fill()
+    except ImportError as error:  # of ml_dtypes
+        for instance in instances:
+            report.standings.setdefault(instance.name, Standing()).excluded[case.id] = str(error)
+        return
     pristine = case.make(numbers)
     problem, expected = checks.problem_of(pristine), checks.expected_of(pristine)
-    report = report if report is not None else Differential()
     results: list[tuple[Any, AttentionState]] = []
+    blamed: set[str] = set()
     for instance in instances:
         standing = report.standings.setdefault(instance.name, Standing())
-        reasons = instance.capabilities.limits_broken(problem)
+        reasons = checks.excluded_by(instance, case, problem)
         if reasons:
             standing.excluded[case.id] = "; ".join(reasons)
             continue
@@ -257,7 +257,7 @@ def judge(instances: Sequence[Any], case: Case, report: Differential | None = No
         with registry.provisionally(instance):
             result, problems = checks.run(instance, case, numbers)
         if result is not None:
-            comparison = compare(result, expected, tolerance=instance.capabilities.tolerance)
+            comparison = folding.judge(instance, case, numbers, result, expected)
             problems = [*comparison.problems, *problems]
             if comparison.attn_share > standing.attn_share or not standing.worst:
                 standing.attn_share, standing.worst = comparison.attn_share, case.id
@@ -265,6 +265,7 @@ def judge(instances: Sequence[Any], case: Case, report: Differential | None = No
             standing.histogram += histogram(result, expected)
             results.append((instance, result))
         if problems:
+            blamed.add(instance.name)
             yield instance.name, "; ".join(problems)
     for (one, mine), (other, its) in combinations(results, 2):
         pair = report.pairs.setdefault((one.name, other.name), Pair())
@@ -274,7 +275,8 @@ def judge(instances: Sequence[Any], case: Case, report: Differential | None = No
             pair.different += 1
             pair.share = max(pair.share, _apart(mine, its, expected))
             pair.first = pair.first or f"{case.id}: {differences[0]}"
-            if one.capabilities.tolerance == other.capabilities.tolerance == 1:
+            told = {one.name, other.name} & blamed  # that one of them is wrong explains the difference
+            if folding.promises_bits(one, case) and folding.promises_bits(other, case) and not told:
                 yield f"{one.name}, {other.name}", "; ".join(differences)
 
 
@@ -332,6 +334,23 @@ def _write(finding: Finding, instances: Sequence[Any], folder: Path) -> None:
         finding.message += f" (and the case could not be written: {error})"
     else:
         finding.file = str(path)
+
+
+def _spelled(instances: Sequence[Any]) -> str:
+    """Name backends as the command line takes them; empty where the registry knows all of them."""
+    known = [_is_registered(instance) for instance in instances]
+    classes = [type(instance) for instance in instances]
+    return "" if all(known) else ",".join(
+        instance.name if registered else f"{cls.__module__}:{cls.__qualname__}"
+        for instance, cls, registered in zip(instances, classes, known, strict=True)
+    )  # fmt: skip
+
+
+def _is_registered(instance: Any) -> bool:
+    try:
+        return registry.get(instance.name) is instance
+    except RauError:
+        return False
 
 
 def _involved(finding: Finding, instances: Sequence[Any]) -> list[Any]:

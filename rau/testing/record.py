@@ -29,6 +29,8 @@ import numpy as np
 from rau.constraints import FIELDS
 from rau.errors import RauError
 from rau.layouts import LAYOUTS
+from rau.lengths import bind_lengths
+from rau.rules import Report
 from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
 
@@ -93,6 +95,8 @@ def load(path: str | PathLike[str]) -> Record:
     ------
     RecordError
         If the file is not one, or something in it does not fit together.
+    ConstraintError
+        If its cumulative lengths are none.
     """
     try:
         with zipfile.ZipFile(path):  # NumPy takes other files too
@@ -155,14 +159,18 @@ def _describe(path: Any, states: list[AttentionState], arrays: dict[str, np.ndar
     if len(attn) != axes.attn.count(",") + 1 or len(stats) != axes.stats.count(",") + 1:
         raise RecordError(f"{path}: shapes {attn} and {stats} do not fit layout {layout!r}, {axes.attn}")
     heads = stats[axes.stats_head]
+    cumulative = arrays.get("actual_seq_qlen") if layout == "TND" else None
     lengths: tuple[int, ...] = ()
-    if layout == "TND" and "actual_seq_qlen" in arrays:
-        lengths = tuple(int(n) for n in np.diff(arrays["actual_seq_qlen"]))
+    if cumulative is not None:  # a case holds lengths, so that what is not cumulative would be lost
+        report = Report(str(path))
+        bound, _, _ = bind_lengths(report, cumulative, attn[0], order == "SBH", False)
+        report.raise_if_broken()
+        lengths = tuple(np.diff(bound).tolist())
     dtypes = [state.attn_out.dtype.name for state in states]
     return Case(
         id=f"file/{path}", layout=layout, softmax_layout=order, batch=1 if axes.attn_batch is None else attn[axes.attn_batch],
         tokens=attn[axes.attn_token], heads=heads,
         head_dim=attn[-1] if axes.attn_head is not None else attn[-1] // max(heads, 1),
-        lengths=lengths, qlen="array" if lengths else "none", lanes=stats[-1], dtype=dtypes[0],
+        lengths=lengths, qlen="none" if cumulative is None else "array", lanes=stats[-1], dtype=dtypes[0],
         cur_dtype=dtypes[-1], states=len(states),
     )  # fmt: skip

@@ -26,8 +26,9 @@ def shrink(case: Case, wrong: Callable[[Case], str]) -> Iterator[tuple[Case, str
 
     Examples
     --------
-    >>> [(found.tokens, found.heads) for found, _ in shrink(Case(id="x", tokens=9), lambda case: "!" * (case.tokens > 3))]
-    [(4, 2), (4, 1), (4, 1)]
+    >>> found = shrink(Case(id="x", tokens=9), lambda case: "wrong" if case.tokens > 3 else "")
+    >>> [(case.tokens, case.heads, case.head_dim) for case, _ in found]
+    [(4, 2, 8), (4, 1, 8), (4, 1, 1)]
     """
     found = True
     while found:
@@ -56,16 +57,17 @@ def smaller(case: Case) -> Iterator[Case]:
         yield replace(case, profile="portable")
     for name, least in (("tokens", 1), ("batch", 1), ("heads", 1), ("head_dim", 1)):
         value = getattr(case, name)
-        for smaller in dict.fromkeys((least, value // 4, value // 2, value - 1)):
-            if least <= smaller < value and not (name == "tokens" and case.layout == "TND"):
-                yield replace(case, **{name: smaller})
+        if not (name == "tokens" and case.layout == "TND"):
+            for less in _less(value, least):
+                change: dict[str, Any] = {name: less}
+                yield replace(case, **change)
     if case.layout == "TND" and len(case.lengths) > 1:
         half = len(case.lengths) // 2
         for kept in (case.lengths[:half], case.lengths[half:], case.lengths[1:], case.lengths[:-1]):
             yield replace(case, lengths=kept, tokens=sum(kept))
     for place, length in enumerate(case.lengths[:8]):
         if length > 1:
-            for shorter in dict.fromkeys((1, length // 2, length - 1)):
+            for shorter in _less(length, 1):
                 kept = (*case.lengths[:place], shorter, *case.lengths[place + 1 :])
                 yield replace(case, lengths=kept, tokens=sum(kept))
     if case.states > 2 and case.out != "cur":
@@ -74,7 +76,19 @@ def smaller(case: Case) -> Iterator[Case]:
     plain: dict[str, Any] = {
         "out": "fresh", "attn_placement": "contiguous", "stats_placement": "contiguous", "out_placement": "contiguous",
         "read_only": False, "aliased": False, "qlen": "array", "statistics": "ordinary", "outputs": "ordinary",
+        "unequal_lanes": False,
     }  # fmt: skip
     for name, value in plain.items():
         if getattr(case, name) != value and not (name == "qlen" and not case.lengths):
             yield replace(case, **{name: value})
+
+
+def _less(value: int, least: int) -> list[int]:
+    """Smaller numbers, from far to near: halving what is taken off finds a threshold without counting down to it."""
+    steps = [least, value // 4, value // 2]
+    taken = value // 4
+    while taken:
+        steps.append(value - taken)
+        taken //= 2
+    steps.append(value - 1)
+    return [number for number in dict.fromkeys(steps) if least <= number < value]

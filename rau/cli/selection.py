@@ -1,0 +1,139 @@
+"""Which cases a command works on, and how it words them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rau.testing.cases import Case
+
+DTYPES = ("float32", "bfloat16", "float16", "float64", "bfloat16-into-float32", "float16-into-float32")
+LAYOUTS = ("SBH", "TND", "BSND", "BNSD")
+
+_LOOK_AHEAD = 10_000  # generated cases in a row that do not match: then none will
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that select cases.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+    """
+    text = "only cases whose id matches, such as 'tnd/*' or generated/0/17"
+    parser.add_argument("--select", default="*", metavar="GLOB", help=text)
+    parser.add_argument("--dtype", choices=DTYPES, metavar="D", help=f"only cases of this dtype: {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, metavar="L", help=f"only cases in this layout: {', '.join(LAYOUTS)}"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the generated cases (default: 0)")
+
+
+def dtype_of(case: Case) -> str:
+    """Name the dtype of a case, or both of a mixed one."""
+    mixed = case.cur_dtype and case.cur_dtype != case.dtype
+    return f"{case.cur_dtype}-into-{case.dtype}" if mixed else case.dtype
+
+
+def matcher(options: argparse.Namespace) -> Callable[[Case], bool]:
+    """Tell which cases the options select.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+
+    Returns
+    -------
+    callable
+    """
+
+    def matches(case: Case) -> bool:
+        return (
+            fnmatchcase(case.id, options.select)
+            and options.dtype in (None, dtype_of(case))
+            and options.layout in (None, case.layout)
+        )
+
+    return matches
+
+
+def named_cases(options: argparse.Namespace) -> list[Case]:
+    """List the named cases that are selected.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+    """
+    from rau.testing.cases import named
+
+    return list(filter(matcher(options), named()))
+
+
+def generated_cases(options: argparse.Namespace, count: int = sys.maxsize) -> Iterator[Case]:
+    """Generate cases that are selected.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+    count : int
+        So many at most.
+
+    Yields
+    ------
+    Case
+        A case that is named in full, such as generated/0/17, is found wherever it is.
+    """
+    from rau.testing.cases import generated
+
+    matches = matcher(options)
+    in_full = re.fullmatch(r"generated/(\d+)/(\d+)", options.select)
+    if in_full:
+        yield from filter(matches, generated(int(in_full[1]), min(count, 1), int(in_full[2])))
+        return
+    seed = re.match(r"generated/(\d+)/", options.select)
+    found = idle = 0
+    for case in generated(int(seed[1]) if seed else options.seed, sys.maxsize):
+        if found >= count or idle > _LOOK_AHEAD:
+            return
+        if matches(case):
+            found, idle = found + 1, 0
+            yield case
+        else:
+            idle += 1
+
+
+def describe(case: Case) -> str:
+    """Word a case in a line: its geometry, its numbers, and where its arrays lie.
+
+    Parameters
+    ----------
+    case : Case
+
+    Returns
+    -------
+    str
+    """
+    sizes = f"B {case.batch}, S {case.tokens}"
+    layout = case.layout
+    if case.layout == "TND":
+        sizes = f"T {case.tokens}"
+        layout += ", statistics packed per sequence" if case.softmax_layout == "SBH" else ", statistics token-major"
+        if case.lengths:
+            some = ", ".join(map(str, case.lengths[:8])) + (", ..." if len(case.lengths) > 8 else "")
+            sizes += f" in sequences of {some}"
+    words = [case.id, layout, f"{sizes}, N {case.heads}, D {case.head_dim}", dtype_of(case)]
+    words += [f"{case.states} states"] * (case.states != 2) + ["1 lane"] * (case.lanes == 1)
+    words += [f"statistics: {case.statistics}"] * (case.statistics != "ordinary")
+    words += [f"outputs: {case.outputs}"] * (case.outputs != "ordinary" and case.statistics != "attention")
+    places = {"attn_out": case.attn_placement, "statistics": case.stats_placement}
+    placed = [f"{name} {place}" for name, place in places.items() if place != "contiguous"]
+    words += [f"in memory: {', '.join(placed)}"] * bool(placed)
+    words += ["inputs read-only"] * case.read_only + ["the states are one and the same"] * case.aliased
+    words += [f"out given, {case.out_placement}"] * (case.out == "given")
+    words += [f"in place, over {case.out}"] * (case.out in ("prev", "cur"))
+    return "; ".join(words)

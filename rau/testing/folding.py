@@ -1,0 +1,117 @@
+"""How the values of a backend are judged: against the oracle, and where it merges by updates, update by update.
+
+A backend that leaves `merge` to its base class rounds after every pair of states. Nobody can bound that by the numbers that
+went in: a sum may overflow on the way, or a weight vanish in two steps that is large enough in one. What can be asked is that
+each update is right, given what the one before left, and that the merge is nothing but these updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from rau import registry
+from rau.backends import Backend
+from rau.state import AttentionState
+from rau.testing.bits import same_bits
+from rau.testing.cases import Case, named_dtype
+from rau.testing.comparison import Comparison, compare
+from rau.testing.expected import Expected, oracle
+
+
+def folds(backend: Any, case: Case) -> bool:
+    """Tell whether a backend merges a case's states by one update after another.
+
+    Parameters
+    ----------
+    backend : Backend
+    case : Case
+
+    Returns
+    -------
+    bool
+    """
+    return case.states > 2 and getattr(type(backend), "merge", None) is Backend.merge
+
+
+def promises_bits(backend: Any, case: Case) -> bool:
+    """Tell whether a backend is to have the bits of every other one that promises them.
+
+    Parameters
+    ----------
+    backend : Backend
+    case : Case
+
+    Returns
+    -------
+    bool
+    """
+    return bool(backend.capabilities.tolerance == 1) and not folds(backend, case)
+
+
+def judge(
+    backend: Any, case: Case, numbers: Sequence[AttentionState], result: AttentionState, expected: Expected
+) -> Comparison:
+    """Judge the values of a result.
+
+    Parameters
+    ----------
+    backend : Backend
+    case : Case
+    numbers : sequence of AttentionState
+        The input states.
+    result : AttentionState
+        What the backend made of them, as NumPy arrays.
+    expected : Expected
+        What the oracle says of all states at once.
+
+    Returns
+    -------
+    Comparison
+        The worst update's, where the backend folds.
+    """
+    tolerance = backend.capabilities.tolerance
+    if not folds(backend, case):
+        return compare(result, expected, tolerance=tolerance)
+    running, *rest = [*numbers] * (case.states // len(numbers))
+    wide = backend.capabilities.running_dtype(case.dtype)
+    running = _cast(running, wide)
+    attn_share = sum_share = 0.0
+    problems: list[str] = []
+    for k, cur in enumerate(rest, 1):
+        if wide != case.dtype and not backend.capabilities.mixed:
+            cur = _cast(cur, wide)
+        update = _update(case, running, cur)
+        one = oracle([running, cur], case.lengths_argument(), case.layout, softmax_layout=case.softmax_layout)
+        running = _run(backend, update, [running, cur])
+        comparison = compare(running, one, tolerance=tolerance)
+        attn_share = max(attn_share, comparison.attn_share)
+        sum_share = max(sum_share, comparison.sum_share)
+        problems += [f"update {k}: {problem}" for problem in comparison.problems]
+    if not problems:
+        differences = same_bits(result, _cast(running, case.dtype))
+        problems = [f"merge and one update after another: {difference}" for difference in differences]
+    return Comparison(not problems, attn_share, sum_share, tuple(problems))
+
+
+def _update(case: Case, prev: AttentionState, cur: AttentionState) -> Case:
+    return replace(
+        case, states=2, dtype=prev.attn_out.dtype.name, cur_dtype=cur.attn_out.dtype.name, out="fresh", aliased=False,
+        attn_placement="contiguous", stats_placement="contiguous", read_only=False, profile="portable",
+    )  # fmt: skip
+
+
+def _run(backend: Any, case: Case, states: Sequence[AttentionState]) -> AttentionState:
+    own = [AttentionState(*(backend.asarray(part) for part in state)) for state in states]
+    with registry.provisionally(backend):
+        result = case.call(own, None, backend)
+    backend.synchronize()
+    return AttentionState(*(np.array(backend.to_numpy(part)) for part in result))
+
+
+def _cast(state: AttentionState, dtype: str) -> AttentionState:
+    with np.errstate(over="ignore"):
+        return AttentionState(state.attn_out.astype(named_dtype(dtype)), *state[1:])

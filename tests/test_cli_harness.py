@@ -1,0 +1,581 @@
+"""python -m rau check, difftest and cases: as a kernel's author runs them, and what they say of mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rau.__main__ import main
+from rau.cli import console, difftest, selection
+from rau.testing import record
+from rau.testing.cases import Case
+
+# A kernel in its author's folder. MODE says what is wrong with it.
+KERNEL = '''
+import dataclasses, time
+import numpy as np
+from rau.backends import Backend
+from rau.backends.numpy_ import NumPyBackend
+
+MODE = "right"
+
+class Mine(NumPyBackend):
+    name = "mine"
+
+    def update(self, problem, prev, cur, out):
+        return self.merge(problem, [prev, cur], out)
+
+    def merge(self, problem, states, out):
+        if MODE == "slow":
+            time.sleep(0.02)
+        if MODE == "raises":
+            raise KeyError("weights \\u00b5")
+        result = super().merge(problem, states, out)
+        attn = result.attn_out
+        if MODE == "one lane" and problem.lanes == 1 or MODE == "wrong":
+            attn += np.asarray(0.01, attn.dtype)
+        if MODE == "last bit":  # where the two sides nearly cancel, it is well within the bound
+            small = np.abs(attn) < 0.1 * np.minimum(*(np.abs(state.attn_out) for state in states))
+            attn[small] = np.nextafter(attn[small], np.float32(0))
+        return result
+
+class Stopped(Mine):
+    calls = 0
+
+    def merge(self, problem, states, out):
+        Stopped.calls += 1
+        if Stopped.calls > 5:
+            raise KeyboardInterrupt
+        return super().merge(problem, states, out)
+
+class Narrow(Mine):
+    name = "narrow"
+    capabilities = dataclasses.replace(NumPyBackend.capabilities, dtypes=("float32",), mixed=False)
+
+class Loose(Mine):
+    name = "loose"
+    capabilities = dataclasses.replace(NumPyBackend.capabilities, tolerance=8.0)
+
+class Numpy(Mine):
+    name = "numpy"
+
+class Markup(Mine):
+    name = "<i>"
+
+class Broken(Mine):
+    def __init__(self):
+        raise OSError("no such device")
+
+class Stranger:
+    name = "stranger"
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The author's folder; the function writes its kernel in a mode."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # or a kernel rewritten within a second is not seen
+    for name in [name for name in os.environ if name.startswith("RAU_")]:
+        monkeypatch.delenv(name)
+
+    def write(mode: str) -> Path:
+        sys.modules.pop("kernel_at_hand", None)
+        source = KERNEL.replace('MODE = "right"', f'MODE = "{mode}"')
+        (tmp_path / "kernel_at_hand.py").write_text(source, encoding="utf-8")
+        return tmp_path
+
+    write("right")
+    yield write
+    sys.modules.pop("kernel_at_hand", None)
+
+
+def document(capsys) -> dict:
+    captured = capsys.readouterr()
+    assert captured.err == ""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(captured.out, parse_constant=refuse)
+
+
+def launch(*arguments: str, **environment: str) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    # Where the test itself runs in the background, SIGINT may be ignored, and a child inherits that.
+    return subprocess.Popen(
+        [sys.executable, "-m", "rau", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out.decode(), err.decode()
+
+
+# --------------------------------------------------------------------------------------------------------------- check
+
+
+def test_check_says_what_it_ran_on(folder, monkeypatch, capsys):
+    monkeypatch.setenv("RAU_TEST_BACKENDS", "numpy")
+    monkeypatch.setenv("RAU_BACKENT", "nump")
+    assert main(["check", "numpy", "--select", "smallest/*"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert f"numpy {np.__version__}" in captured.out and "compiled core: " in captured.out
+    assert "RAU_TEST_BACKENDS=numpy (test suite" in captured.out
+    assert "RAU_BACKENT=nump (rau reads no such variable" in captured.out
+    assert "checking numpy, which declares: dtypes float16" in captured.out
+    assert captured.out.splitlines()[-1].startswith("PASSED: numpy: 1 passed (")
+
+
+def test_check_json(folder, capsys):
+    assert main(["check", "kernel_at_hand:Narrow", "--json", "--select", "dtype/*"]) == 0
+    found = document(capsys)
+    assert found["backend"] == "narrow" and found["asked_for"] == "kernel_at_hand:Narrow"
+    assert found["passed"] is True and found["interrupted"] is False and found["failures"] == []
+    assert sorted(found["succeeded"]) == ["dtype/float32", "dtype/float32-attention"]
+    excluded = {item["id"]: item["message"] for item in found["excluded"]}
+    assert excluded["dtype/bfloat16"] == "dtype bfloat16 is none of float32"
+    assert excluded["dtype/float16-into-float32"] == "it does not merge float16 into float32"
+    assert found["checks"] == len(found["succeeded"]) + len(excluded)
+    assert found["configuration"]["versions"]["numpy"] == np.__version__
+
+
+def test_check_lists_what_is_excluded(folder, capsys):
+    assert main(["check", "kernel_at_hand:Narrow", "--select", "*bfloat16"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"excluded: dtype bfloat16 is none of float32\n    dtype/bfloat16, .* and \d+ more\n", out)
+    assert "FAILED: narrow: nothing that was selected could be checked" in out
+
+
+def test_without_ml_dtypes(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert main(["check", "numpy", "--select", "*/commutativity-*"]) == 0
+    assert "excluded: bfloat16 cases need ml_dtypes" in capsys.readouterr().out
+    assert main(["difftest", "--backends", "numpy", "--select", "dtype/*"]) == 0
+    assert re.search(r"excluded from numpy: \d cases: bfloat16 cases need ml_dtypes", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("mode", ["wrong", "raises"])
+def test_check_fails(folder, mode, capsys):
+    folder(mode)
+    assert main(["check", "kernel_at_hand:Mine", "--select", "layout/*"]) == 1
+    out = capsys.readouterr().out
+    raised = r"KeyError: 'weights \u00b5' \(kernel_at_hand.py:\d+, in merge\)"
+    said = {"wrong": "times the bound", "raises": raised}[mode]
+    assert "failed: layout/SBH\n    " in out and re.search(said, out)
+    assert "smallest failing cases: python -m rau difftest --backends kernel_at_hand:Mine,numpy" in out
+    assert out.splitlines()[-1].startswith("FAILED: mine: 0 passed, 6 failed (")
+
+
+def test_check_shows_some_failures_and_counts_the_rest(folder, capsys):
+    folder("wrong")
+    assert main(["check", "kernel_at_hand:Mine", "--select", "statistics/*"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("failed: statistics/") == 20 and re.search(r"failed: \d+ more; --json lists all", out)
+
+
+def test_expected_failures_are_strict(folder, capsys):
+    folder("one lane")
+    check = ["check", "kernel_at_hand:Mine", "--select", "lanes/*"]
+    assert main(check) == 1
+    known = ["--expect-failure", "lanes/1-*=one lane = not done yet"]
+    assert main([*check, *known]) == 0
+    out = capsys.readouterr().out
+    assert "failed as expected: lanes/1-SBH" in out and "(expected: one lane = not done yet)" in out
+    assert main([*check, *known, "--expect-failure", "lanes/8-SBH=a mistake"]) == 1
+    assert "passes: take it off the list" in capsys.readouterr().out
+    assert main([*check, *known, "--expect-failure", "tnd/*=not selected"]) == 0
+
+
+def test_the_whole_kit_on_a_kernel_of_ones_own(folder, capsys):
+    """All of it passes, in under a minute; the one failure is an expectation that matches nothing."""
+    assert main(["check", "kernel_at_hand:Mine", "--json", "--expect-failure", "nothing/at-all=why not"]) == 1
+    found = document(capsys)
+    assert found["failures"] == [{"id": "nothing/at-all", "message": "an expected failure that matches no check"}]
+    assert len(found["succeeded"]) > 700 and found["excluded"] == [] and found["seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "nump"], 'Did you mean "numpy"?'),
+        (["check", "kernel_at_hand:Theirs"], "module 'kernel_at_hand' has no class 'Theirs'"),
+        (["check", "not_here:Mine"], "no module 'not_here' here or installed"),
+        (["check", "not_here.at_all:Mine"], "no module 'not_here.at_all' here or installed"),
+        (["check", "kernel_at_hand:Broken"], "Broken() failed: OSError: no such device (kernel_at_hand.py:"),
+        (["check", "kernel_at_hand:Stranger"], "Stranger has no capabilities, update, merge"),
+        (["check", "numpy", "--expect-failure", "layout/SBH"], "--expect-failure takes ID=REASON"),
+        (["check", "numpy", "--expect-failure", "layout/SBH="], "--expect-failure takes ID=REASON"),
+        (["check", "numpy", "--select", "nothing/*", "--json"], "--select 'nothing/*' matches no check of numpy"),
+        (["difftest", "--backends", "numpy,nump"], 'Did you mean "numpy"?'),
+        (["difftest", "--backends", ","], "--backends names none"),
+        (["difftest", "--backends", "numpy,kernel_at_hand:Numpy"], "several backends are called numpy"),
+        (["difftest", "--cases", "-1"], "--cases is -1; expected 0 or more"),
+        (["difftest", "--minutes", "0"], "--minutes is 0.0; expected more than 0"),
+        (["difftest", "--minutes", "nan"], "--minutes is nan; expected more than 0"),
+        (["difftest", "--seed", "-1"], "--seed is -1; expected 0 or more"),
+        (["difftest", "--select", "nothing/*"], "no case matches"),
+        (["difftest", "--select", "none/*", "--layout", "TND"], "no case matches"),
+        (["difftest", "--replay", "x.npz", "--seed", "1"], "--seed has no place beside it"),
+        (["difftest", "--replay", "absent.npz"], "absent.npz: not a .npz file that can be read without pickle"),
+        (["difftest", "--replay", "kernel_at_hand.py"], "not a .npz file that can be read without pickle"),
+        (["difftest", "--report", "kernel_at_hand.py"], "--report: "),
+        (["cases", "--select", "nothing/*"], "no case matches"),
+        (["cases", "--generated", "-1"], "--generated is -1; expected 0 or more"),
+        (["cases", "--tolerance", "2"], "--tolerance has a meaning with --verify only"),
+        (["cases", "--verify", ".", "--dtype", "float32"], "--dtype has no place beside it"),
+        (["cases", "--verify", ".", "--tolerance", "-2"], "--tolerance is -2.0; expected more than 0"),
+        (["cases", "--verify", "."], "holds no exported cases"),
+        (["cases", "--export", "."], "is not empty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.filterwarnings("ignore:rau runs on NumPy")
+def test_wrong_usage(folder, arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+    assert captured.out == "" or "check" in arguments  # which checks there are is known after the heading only
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check"],
+        ["difftest", "--cases", "3", "--minutes", "1"],
+        ["difftest", "--dtype", "int8"],
+        ["difftest", "--minutes", "soon"],
+        ["cases", "--export", "a", "--verify", "b"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_options(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", ["check", "difftest", "cases"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0 and "Exit status" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------ difftest
+
+
+def test_difftest(folder, capsys):
+    assert main(["difftest", "--cases", "20", "--select", "generated/*"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("PASSED: 20 cases in ")
+    assert "no RAU_* variable is set" in out and "largest error against the oracle" in out
+    assert sorted(path.name for path in Path().iterdir()) == ["kernel_at_hand.py"]  # no folder where nothing failed
+
+
+def test_difftest_json(folder, capsys):
+    options = ["--cases", "80", "--seed", "3", "--select", "*[0-9]"]
+    assert main(["difftest", "--json", "--backends", "numpy,kernel_at_hand:Mine", *options]) == 0
+    found = document(capsys)
+    assert found["passed"] is True and found["cases"] > 150 and found["options"]["seed"] == 3
+    assert list(found["backends"]) == ["numpy", "mine"]
+    for backend in found["backends"].values():
+        assert backend["cases"] == found["cases"] and 0.9 < backend["attn_share"] <= 1 and backend["tolerance"] == 1
+        assert len(backend["histogram"]) == 21 and backend["histogram"][-1] == 0 and sum(backend["histogram"]) > 1e5
+    (pair,) = found["pairs"]
+    assert pair["backends"] == ["numpy", "mine"] and pair["different"] == 0 and pair["cases"] == found["cases"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        (["--select", "tnd/*qlen*"], lambda case: case.id.startswith("tnd/")),
+        (["--dtype", "bfloat16-into-float32"], lambda case: "bfloat16" == case.cur_dtype != case.dtype),
+        (["--layout", "BNSD", "--dtype", "float16"], lambda case: (case.layout, case.dtype) == ("BNSD", "float16")),
+        (["--select", "generated/5/*"], lambda case: case.id.startswith("generated/5/")),
+        (["--select", "generated/5/123456789"], lambda case: case.id == "generated/5/123456789"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_selection(folder, options, fits, capsys):
+    ids = []
+
+    def listed(more: list[str]) -> list[Case]:
+        assert main(["cases", "--json", *options, *more]) == 0
+        return [Case(**{**case, "lengths": tuple(case["lengths"])}) for case in document(capsys)["cases"]]
+
+    for more in ([], ["--generated", "4"]):
+        if not more and ("generated" in options[1] or "float16" in options):  # there are no named ones
+            continue
+        cases = listed(more)
+        assert cases and all(map(fits, cases))
+        ids.append([case.id for case in cases])
+    assert main(["difftest", "--json", "--backends", "numpy", "--cases", "4", *options]) == 0
+    assert document(capsys)["cases"] == len(ids[-1])
+
+
+def test_cases_are_found_by_looking_ahead_and_not_for_ever(monkeypatch):
+    monkeypatch.setattr(selection, "_LOOK_AHEAD", 50)
+    import argparse
+
+    options = argparse.Namespace(select="generated/0/1?", dtype=None, layout=None, seed=0)
+    assert [case.id for case in selection.generated_cases(options)] == [f"generated/0/{i}" for i in range(10, 20)]
+
+
+def test_minutes_keeps_generating_until_then(folder, capsys):
+    started = time.monotonic()
+    options = ["--minutes", "0.03", "--backends", "numpy", "--dtype", "float32", "--layout", "TND"]
+    assert main(["difftest", "--json", *options]) == 0
+    found = document(capsys)
+    assert 1.8 <= found["seconds"] < 8 and time.monotonic() - started < 15
+    worst = found["backends"]["numpy"]["worst_case"]
+    assert found["cases"] > 40 and worst
+
+
+def replay_of(out: str) -> str:
+    """The command that the output offers."""
+    found = re.search(r"^    again: (.*--replay.*)$", out, re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def test_a_wrong_kernel_is_found_written_replayed_and_repaired(folder, capsys):
+    folder("wrong")
+    options = ["--backends", "kernel_at_hand:Mine,numpy", "--cases", "0", "--select", "tnd/packed-*"]
+    assert main(["difftest", *options]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"FAILED: \d+ cases in \d+ s: mine is wrong on \d+ of them$", out)
+    assert "WRONG: mine, smallest failing case: tnd/packed-even; TND" in out and "T 1 in sequences of 1" in out
+    command = replay_of(out)
+    assert command == (
+        "python -m rau difftest --replay rau-difftest/mine-tnd-packed-even.npz --backends kernel_at_hand:Mine"
+    )
+    replay = shlex.split(command)[3:]
+    status, out, err = finish(launch(*replay))
+    assert status == 1 and err == "" and "FAILED: mine is wrong" in out and "the recorded bits" in out
+    folder("right")
+    status, out, err = finish(launch(*replay))
+    assert status == 0 and "PASSED: mine; what was recorded is wrong" in out and "other bits than recorded" in out
+    # Without a name the question is about the output in the file.
+    assert main(replay[:3]) == 1
+    assert "FAILED: the recorded output is wrong; " in capsys.readouterr().out
+
+
+def test_replay_json(folder, capsys):
+    folder("wrong")
+    options = ["--backends", "kernel_at_hand:Mine", "--cases", "0", "--select", "layout/*", "--json"]
+    assert main(["difftest", *options]) == 1
+    (finding,) = document(capsys)["findings"]
+    assert main([*shlex.split(finding["replay"])[3:], "--json"]) == 1
+    found = document(capsys)
+    assert found["passed"] is False and found["case"] == finding["case"]
+    assert found["recorded"]["right"] is False and found["recorded"]["problems"] == found["backends"][0]["problems"]
+    assert found["backends"][0]["differs_from_recorded"] == []
+
+
+def test_replay_of_a_file_of_anybodys(folder, capsys):
+    case = Case(id="anything", tokens=3)
+    prev, cur = case.fill()
+    names = ("attn_out", "softmax_max", "softmax_sum")
+    sides = (("prev", prev), ("cur", cur))
+    arrays = {f"{side}_{name}": part for side, state in sides for name, part in zip(names, state, strict=True)}
+    np.savez("anybodys.npz", **arrays)
+    assert main(["difftest", "--replay", "anybodys.npz"]) == 0
+    assert "recorded" not in capsys.readouterr().out.split("replaying")[1]
+    np.savez("impossible.npz", **arrays | {"cur_softmax_sum": cur[2][:, :, 1:]})
+    assert main(["difftest", "--replay", "impossible.npz"]) == 2
+    np.savez("pickled.npz", **arrays | {"case": np.array([object()])})
+    assert main(["difftest", "--replay", "pickled.npz"]) == 2
+    np.savez("strange.npz", **arrays | {"case": np.array('{"color": 3}')})
+    assert main(["difftest", "--replay", "strange.npz"]) == 2
+    assert "describes no case" in capsys.readouterr().err
+
+
+def test_other_bits_within_the_bound(folder, capsys):
+    """Backends that promise the same bits are held to that; one that declares a tolerance is not."""
+    folder("last bit")
+    select = ["--cases", "0", "--select", "layout/SBH", "--backends"]
+    assert main(["difftest", *select, "kernel_at_hand:Mine,numpy"]) == 1
+    out = capsys.readouterr().out
+    assert "mine and numpy differ on 1 of them" in out and "WRONG: mine and numpy, smallest failing case" in out
+    command = replay_of(out)
+    assert command.endswith("--backends kernel_at_hand:Mine,numpy")
+    assert main(shlex.split(command)[3:]) == 1
+    assert "not the same bits: mine, numpy: attn_out[" in capsys.readouterr().out
+    assert main(["difftest", *select, "kernel_at_hand:Loose,numpy"]) == 0
+    out = capsys.readouterr().out
+    assert "loose (tolerance 8)" in out and "PASSED: 1 case in 0 s, 1 with different bits, none beyond the bound" in out
+
+
+def test_a_backend_that_runs_nothing_fails(folder, capsys):
+    assert main(["difftest", "--backends", "kernel_at_hand:Narrow,numpy", "--select", "dtype/float16"]) == 1
+    out = capsys.readouterr().out
+    assert "excluded from narrow: 1 case: dtype float16 is none of float32" in out
+    assert "of which narrow ran none" in out
+
+
+def test_a_folder_that_cannot_be_written_to(folder, capsys):
+    folder("wrong")
+    Path("rau-difftest").write_text("in the way")
+    assert main(["difftest", "--backends", "kernel_at_hand:Mine", "--select", "layout/SBH"]) == 1
+    out = capsys.readouterr().out
+    assert "the case could not be written" in out and "--replay" not in out
+
+
+# ---------------------------------------------------------------------------------------------------------- interrupted
+
+
+def test_what_was_found_before_an_interruption_is_kept(folder, capsys):
+    assert main(["check", "kernel_at_hand:Stopped", "--json"]) == 130
+    found = document(capsys)
+    assert found["interrupted"] is True and found["passed"] is False
+    assert found["succeeded"][0] == "smallest/one-token-one-head" and found["failures"] == []
+    folder("wrong")
+    assert main(["difftest", "--backends", "kernel_at_hand:Stopped", "--report", "page", "--json"]) == 1
+    found = document(capsys)
+    assert found["interrupted"] is True and found["passed"] is False
+    assert Path("page/index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mode", "status", "verdict"),
+    [
+        (["check"], "slow", 130, r"INTERRUPTED: mine, of \d+ checks: \d+ passed"),
+        (["difftest", "--backends"], "slow", 130, r"INTERRUPTED: \d+ cases in \d+ s, nothing wrong so far"),
+        (["difftest", "--minutes", "5", "--backends"], "wrong", 1, r"FAILED: .*\(interrupted\): mine is wrong on"),
+    ],
+    ids=["check", "difftest", "difftest-wrong"],
+)
+def test_ctrl_c(folder, arguments, mode, status, verdict):
+    folder(mode)
+    process = launch(*arguments, "kernel_at_hand:Mine")
+    assert process.stdout is not None
+    seen = b""
+    while not re.search(rb"^(checking|comparing) ", seen, re.MULTILINE):
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    returned, out, err = finish(process)
+    assert (returned, err) == (status, "")
+    assert re.search(verdict, out.splitlines()[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------------- page
+
+
+class Page(HTMLParser):
+    """Collects tags, links and words; refuses what is not closed."""
+
+    VOID = ("meta", "br", "link", "img")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_report(folder, capsys):
+    folder("wrong")
+    options = ["--cases", "0", "--select", "layout/*", "--report", "out/page"]
+    assert main(["difftest", "--backends", "numpy,kernel_at_hand:Markup", *options]) == 1
+    assert "report: out/page/index.html" in capsys.readouterr().out
+    text = Path("out/page/index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    words = " ".join(page.words)
+    assert "FAILED: 6 cases" in words and "<i> is wrong on 6 of them" in words
+    assert "i" not in [tag for tag, _ in page.tags]
+    assert f"numpy {np.__version__}".split()[1] in words and "no RAU_* variable is set" in words
+    assert "python -m rau difftest --replay out/page/-i-" in words
+    files = [attributes["href"] for tag, attributes in page.tags if "href" in attributes]
+    assert len(files) == 1 and record.load(Path("out/page") / files[0]).case.id == "layout/SBH"
+    charts = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(charts) == 2 and "0 elements beyond the bound" in charts[0]["aria-label"]
+    assert [attributes["class"] for tag, attributes in page.tags if tag == "rect"].count("beyond") == 1
+    # It opens from disk and asks nobody for anything.
+    assert not re.search(r"https?:|//|@import|url\(|<script|<link|src=", text)
+    assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
+
+
+def test_report_of_nothing_wrong(folder, capsys):
+    assert main(["difftest", "--backends", "numpy", "--cases", "0", "--select", "none/tokens", "--report", "page"]) == 0
+    page = Page(Path("page/index.html").read_text(encoding="utf-8"))
+    words = " ".join(page.words)
+    assert "PASSED: 1 case" in words and "no element was compared" in words and "What went wrong" not in words
+    assert [path.name for path in Path("page").iterdir()] == ["index.html"]
+
+
+# ---------------------------------------------------------------------------------------------------- cases, appearance
+
+
+def test_the_list_of_cases(capsys):
+    assert main(["cases", "--select", "in-place/half-*"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^in-place/half-TND-cur  +TND, statistics token-major; T 10 in sequences of 10, N 3", out, re.M)
+    assert "in place, over cur" in out and out.endswith("\n8 cases\n")
+
+
+def test_plain_terminals(folder):
+    folder("raises")
+    for command in (["check"], ["difftest", "--cases", "0", "--backends"]):
+        process = launch(*command, "kernel_at_hand:Mine", "--select", "layout/SBH", PYTHONIOENCODING="ascii")
+        status, out, err = finish(process)
+        assert status == 1 and err == ""
+        assert out.isascii() and "weights \\xb5" in out
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress(folder, rich, monkeypatch, capsys):
+    if not rich:
+        for name in ("rich", "rich.box", "rich.console", "rich.progress", "rich.table", "rich.text"):
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(difftest, "_INTERVAL", 0.0)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)  # noqa: B023
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)  # noqa: B023
+        shown = []
+        monkeypatch.setattr(console, "_overwrite", shown.append)
+        assert main(["check", "numpy", "--select", "layout/*"]) == 0
+        assert main(["difftest", "--backends", "numpy", "--cases", "30", "--select", "generated/*"]) == 0
+        captured = capsys.readouterr()
+        if not terminal:
+            assert captured.err == "" and shown == []
+        elif not rich:
+            assert " 83% 5/6 layout/BNSD-attention" in shown
+            assert any(re.search(r"^ *\d+% \d+ cases, \d+/s, worst [01]\.\d+", line) for line in shown)
+        assert main(["check", "numpy", "--select", "layout/*", "--json"]) == 0
+        document(capsys)  # and nothing else
