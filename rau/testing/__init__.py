@@ -1,6 +1,7 @@
-"""What proves that a backend is right: an oracle, a comparison, and attention to make real inputs from.
+"""What proves that a backend is right: an oracle, cases, comparisons, the conformance kit and the differential harness.
 
-Everything is loaded on first use, and nothing here needs more than NumPy.
+Everything is loaded on first use, and nothing here needs more than NumPy, save :mod:`rau.testing.strategies`
+(Hypothesis) and the pytest side of :class:`BackendConformance`.
 """
 
 from __future__ import annotations
@@ -9,24 +10,50 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rau.testing import cases, strategies
     from rau.testing.attention import exact_attention, partial_attention
+    from rau.testing.bits import same_bits
     from rau.testing.comparison import compare
+    from rau.testing.conformance import BackendConformance, check_backend
+    from rau.testing.differential import run_differential
     from rau.testing.expected import oracle
+    from rau.testing.export import export_cases, verify_outputs
 
-__all__ = ["compare", "exact_attention", "oracle", "partial_attention"]
+__all__ = [
+    "BackendConformance",
+    "cases",
+    "check_backend",
+    "compare",
+    "exact_attention",
+    "export_cases",
+    "oracle",
+    "partial_attention",
+    "run_differential",
+    "same_bits",
+    "strategies",
+    "verify_outputs",
+]
 
-# No module bears the name of what it holds: importing it would hide the function behind the module.
+# No module bears the name of a function that it holds: importing it would hide the function behind the module.
 _HOME = {
+    "BackendConformance": "conformance",
+    "check_backend": "conformance",
     "compare": "comparison",
     "exact_attention": "attention",
+    "export_cases": "export",
     "oracle": "expected",
     "partial_attention": "attention",
+    "run_differential": "differential",
+    "same_bits": "bits",
+    "verify_outputs": "export",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        return import_module(f"{__name__}.{name}")
     globals()[name] = value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     return value
 
