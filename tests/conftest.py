@@ -28,9 +28,23 @@ ASKED_FOR = [name.strip() for name in os.environ.get("RAU_TEST_BACKENDS", "").sp
 BACKENDS = ASKED_FOR or [name for name in BUILT_IN if name in STATUS and STATUS[name].available]
 
 
-@pytest.fixture(scope="module", params=BACKENDS)  # not per function: Hypothesis refuses that
+
+
+def _takes_numpy(name: str) -> bool:
+    capabilities = rau.registry.capabilities(name)
+    return capabilities is not None and "numpy:ndarray" in capabilities.array_types
+
+
+# Not per function: Hypothesis refuses that.
+@pytest.fixture(scope="module", params=[name for name in BACKENDS if _takes_numpy(name)])
 def backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend under test in turn."""
+    """The name of each backend under test that takes NumPy arrays, in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def any_backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend under test in turn; own_arrays.py makes calls on its own arrays."""
     return str(request.param)
 
 

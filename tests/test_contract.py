@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import own_arrays
 import pytest
 
 import rau
@@ -19,7 +20,7 @@ def state(maximum, total, elements=ELEMENTS, dtype="float32", stats_dtype="float
 
 def merge(prev, cur, backend):
     with np.errstate(all="ignore"):
-        result = rau.ring_attention_update(*prev, *cur, backend=backend, profile="portable")
+        result = own_arrays.update(backend, prev, cur, profile="portable")
     attn_out, maximum, total = (np.asarray(part).ravel() for part in result)
     for lanes in (maximum, total):
         assert len(lanes) == 8 and (np.array_equal(lanes, lanes[:1].repeat(8), equal_nan=True))
@@ -36,8 +37,8 @@ EMPTY = [(5.0, 0.0), (5.0, -0.0), (NAN, 0.0), (INF, 0.0), (-INF, 0.0), (-INF, 3.
 
 @pytest.mark.parametrize("one", EMPTY)
 @pytest.mark.parametrize("other", EMPTY)
-def test_both_sides_empty(one, other, backend):
-    attn_out, maximum, total = merge(state(*one), state(*other), backend)
+def test_both_sides_empty(one, other, any_backend):
+    attn_out, maximum, total = merge(state(*one), state(*other), any_backend)
     assert bits(attn_out) == [0] * 6  # +0.0 everywhere
     assert maximum == -INF
     assert bits(total) == 0
@@ -49,13 +50,13 @@ LIVE = [(2.0, 3.0), (-1e30, 1e-45), (NAN, 2.0), (INF, 2.0), (1.0, INF), (1.0, NA
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 @pytest.mark.parametrize("empty", EMPTY)
 @pytest.mark.parametrize("live", LIVE)
-def test_one_side_empty(live, empty, dtype, backend):
+def test_one_side_empty(live, empty, dtype, any_backend):
     """The live side comes back bit for bit, whatever it holds; NaN behind the empty one does not leak."""
     stats_dtype = "float64" if dtype == "float64" else "float32"
     kept = state(*live, dtype=dtype, stats_dtype=stats_dtype)
     gone = state(*empty, elements=[NAN, NAN, 1.0, NAN, INF, -INF], dtype=dtype, stats_dtype=stats_dtype)
     for prev, cur in ((kept, gone), (gone, kept)):
-        attn_out, maximum, total = merge(prev, cur, backend)
+        attn_out, maximum, total = merge(prev, cur, any_backend)
         given = kept.attn_out.ravel()
         number = ~np.isnan(given)
         assert bits(attn_out[number]) == bits(given[number])
@@ -80,65 +81,65 @@ def test_one_side_empty(live, empty, dtype, backend):
         ((1.0, INF), (1000.0, 2.0), 1000.0, NAN),  # ... which is inf * 0 here
     ],
 )
-def test_not_a_number_and_infinite_statistics(one, other, maximum, total, swap, backend):
+def test_not_a_number_and_infinite_statistics(one, other, maximum, total, swap, any_backend):
     """Output NaN in every element, whatever the elements are."""
     sides = [state(*one, elements=[1.0] * 6), state(*other, elements=[2.0] * 6)]
-    got = merge(*(reversed(sides) if swap else sides), backend)
+    got = merge(*(reversed(sides) if swap else sides), any_backend)
     assert np.isnan(got[0]).all()
     np.testing.assert_array_equal(got[1:], (maximum, total))
 
 
-def test_a_sum_beyond_float32_is_infinite_and_the_output_right(backend):
-    attn_out, maximum, total = merge(state(1.0, 3e38, [1.0] * 6), state(1.0, 3e38, [3.0] * 6), backend)
+def test_a_sum_beyond_float32_is_infinite_and_the_output_right(any_backend):
+    attn_out, maximum, total = merge(state(1.0, 3e38, [1.0] * 6), state(1.0, 3e38, [3.0] * 6), any_backend)
     assert (attn_out == 2.0).all() and maximum == 1.0 and total == INF
 
 
-def test_a_sum_beyond_float64_is_infinite_and_the_output_right(backend):
+def test_a_sum_beyond_float64_is_infinite_and_the_output_right(any_backend):
     sides = [state(1.0, 1.7e308, [x] * 6, "float64", "float64") for x in (1.0, 3.0)]
-    attn_out, maximum, total = merge(*sides, backend)
+    attn_out, maximum, total = merge(*sides, any_backend)
     assert (attn_out == 2.0).all() and maximum == 1.0 and total == INF
 
 
-def test_a_negative_sum_follows_the_formula(backend):
-    attn_out, _, total = merge(state(0.0, 3.0, [1.0] * 6), state(0.0, -1.0, [2.0] * 6), backend)
+def test_a_negative_sum_follows_the_formula(any_backend):
+    attn_out, _, total = merge(state(0.0, 3.0, [1.0] * 6), state(0.0, -1.0, [2.0] * 6), any_backend)
     assert total == 2.0 and (attn_out == 1.0 * 1.5 + 2.0 * -0.5).all()
 
 
-def test_a_sum_of_zero_by_cancellation_is_not_empty(backend):
-    attn_out, maximum, total = merge(state(4.0, 1.0, [1.0] * 6), state(4.0, -1.0, [1.0] * 6), backend)
+def test_a_sum_of_zero_by_cancellation_is_not_empty(any_backend):
+    attn_out, maximum, total = merge(state(4.0, 1.0, [1.0] * 6), state(4.0, -1.0, [1.0] * 6), any_backend)
     assert np.isnan(attn_out).all()  # inf - inf
     assert maximum == 4.0 and total == 0.0
 
 
-def test_a_weight_of_zero_skips_its_product(backend):
+def test_a_weight_of_zero_skips_its_product(any_backend):
     """exp(-200) is 0 in float32: neither the NaN behind it nor the sign that adding a zero would lose gets through."""
     far = state(-200.0, 1.0, [NAN, 5.0, INF, 1.0, NAN, -INF])
     near = state(0.0, 1.0, [-0.0, -0.0, 1.0, NAN, 0.0, INF])
     for sides in ((far, near), (near, far)):
-        attn_out, maximum, total = merge(*sides, backend)
+        attn_out, maximum, total = merge(*sides, any_backend)
         assert bits(attn_out[[0, 1, 2, 4, 5]]) == bits(near.attn_out.ravel()[[0, 1, 2, 4, 5]])
         assert math.isnan(attn_out[3])
         assert maximum == 0.0 and total == 1.0
 
 
-def test_where_a_weight_rounds_to_zero(backend):
+def test_where_a_weight_rounds_to_zero(any_backend):
     """2**-150 is a tie that rounds to the even 0; anything above is the smallest subnormal."""
     # Equal maxima and sums l1 << l2: w1 = l1 / (l1 + l2), made exactly of powers of two where l2 swallows l1.
     huge = 2.0**127
     for tiny, reads in ((2.0**-24, False), (2.0**-24 * (1 + 2.0**-20), True), (2.0**-22, True)):
         # w = tiny / huge is 2**-151 .. 2**-149 of a value that float64 holds exactly.
-        attn_out, _, _ = merge(state(0.0, tiny, [NAN] * 6), state(0.0, huge, [1.0] * 6), backend)
+        attn_out, _, _ = merge(state(0.0, tiny, [NAN] * 6), state(0.0, huge, [1.0] * 6), any_backend)
         assert np.isnan(attn_out).all() == (tiny / (huge + tiny) > 2.0**-150), (tiny, reads)
 
 
-def test_not_a_number_in_an_element_stays_there(backend):
+def test_not_a_number_in_an_element_stays_there(any_backend):
     one, other = state(0.0, 1.0, [NAN, INF, INF, 1.0, 0.0, 2.0]), state(0.0, 1.0, [1.0, 1.0, -INF, 3.0, -0.0, NAN])
-    attn_out, _, _ = merge(one, other, backend)
+    attn_out, _, _ = merge(one, other, any_backend)
     assert math.isnan(attn_out[0]) and attn_out[1] == INF and math.isnan(attn_out[2])
     assert attn_out[3] == 2.0 and bits(attn_out[4:5]) == [0] and math.isnan(attn_out[5])
 
 
-def test_nothing_spills_over_to_other_rows(backend):
+def test_nothing_spills_over_to_other_rows(any_backend):
     """One hostile row between two ordinary ones changes neither."""
     rng = np.random.default_rng(0)
 
@@ -151,23 +152,23 @@ def test_nothing_spills_over_to_other_rows(backend):
             yield rau.AttentionState(out, *stats)
 
     rng = np.random.default_rng(0)
-    clean = rau.ring_attention_update(*[part for side in sides(False) for part in side], backend=backend)
+    clean = own_arrays.update(any_backend, *sides(False))
     rng = np.random.default_rng(0)
-    dirty = rau.ring_attention_update(*[part for side in sides(True) for part in side], backend=backend)
+    dirty = own_arrays.update(any_backend, *sides(True))
     np.testing.assert_array_equal(clean.attn_out[[0, 2]], dirty.attn_out[[0, 2]])
     np.testing.assert_array_equal(clean.softmax_sum[:, :, [0, 2]], dirty.softmax_sum[:, :, [0, 2]])
     assert np.isnan(dirty.attn_out[1]).all()
 
 
-def test_only_lane_0_is_read(backend):
+def test_only_lane_0_is_read(any_backend):
     prev, cur = state(1.0, 2.0, [1.0] * 6), state(2.0, 3.0, [2.0] * 6)
     wrong = [part.copy() for part in cur]
     for part in wrong[1:]:
         part[..., 1:] = NAN
-    assert [bits(a) for a in merge(prev, cur, backend)] == [bits(a) for a in merge(prev, wrong, backend)]
+    assert [bits(a) for a in merge(prev, cur, any_backend)] == [bits(a) for a in merge(prev, wrong, any_backend)]
 
 
-def test_packed_and_token_major_are_told_apart(backend):
+def test_packed_and_token_major_are_told_apart(any_backend):
     """Two sequences of 2 and 1 tokens, 2 heads: each order gives the result of the loop written for it."""
     lengths, heads = [0, 2, 3], 2
     rng = np.random.default_rng(3)
@@ -183,8 +184,8 @@ def test_packed_and_token_major_are_told_apart(backend):
 
     results = {}
     for order, arrange in (("TND", token_major), ("SBH", packed)):
-        args = [part for k in (0, 1) for part in (outs[k], arrange(maxima[k]), arrange(sums[k]))]
-        results[order] = rau.ring_attention_update(*args, lengths, "TND", softmax_layout=order, backend=backend)
+        sides = [(outs[k], arrange(maxima[k]), arrange(sums[k])) for k in (0, 1)]
+        results[order] = own_arrays.update(any_backend, *sides, lengths, "TND", softmax_layout=order)
     np.testing.assert_array_equal(results["TND"].attn_out, results["SBH"].attn_out)
     for field in (1, 2):
         np.testing.assert_array_equal(packed(results["TND"][field][..., 0]), results["SBH"][field])
@@ -195,11 +196,11 @@ def test_packed_and_token_major_are_told_apart(backend):
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 8])
-def test_the_neutral_element_changes_nothing(K, backend):
+def test_the_neutral_element_changes_nothing(K, any_backend):
     one = state(1.5, 2.5, [1.0, -0.0, 3.0, 1e-45, -2.5, 0.0])
     neutral = state(-INF, 0.0, [NAN] * 6)
     for place in range(K):
         states = [neutral] * K
         states[place] = one
-        merged = rau.merge_states(states, backend=backend)
+        merged = own_arrays.merge(any_backend, states)
         assert [bits(part) for part in merged] == [bits(part) for part in one]

@@ -1,0 +1,19 @@
+"""Our own backends, held to the kit that we hand to others."""
+
+import rau
+from rau.testing import check_backend, run_differential
+from rau.testing.cases import generated
+
+
+def test_the_conformance_kit(any_backend):
+    report = check_backend(any_backend)
+    assert report.passed, str(report)
+    assert len(report.succeeded) > 600, "the kit has shrunk"
+    if rau.registry.get(any_backend).capabilities.tolerance == 1:
+        assert not report.excluded, str(report)
+
+
+def test_the_same_bits_from_all_of_them():
+    names = [status.name for status in rau.registry.status() if status.available]
+    report = run_differential(names, generated(5, 300))
+    assert report.passed, str(report)
