@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 
-COMMANDS = ("info", "demo")
+COMMANDS = ("info", "demo", "check", "difftest", "cases", "diagnose")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     for command in COMMANDS:
         importlib.import_module(f"rau.cli.{command}").add_parser(subparsers)
     parsed = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a message may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         return int(parsed.run(parsed))
     except KeyboardInterrupt:

@@ -99,8 +99,9 @@ def _variable_note(name: str) -> str:
         return ENVIRONMENT[name] + (f"; no backend is called {', '.join(strangers)}" if strangers else "")
     import difflib
 
-    close = difflib.get_close_matches(name, ENVIRONMENT, n=1)
-    return "rau reads no such variable" + (f'; did you mean "{close[0]}"?' if close else "")
+    known = {variable.removeprefix("RAU_"): variable for variable in ENVIRONMENT}
+    close = difflib.get_close_matches(name.removeprefix("RAU_"), known, n=1)
+    return "rau reads no such variable" + (f'; did you mean "{known[close[0]]}"?' if close else "")
 
 
 def render(config: dict[str, Any]) -> str:

@@ -87,6 +87,8 @@ _AUTOMATIC = {
     ("torch", "cpu"): ("cython", "torch"),
     ("torch", "cuda"): ("cuda", "torch"),
     ("torch", "npu"): ("ascend", "torch"),
+    ("mindspore", "cpu"): ("cython", "numpy"),
+    ("mindspore", "ascend"): ("ascend",),
 }
 _OURS = ("cython", "numpy", "torch", "cuda", "ascend")
 
@@ -152,14 +154,12 @@ def blocked() -> set[str]:
 def _load(name: str) -> _Entry:
     """Load a known backend if that has not been tried; what came of it is in the entry."""
     entry = _entries[name]
-    if entry.instance is None and entry.failure is None:
+    if entry.instance is None:
         with _lock:
             _load_class(name)
             if entry.instance is None and entry.failure is None:
-                try:
+                with _attempt(entry):
                     entry.instance = entry.cls() if isinstance(entry.cls, type) else entry.cls
-                except (Exception, SystemExit) as error:
-                    entry.failure = error
     return entry
 
 
@@ -168,16 +168,28 @@ def _load_class(name: str) -> Any:
     entry = _entries[name]
     with _lock:
         if entry.cls is None and entry.failure is None:
-            try:
+            with _attempt(entry):
                 if name in blocked():
                     raise BackendUnavailableError(f"RAU_BLOCK = {os.environ['RAU_BLOCK']!r} names it")
                 cls = entry.load()
                 if fault := _fault(cls):
                     raise BackendUnavailableError(f"{cls!r} is no backend: {fault}")
                 entry.cls = cls
-            except (Exception, SystemExit) as error:  # a plugin may do anything while it is imported
-                entry.failure = error
     return entry.cls
+
+
+@contextmanager
+def _attempt(entry: _Entry) -> Iterator[None]:
+    """Note in the entry what goes wrong: a plugin may do anything while it is loaded."""
+    entry.failure = BackendUnavailableError("it is still being loaded")  # what one hears that asks for itself
+    try:
+        yield
+        entry.failure = None
+    except (Exception, SystemExit) as error:
+        entry.failure = error
+    except BaseException:  # interrupted: the next one tries again
+        entry.failure = None
+        raise
 
 
 def _fault(backend: Any) -> str:
@@ -390,8 +402,7 @@ class use_backend(ContextDecorator):  # noqa: N801 - used like a function
     def __exit__(self, *exc: object) -> None:
         # No token is kept: one object may be entered by several threads at once.
         inner = _requested.get()
-        assert inner is not None
-        _requested.set(inner[1])
+        _requested.set(inner and inner[1])
 
 
 def requested(backend: Any = None) -> tuple[Any, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from hypothesis import settings
 import rau
 
 BUILT_IN = ("cython", "numpy")
+
+# What the tests are made of: --doctest-modules would import it, and some of it imports what may not be there.
+collect_ignore = [file.name for file in Path(__file__).parent.glob("*.py") if not file.name.startswith("test_")]
 
 settings.register_profile("rau", deadline=None)  # a first call may load or compile something
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rau.testing.bits import same_bits
     from rau.testing.comparison import compare
     from rau.testing.conformance import BackendConformance, check_backend
+    from rau.testing.diagnosis import diagnose
     from rau.testing.differential import run_differential
     from rau.testing.expected import oracle
     from rau.testing.export import export_cases, verify_outputs
@@ -24,6 +25,7 @@ __all__ = [
     "cases",
     "check_backend",
     "compare",
+    "diagnose",
     "exact_attention",
     "export_cases",
     "oracle",
@@ -39,6 +41,7 @@ _HOME = {
     "BackendConformance": "conformance",
     "check_backend": "conformance",
     "compare": "comparison",
+    "diagnose": "diagnosis",
     "exact_attention": "attention",
     "export_cases": "export",
     "oracle": "expected",

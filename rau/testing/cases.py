@@ -147,6 +147,22 @@ class Case:
                 states.append(AttentionState(output, *map(self.in_all_lanes, rows)))
         return states
 
+    def blank(self) -> list[AttentionState]:
+        """Make zeros for numbers, for those who only ask what call it is.
+
+        Returns
+        -------
+        list of AttentionState
+            As :meth:`fill` has them.
+        """
+        shape, stats_shape = self.shapes
+        stats = np.zeros(stats_shape, self.stats_dtype)
+        dtypes = [self.dtype, *[self.cur_dtype or self.dtype] * (self.states - 1)]
+        return [
+            AttentionState(np.zeros(shape, named_dtype(dtype)), stats, stats)
+            for dtype in (dtypes[:1] if self.aliased else dtypes)
+        ]
+
     def in_all_lanes(self, rows: np.ndarray) -> np.ndarray:
         """Write a statistic into its lanes: the same number into each, or other numbers into all but lane 0.
 
@@ -342,6 +358,10 @@ def _named() -> Iterator[Case]:
                 yield Case(id=f"out/{placement}-{layout}", out="given", out_placement=placement, **common)
                 yield Case(id=f"in-place/{placement}-{layout}", out="prev", **common, **inputs)
                 yield Case(id=f"in-place/{placement}-{layout}-cur", out="cur", **common, **inputs)
+    for layout in ("SBH", "TND"):  # offsets beyond 32 bits, without the memory that they take otherwise
+        yield Case(id=f"far/views-{layout}", layout=layout, tokens=3, lengths=(3,), attn_placement="far",
+                   stats_placement="far")  # fmt: skip
+        yield Case(id=f"far/out-{layout}", layout=layout, tokens=3, lengths=(3,), out="given", out_placement="far")
     for placement in memory.PACKED_PLACEMENTS:
         yield Case(id=f"views/{placement}-packed", layout="TND", softmax_layout="SBH", tokens=10, lengths=(3, 7), heads=3,
                    stats_placement=placement)  # fmt: skip

@@ -57,9 +57,11 @@ def excluded_by(backend: Any, case: Case, problem: Problem | None = None) -> lis
         What its capabilities exclude, or the library that the case needs; empty where it is run.
     """
     try:
-        reasons = backend.capabilities.limits_broken(problem or problem_of(case.make()))
+        reasons = backend.capabilities.limits_broken(problem or problem_of(case.make(case.blank())))
     except ImportError as error:  # of ml_dtypes
         return [str(error)]
+    except OSError as error:  # a system that reserves no memory that it may not have
+        return [f"no room here: {error}"]
     if backend.capabilities.tolerance > 1 and case.needs_float64_rows:
         reasons.append(f"tolerance {backend.capabilities.tolerance:g}: it is not held to what only float64 rows decide")
     return list(reasons)
@@ -128,6 +130,13 @@ def run(backend: Any, case: Case, numbers: list[AttentionState] | None = None) -
     """
     numbers = numbers or case.fill()
     call, pristine = case.make(numbers), case.make(numbers)
+    try:
+        return _run(backend, call, pristine)
+    except Exception as error:  # of the backend, in its conversions too
+        return Run(None, [described(error)])
+
+
+def _run(backend: Any, call: Call, pristine: Call) -> Run:
     converted: dict[int, Any] = {}
 
     def convert(array: np.ndarray) -> Any:
@@ -137,12 +146,8 @@ def run(backend: Any, case: Case, numbers: list[AttentionState] | None = None) -
 
     states = [AttentionState(*(convert(part) for part in state)) for state in call.states]
     out = None if call.out is None else AttentionState(*(convert(part.view) for part in call.out))
-    try:
-        result = case.call(states, out, backend)
-        backend.synchronize()
-    except Exception as error:
-        return Run(None, [described(error)])
-
+    result = call.case.call(states, out, backend)
+    backend.synchronize()
     problems = []
     if not isinstance(result, tuple) or len(result) != 3:
         return Run(None, [f"returned a {type(result).__name__}; expected an AttentionState"])

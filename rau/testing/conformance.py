@@ -16,6 +16,7 @@ import numpy as np
 import rau
 from rau import registry
 from rau.errors import BackendUnavailableError, UnknownBackendError
+from rau.testing import memory
 from rau.testing.algebra import laws
 from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
@@ -209,6 +210,8 @@ def _fitting(backend: Any, case: Case) -> Case:
     rows: dict[str, Any] = {}
     if layout == "TND":
         rows = {"batch": 1, "tokens": case.batch * case.tokens, "lengths": (case.tokens,) * case.batch}
+        if "TND" not in backend.capabilities.softmax_layouts and case.stats_placement in memory.PACKED_PLACEMENTS:
+            rows |= {"softmax_layout": "SBH", "qlen": "array"}
     portable = "portable" if layout != "TND" else case.profile
     return replace(case, id=f"{case.id}@{layout}", layout=layout, profile=portable, **rows)
 

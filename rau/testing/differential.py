@@ -239,11 +239,11 @@ def judge(instances: Sequence[Any], case: Case, report: Differential | None = No
     report = report if report is not None else Differential()
     try:
         numbers = case.fill()
-    except ImportError as error:  # of ml_dtypes
+        pristine = case.make(numbers)
+    except (ImportError, OSError) as error:  # of ml_dtypes; a system that reserves no memory that it may not have
         for instance in instances:
             report.standings.setdefault(instance.name, Standing()).excluded[case.id] = str(error)
         return
-    pristine = case.make(numbers)
     problem, expected = checks.problem_of(pristine), checks.expected_of(pristine)
     results: list[tuple[Any, AttentionState]] = []
     blamed: set[str] = set()

@@ -1,8 +1,8 @@
 """How the values of a backend are judged: against the oracle, and where it merges by updates, update by update.
 
-A backend that leaves `merge` to its base class rounds after every pair of states. Nobody can bound that by the numbers that
-went in: a sum may overflow on the way, or a weight vanish in two steps that is large enough in one. What can be asked is that
-each update is right, given what the one before left, and that the merge is nothing but these updates.
+A backend that leaves `merge` to its base class rounds after every pair of states. Nobody can bound that by the numbers
+that went in: a sum may overflow on the way, or a weight vanish in two steps that is large enough in one. What can be asked
+is that each update is right, given what the one before left, and that the merge is nothing but these updates.
 """
 
 from __future__ import annotations

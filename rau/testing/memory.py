@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 PLACEMENTS = ("contiguous", "offset", "strided", "half", "padded", "transposed", "reversed", "broadcast", "gapped")
 PACKED_PLACEMENTS = ("contiguous", "offset", "broadcast")  # packed rows must be evenly spaced
 OUT_PLACEMENTS = ("contiguous", "offset", "strided", "half", "padded", "transposed", "reversed")
 
+_FAR = 2**31  # elements from one token to the next: more than 32 bits count to, signed after one, unsigned after two
 _GUARD = 0xA5  # a byte that no result happens to be made of
 
 
@@ -17,10 +21,12 @@ class Placed(NamedTuple):
     """A view and the memory around it."""
 
     view: np.ndarray
-    memory: np.ndarray  # uint8, all of it
+    memory: np.ndarray | None  # uint8, all of it; None where it is too much to look at
 
     def guards_intact(self) -> bool:
         """Tell whether the memory that the view does not reach still holds what `place` left there."""
+        if self.memory is None:
+            return True
         kept = self.view.copy()
         self.view.view(_bits(self.view)).fill(np.frombuffer(bytes([_GUARD]) * self.view.itemsize, _bits(self.view))[0])
         intact = bool((self.memory == _GUARD).all())
@@ -42,7 +48,8 @@ def place(values: np.ndarray, placement: str, token_axis: int = 0) -> Placed:
     placement : str
         "contiguous"; "offset" by one element from any alignment; "strided": every other token of a larger array;
         "half": the second half of a sequence twice as long; "padded": rows of a wider array; "transposed": the first two axes swapped in memory; "reversed": tokens
-        backwards; "broadcast": the last axis has stride 0 (statistics only); "gapped": the last axis is not contiguous.
+        backwards; "broadcast": the last axis has stride 0 (statistics only); "gapped": the last axis is not contiguous;
+        "far": tokens lie so far apart that their offsets need 64 bits, in memory that is reserved and never touched.
     token_axis : int, default 0
         The axis that "strided" and "reversed" act on.
 
@@ -50,6 +57,11 @@ def place(values: np.ndarray, placement: str, token_axis: int = 0) -> Placed:
     -------
     Placed
         The rest of the memory is filled with a guard pattern.
+
+    Raises
+    ------
+    OSError
+        For "far", where the system does not reserve so much.
     """
     shape, dtype = values.shape, values.dtype
 
@@ -84,7 +96,25 @@ def place(values: np.ndarray, placement: str, token_axis: int = 0) -> Placed:
     elif placement == "gapped":
         memory, view = room((*shape[:-1], 2 * shape[-1]))
         view = view[..., ::2]
+    elif placement == "far":
+        return Placed(_far(values, token_axis), None)
     else:
-        raise ValueError(f"placement {placement!r} is none of {', '.join(PLACEMENTS)}")
+        raise ValueError(f"placement {placement!r} is none of {', '.join(PLACEMENTS)}, far")
     view[...] = values
     return Placed(view, memory)
+
+
+def _far(values: np.ndarray, token_axis: int) -> np.ndarray:
+    """Put three tokens or fewer far apart; wherever an offset of 32 bits wraps to is reserved as well, and zero."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        raise OSError("this system does not reserve memory without taking it")
+    reach = _FAR * values.itemsize
+    untaken = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named from Python 3.13 on
+    reserved = np.frombuffer(
+        mmap.mmap(-1, 4 * reach, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | untaken), values.dtype
+    )
+    strides = list(values.strides)
+    strides[token_axis] = reach
+    view = as_strided(reserved[_FAR:], values.shape, strides)
+    view[...] = values
+    return view

@@ -1,0 +1,172 @@
+"""A right merge in plain steps, row by row in NumPy: what known mistakes are made of, by replacing one step.
+
+Independent of every backend. Slow and short.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from rau.state import AttentionState
+from rau.testing.expected import _row_order, widen
+
+Array: TypeAlias = np.ndarray
+
+
+def exponential(x: Array) -> Array:
+    """Return exp(x), 0 below -708 as the contract has it."""
+    return np.where(x < -708.0, 0.0, np.exp(x))
+
+
+def add(parts: Array) -> Array:
+    """Add up, left to right, along the first axis."""
+    total = np.zeros_like(parts[0])
+    for part in parts:
+        total = total + part
+    return total
+
+
+def in_float32_range(values: Array) -> Array:
+    """Let overflow and vanish what float32 cannot hold, and round nothing: that would be another mistake."""
+    return np.where(values > np.finfo(np.float32).max, np.inf, np.where(values < 2.0**-149, 0.0, values))
+
+
+def to_float16(values: Array) -> Array:
+    """Round to float16; the dtype stays."""
+    return values.astype(np.float16).astype(values.dtype)
+
+
+def to_bfloat16(values: Array) -> Array:
+    """Round to bfloat16, to nearest even, from float32 or by way of it; the dtype stays."""
+    bits = values.astype(np.float32).view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000).view(np.float32)
+    return np.where(np.isnan(values), np.nan, rounded).astype(values.dtype)
+
+
+class Rows:
+    """A call as R rows, one for each token and head.
+
+    Parameters
+    ----------
+    states : sequence of AttentionState
+        NumPy arrays, of a valid call.
+    actual_seq_qlen : sequence of int, or ndarray of int64, or None
+    layout, softmax_layout : str
+
+    Attributes
+    ----------
+    states : list of AttentionState
+        As they were given.
+    outputs : list of K ndarray, shape (R, D)
+        Widened to float32 (float64 in a float64 call).
+    maxima, sums : ndarray of float64, shape (K, R, 1)
+        Lane 0 of the statistics, for each row.
+    lanes : pair of ndarray of float64, shape (K, R, lanes)
+        All lanes of both.
+    dtype, stats_dtype : numpy.dtype
+        Of the result.
+    packed : bool
+        The statistics are in TND's packed order.
+    lengths : ndarray of int64 or None
+        Cumulative lengths in layout TND.
+    """
+
+    def __init__(
+        self, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, layout: str, softmax_layout: str
+    ) -> None:
+        self.states = [AttentionState(*map(np.asarray, state)) for state in states]
+        self.layout = layout
+        self.packed = layout == "TND" and softmax_layout == "SBH"
+        self.lengths = None if layout != "TND" or actual_seq_qlen is None else np.asarray(actual_seq_qlen)
+        first = self.states[0]
+        self.dtype, self.stats_dtype = first.attn_out.dtype, first.softmax_max.dtype
+        self.shape, self.stats_shape = first.attn_out.shape, first.softmax_max.shape
+        self._read("SBH" if self.packed else "TND")
+        wide = np.float64 if self.dtype == np.float64 else np.float32
+        size = (len(self._places), first.attn_out.size // max(len(self._places), 1))
+        self.outputs = [widen(state.attn_out).astype(wide).reshape(size) for state in self.states]
+
+    def _read(self, softmax_layout: str) -> None:
+        self._places = _row_order(self.shape, self.stats_shape, self.lengths, self.layout, softmax_layout)
+        flat = (-1, self.stats_shape[-1]) if self.stats_shape[-1] else (0, 0)
+        maxima, sums = (
+            np.stack([widen(state[part]).reshape(flat)[self._places] for state in self.states]) for part in (1, 2)
+        )
+        self.lanes = maxima, sums
+        self.maxima, self.sums = maxima[..., :1], sums[..., :1]
+
+    def reading(self, softmax_layout: str) -> Rows:
+        """Return the same call with its statistics taken, and left, in another order."""
+        other = copy.copy(self)
+        other._read(softmax_layout)
+        return other
+
+    def having(self, maxima: Array, sums: Array) -> Rows:
+        """Return the same call with other statistics."""
+        other = copy.copy(self)
+        other.maxima, other.sums = maxima, sums
+        return other
+
+    @property
+    def live(self) -> Array:
+        """Which sides are not empty, (K, R, 1)."""
+        return (self.sums != 0) & (self.maxima != -np.inf)
+
+    @property
+    def maximum(self) -> Array:
+        """The new maximum m, (R, 1)."""
+        return np.where(self.live, self.maxima, -np.inf).max(axis=0)
+
+    def factors(self, exp: Callable[[Array], Array] = exponential) -> Array:
+        """Return a_i = l_i * exp(m_i - m), 0 for an empty side."""
+        return np.where(self.live, self.sums * exp(self.maxima - self.maximum), 0.0)
+
+    def total(self, factors: Array) -> Array:
+        """Return l, the sum of the a_i; that of a single live side is its own."""
+        alone = self.live.sum(axis=0) == 1
+        return np.where(alone, add(np.where(self.live, self.sums, 0.0)), add(factors))
+
+    def weights(self, factors: Array) -> Array:
+        """Return a_i / l, rounded to the statistics' precision; 1 for a single live side, 0 for an empty one."""
+        alone = self.live.sum(axis=0) == 1
+        weights = np.where(self.live, np.where(alone, 1.0, factors / add(factors)), 0.0)
+        return weights.astype(self.stats_dtype)
+
+    def combine(self, weights: Array) -> Array:
+        """Add up weight times output in the outputs' precision; a weight of 0 leaves its side out."""
+        result = np.zeros_like(self.outputs[0])
+        started = np.zeros(result.shape, bool)
+        for weight, output in zip(weights, self.outputs, strict=True):
+            term, used = (weight * output).astype(result.dtype), np.broadcast_to(weight != 0, result.shape)
+            result = np.where(used, np.where(started, result + term, term), result)
+            started = started | used
+        return result
+
+    def merge(self, exp: Callable[[Array], Array] = exponential) -> AttentionState:
+        """Merge, right if the exponential is."""
+        factors = self.factors(exp)
+        return self.store(self.combine(self.weights(factors)), self.maximum, self.total(factors))
+
+    def store(self, output: Array, maximum: Array, total: Array) -> AttentionState:
+        """Round rows (R, D) and statistics (R, 1), or (R, lanes), once, and put them where they belong."""
+        stats = []
+        for part in (maximum, total):
+            stored = np.empty((len(self._places), self.stats_shape[-1]), self.stats_dtype)
+            stored[self._places] = part
+            stats.append(stored.reshape(self.stats_shape))
+        return AttentionState(output.astype(self.dtype).reshape(self.shape), *stats)
+
+    def last_tokens(self) -> Array:
+        """Return a mask of the rows of each sequence's, or batch entry's, last token."""
+        shape = (*self.shape[:2], self.stats_shape[1]) if self.layout == "SBH" else self.shape[:-1]
+        mask = np.zeros(shape, bool)
+        if self.lengths is not None:
+            mask[self.lengths[1:][np.diff(self.lengths) > 0] - 1] = True
+        elif mask.size:
+            last: dict[str, Any] = {"SBH": -1, "TND": -1, "BSND": np.s_[:, -1], "BNSD": np.s_[..., -1]}
+            mask[last[self.layout]] = True
+        return mask.ravel()

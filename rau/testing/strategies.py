@@ -1,0 +1,229 @@
+"""Hypothesis strategies: calls with hostile numbers, for the tests of whoever writes a backend. Needs Hypothesis.
+
+A test of a backend is then a few lines::
+
+    from hypothesis import given
+    from rau.testing import strategies
+    from rau.testing.checks import check_case
+
+    backend = MyBackend()
+
+    @given(strategies.calls(backend.capabilities))
+    def test_any_call(call):
+        case, numbers = call
+        problems, _ = check_case(backend, case, numbers=numbers)
+        assert not problems
+
+What fails shrinks to what is simplest: one token, one head, float32, fresh outputs, plain numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from rau.backends import Capabilities
+from rau.state import AttentionState
+from rau.testing import contents, memory
+from rau.testing.cases import Case, named_dtype
+
+_EVERYTHING = Capabilities(array_types=())
+_HOSTILE_MAXIMA = (0.0, -0.0, -np.inf, np.inf, np.nan, 87.0, -87.0, -104.0, 708.0, -2.0**127)
+_HOSTILE_SUMS = (0.0, -0.0, np.inf, np.nan, 2.0**-149, 2.0**-126, 2.0**127, -1.0)
+
+
+def cumulative_lengths(tokens: int | None = None, *, max_sequences: int = 6) -> st.SearchStrategy[list[int]]:
+    """Draw cumulative sequence lengths, as `actual_seq_qlen` has them; empty sequences included.
+
+    Parameters
+    ----------
+    tokens : int, optional
+        T, the last of them; any small number by default.
+    max_sequences : int, default 6
+
+    Returns
+    -------
+    SearchStrategy of list of int
+        From 0 to T, non-decreasing.
+
+    Examples
+    --------
+    >>> from hypothesis import given, settings
+    >>> @settings(max_examples=10, database=None)
+    ... @given(cumulative_lengths(20))
+    ... def test(ends):
+    ...     assert ends[0] == 0 and ends[-1] == 20 and ends == sorted(ends)
+    >>> test()
+    """
+    if tokens is None:
+        lengths = st.lists(st.sampled_from((1, 2, 3, 9, 0)), max_size=max_sequences)
+        return lengths.map(lambda drawn: [0, *np.cumsum(drawn, dtype=int).tolist()])
+    cuts = st.lists(st.integers(0, tokens), max_size=max_sequences - 1)
+    return cuts.map(lambda drawn: [0, *sorted(drawn), tokens])
+
+
+@st.composite
+def cases(draw: st.DrawFn, capabilities: Capabilities = _EVERYTHING) -> Case:
+    """Draw a case: layout, orders, dtypes, lanes, lengths, kinds of numbers, places in memory, where the result goes.
+
+    Parameters
+    ----------
+    capabilities : Capabilities, optional
+        Of the backend that is to run it: what it excludes is not drawn. Everything by default.
+
+    Returns
+    -------
+    Case
+        Its own numbers depend on nothing but the case; :func:`states` draws others.
+
+    Examples
+    --------
+    >>> from hypothesis import given, settings
+    >>> @settings(max_examples=10, database=None)
+    ... @given(cases())
+    ... def test(case):
+    ...     assert case.make().run("numpy").attn_out.shape == case.shapes[0]
+    >>> test()
+    """
+    # All is drawn, needed or not: Hypothesis takes what needs fewer draws for simpler.
+    takes = capabilities
+    layout = draw(st.sampled_from(takes.layouts))
+    order = draw(st.sampled_from(takes.softmax_layouts))
+    dtype = draw(st.sampled_from(sorted(takes.dtypes, key=lambda name: name != "float32")))
+    cur_dtype = draw(st.sampled_from((dtype, "bfloat16", "float16")))
+    states = draw(st.sampled_from((2, 1, 3, 5)))
+    if dtype != "float32" or states == 1 or not takes.mixed:
+        cur_dtype = dtype
+    batch, tokens = draw(st.sampled_from((1, 2, 3, 0))), draw(st.sampled_from((1, 2, 3, 5, 12, 0)))
+    ends = [0]
+    if layout == "TND":
+        ends = draw(cumulative_lengths())
+        batch, tokens = 1, ends[-1]
+    heads = draw(_size((1, 2, 3, 5, 0), 1, takes.max_heads))
+    head_dim = draw(_size((1, 2, 3, 7, 8, 16, 33, 0), takes.head_dim_multiple, takes.max_head_dim))
+    packed = layout == "TND" and order == "SBH"
+    qlen = draw(st.sampled_from(("array", "list", "int32" if packed else "none")))
+    aliased = draw(st.booleans())
+    case = Case(
+        id="drawn", layout=layout, softmax_layout=order, batch=batch, tokens=tokens, heads=heads,
+        head_dim=head_dim if heads or layout != "SBH" else 0,  # N = 0 needs H = 0
+        lengths=tuple(np.diff(ends).tolist()), qlen=qlen, lanes=draw(st.sampled_from(takes.lanes)), dtype=dtype,
+        cur_dtype=cur_dtype, states=states, statistics=draw(st.sampled_from(tuple(contents.STATISTICS))),
+        outputs=draw(st.sampled_from(tuple(contents.OUTPUTS))), read_only=draw(st.booleans()),
+        aliased=aliased and cur_dtype == dtype,
+    )  # fmt: skip
+    return _in_memory(draw, case, takes.in_place)
+
+
+def _size(sizes: tuple[int, ...], multiple: int, most: int | None) -> st.SearchStrategy[int]:
+    if multiple > 1:
+        sizes = (multiple, 2 * multiple)
+    return st.sampled_from([size for size in sizes if most is None or size <= most])
+
+
+def _in_memory(draw: st.DrawFn, case: Case, in_place: bool) -> Case:
+    """Draw where the result goes and how everything lies in memory, so that the call is valid."""
+    goes = ["fresh", "given"]
+    if in_place and not case.aliased:
+        goes += ["prev"] if case.states == 1 or case.cur_dtype != case.dtype else ["prev", "cur"]
+    out = draw(st.sampled_from(goes))
+    packed = case.layout == "TND" and case.softmax_layout == "SBH"
+    stats = list(memory.PACKED_PLACEMENTS if packed else memory.PLACEMENTS)
+    attn = [placement for placement in memory.PLACEMENTS if placement != "broadcast"]
+    if out in ("prev", "cur"):
+        stats = [placement for placement in stats if placement in memory.OUT_PLACEMENTS]
+        attn = list(memory.OUT_PLACEMENTS)
+    case = replace(
+        case, out=out, attn_placement=draw(st.sampled_from(attn)), stats_placement=draw(st.sampled_from(stats)),
+        out_placement=draw(st.sampled_from(memory.OUT_PLACEMENTS)),
+    )  # fmt: skip
+    unequal = draw(st.booleans())
+    return replace(case, unequal_lanes=unequal and case.lanes > 1 and case.stats_placement != "broadcast")
+
+
+def states(case: Case) -> st.SearchStrategy[list[AttentionState]]:
+    """Draw the numbers of a case, one by one: NaN, infinities, subnormal numbers, zeros of both signs.
+
+    Parameters
+    ----------
+    case : Case
+        Its kinds of numbers do not matter.
+
+    Returns
+    -------
+    SearchStrategy of list of AttentionState
+        For ``case.make(numbers)``.
+
+    Examples
+    --------
+    >>> from hypothesis import given, settings
+    >>> case = Case(id="mine", heads=3)
+    >>> @settings(max_examples=10, database=None)
+    ... @given(states(case))
+    ... def test(numbers):
+    ...     assert len(case.make(numbers).states) == 2
+    >>> test()
+    """
+    shape, stats_shape = case.shapes
+    width: Any = 64 if case.stats_dtype == "float64" else 32
+    any_number = st.floats(width=width)
+    maxima = st.one_of(st.floats(-100, 100, width=width), st.sampled_from(_HOSTILE_MAXIMA), any_number)
+    sums = st.one_of(st.floats(1, 1000, width=width), st.sampled_from(_HOSTILE_SUMS), any_number)
+
+    def statistic(elements: st.SearchStrategy[float]) -> st.SearchStrategy[np.ndarray]:
+        return hnp.arrays(case.stats_dtype, stats_shape[:-1], elements=elements).map(case.in_all_lanes)
+
+    def state(dtype: str) -> st.SearchStrategy[AttentionState]:
+        return st.builds(AttentionState, _numbers(dtype, shape), statistic(maxima), statistic(sums))
+
+    dtypes = [case.dtype, *[case.cur_dtype or case.dtype] * (case.states - 1)]
+    return st.tuples(*map(state, dtypes[:1] if case.aliased else dtypes)).map(list)
+
+
+def _numbers(dtype: str, shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
+    if dtype in ("float32", "float64"):
+        return hnp.arrays(dtype, shape)
+    # Rounded from float32: bfloat16 is unknown to Hypothesis, and to draw float16 is to discard most of what it draws.
+    hostile = st.sampled_from((0.0, -0.0, np.inf, np.nan, 65504.0, 2.0**-24, -(2.0**-133)))
+    elements = st.one_of(st.floats(-100, 100, width=32), hostile, st.floats(width=32))
+
+    def rounded(drawn: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return drawn.astype(named_dtype(dtype))
+
+    return hnp.arrays(np.float32, shape, elements=elements).map(rounded)
+
+
+@st.composite
+def calls(draw: st.DrawFn, capabilities: Capabilities = _EVERYTHING) -> tuple[Case, list[AttentionState]]:
+    """Draw a case and its numbers.
+
+    Parameters
+    ----------
+    capabilities : Capabilities, optional
+        As :func:`cases` takes them.
+
+    Returns
+    -------
+    case : Case
+    numbers : list of AttentionState
+        ``case.make(numbers)`` is the call, with fresh arrays each time.
+
+    Examples
+    --------
+    >>> from hypothesis import given, settings
+    >>> from rau.testing.bits import same_bits
+    >>> @settings(max_examples=10, database=None)
+    ... @given(calls())
+    ... def test(call):
+    ...     case, numbers = call
+    ...     once, again = case.make(numbers).run("numpy"), case.make(numbers).run("numpy")
+    ...     assert not same_bits(once, again)
+    >>> test()
+    """
+    case = draw(cases(capabilities))
+    return case, draw(states(case))

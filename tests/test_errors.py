@@ -1,0 +1,188 @@
+"""Bad calls: the error's class, rules and words, and that nothing is written."""
+
+import pickle
+
+import numpy as np
+import pytest
+from states import NAMES, arguments, bits, sbh, tnd
+from wrong_calls import ARRAYS, OPTIONS, SHAPES, Wrong, frozen
+from wrong_tnd_and_out import CHIP, LENGTHS, LIMITS, OUTPUTS
+
+import rau
+from rau.rules import RULES
+
+TABLES = {"array": ARRAYS, "shape": SHAPES, "option": OPTIONS, "qlen": LENGTHS, "limit": LIMITS, "out": OUTPUTS}
+CASES = [pytest.param(case, id=f"{kind}: {name}") for kind, table in TABLES.items() for name, case in table.items()]
+
+
+def held(given):
+    """What the arrays of a call hold, those to write into too."""
+    out = given.get("out")
+    arrays = [*given.values(), *(out if isinstance(out, tuple) else ())]
+    return bits(array for array in arrays if isinstance(array, np.ndarray) and array.dtype != object)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(case):
+    given = case.arguments()
+    before = held(given)
+    with pytest.raises(rau.RauError) as caught:
+        rau.ring_attention_update(**given)
+    assert held(given) == before
+    error = caught.value
+    assert (type(error), error.rules) == (case.error, case.rules)
+    assert isinstance(error, RuntimeError)
+    if case.says:
+        assert str(error) == f"ring_attention_update: [{case.rules[0]}] {case.says}"
+    else:
+        assert all(f"[{rule}] " in str(error) for rule in case.rules)
+    # Whoever asks what a call would do hears the same.
+    with pytest.raises(case.error) as caught:
+        rau.explain(**case.arguments())
+    assert str(caught.value) == str(error).replace("ring_attention_update: ", "explain: ", 1)
+
+
+@pytest.mark.parametrize("layout", ["SBH", "TND"])
+def test_without_the_edits_nothing_is_wrong(layout):
+    rau.ring_attention_update(**Wrong((), Exception, layout=layout).arguments())
+
+
+def test_all_that_is_wrong_is_in_one_error():
+    given = arguments(tnd, T=8, N=43, D=129)
+    given |= {
+        "cur_attn_out": given["cur_attn_out"].astype("float16"),
+        "cur_softmax_max": given["cur_softmax_max"].astype("float64"),
+        "cur_softmax_sum": given["cur_softmax_sum"][:7],
+        "out": rau.AttentionState(*(frozen(given[name]) for name in NAMES[:3])),
+    }
+    with pytest.raises(rau.RauError) as caught:
+        rau.ring_attention_update(**given, layout="TND", softmax_layout="BSH", check="none")
+    assert (
+        str(caught.value)
+        == f"""ring_attention_update: 11 rules are broken:
+  [softmax-layout] softmax_layout = 'BSH'; expected one of "TND", "SBH". Did you mean "SBH"? "TND" is token-major; \
+"SBH" is packed per sequence, as the vendor's kernels emit.
+  [check] check = 'none'; expected one of "metadata", "values", "document".
+  [dtype-match] cur_attn_out has dtype float16 and prev_attn_out float32; expected the same dtype. A 16-bit state is \
+merged into a float32 one by profile="portable".
+  [dtype-stats] cur_softmax_max has dtype float64; expected float32.
+  [shape-stats] cur_softmax_sum has shape (7, 43, 8); for prev_attn_out of shape (8, 43, 129) and N = 43 heads \
+layout "TND" expects (T, N, 8) = (8, 43, 8).
+  [tnd-head-dim-64] the last axis of prev_attn_out is D = 129; layout "TND" takes multiples of 64. {CHIP}
+  [tnd-unified-buffer] prev_attn_out with N = 43, D = 129, float32 needs AlignUp(N*D, 64) * (4*6 + 8) \
++ AlignUp(N*8, 64) * 56 = 199680 bytes; the limit is 192*1024 = 196608. {CHIP}
+  [tnd-qlen-required] actual_seq_qlen is None; layout "TND" expects the cumulative sequence lengths from 0 to T = 8, \
+such as [0, 8] for a single sequence. profile="portable" takes token-major statistics without it.
+  [out-writable] out.attn_out is read-only; expected an array that may be written to.
+  [out-writable] out.softmax_max is read-only; expected an array that may be written to.
+  [out-writable] out.softmax_sum is read-only; expected an array that may be written to."""
+    )
+    # The class is that of the first one.
+    assert type(caught.value) is rau.LayoutError
+    assert caught.value.rules[:3] == ("softmax-layout", "check", "dtype-match")
+
+
+def test_what_needs_no_shapes_is_judged_without_them():
+    with pytest.raises(rau.RauError) as caught:
+        rau.ring_attention_update(None, *sbh()[1:], *sbh(), [0, 9, 8], "TND", out=3, profile="cann")
+    assert caught.value.rules == ("profile", "out", "array", "tnd-qlen-cumulative")
+    given = arguments(tnd)
+    given["prev_softmax_max"] = given["prev_softmax_max"][0]
+    given["cur_attn_out"] = given["cur_attn_out"].astype("int32")
+    with pytest.raises(rau.DTypeError) as caught:
+        rau.ring_attention_update(**given, layout="TND")
+    assert caught.value.rules == ("dtype-match", "rank", "tnd-qlen-required")
+    assert "from 0 to T. profile" in str(caught.value)
+
+
+STATES = "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum)"
+FROM_LSE = "A pair (out, lse) becomes a state by AttentionState.from_lse(out, lse, base=...)."
+
+
+@pytest.mark.parametrize(
+    ("states", "rules", "says"),
+    [
+        ([], ["states"], f"states is empty; {STATES}."),
+        (None, ["states"], f"states is None; {STATES}."),
+        (sbh(), ["states"], f"states is one AttentionState; {STATES}: pass [state]."),
+        (tuple(sbh()), ["states"], f"states[0] is of type numpy.ndarray; {STATES}."),
+        ((sbh() for _ in range(2)), ["states"], f"states is of type generator; {STATES}."),
+        ([sbh(), sbh()[:2]], ["states"], f"states[1] has 2 items; {STATES}. {FROM_LSE}"),
+        ([sbh(), None], ["states"], f"states[1] is None; {STATES}."),
+        ([(1, 2, 3)], ["array"] * 3, None),
+        ([sbh(), sbh(), sbh()._replace(attn_out=sbh(D=4)[0])], ["shape-match"],
+         "states[2].attn_out has shape (4, 2, 12); expected that of states[0].attn_out, (4, 2, 24)."),
+        ([sbh(), sbh(S=5)], ["shape-match", "shape-stats", "shape-stats"], None),
+        ([sbh(), sbh(lanes=1)], ["shape-stats", "shape-stats"], None),
+        ([sbh(dtype="float16"), sbh()], ["dtype-match"],
+         "states[1].attn_out has dtype float32 and states[0].attn_out float16; expected the same dtype."),
+        ([sbh(), sbh(dtype="float16"), sbh()], ["dtype-match"],
+         "states[2].attn_out has dtype float32 and states[1].attn_out float16; expected the later states alike."),
+        ([sbh(dtype="float64"), sbh()], ["dtype-match", "dtype-stats", "dtype-stats"], None),
+    ],
+)  # fmt: skip
+def test_merge_states_refuses(states, rules, says):
+    with pytest.raises(rau.ConstraintError) as caught:
+        rau.merge_states(states)
+    assert list(caught.value.rules) == rules
+    assert str(caught.value).startswith("merge_states: ")
+    if says:
+        assert str(caught.value) == f"merge_states: [{rules[0]}] {says}"
+
+
+@pytest.mark.parametrize("n", [0, -1, 1025, 2**80, 1.5, True, np.True_, "2", None, [], np.array([1, 2])], ids=repr)
+def test_set_num_threads_refuses(n):
+    before = rau.get_num_threads()
+    with pytest.raises(rau.OptionError) as caught:
+        rau.set_num_threads(n)
+    assert str(caught.value) == f"set_num_threads: n = {n!r}; expected an int from 1 to 1024."
+    assert caught.value.rules == ("threads",)
+    assert rau.get_num_threads() == before
+
+
+@pytest.mark.parametrize("n", [1, 1024, np.int64(2), np.array(3)], ids=repr)
+def test_set_num_threads_takes(n):
+    before = rau.get_num_threads()
+    try:
+        rau.set_num_threads(n)
+        assert rau.get_num_threads() == int(n)
+        assert type(rau.get_num_threads()) is int
+    finally:
+        rau.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("error", "parents"),
+    [
+        (rau.ConstraintError, [RuntimeError]),
+        (rau.ShapeError, [rau.ConstraintError, RuntimeError, ValueError]),
+        (rau.LayoutError, [rau.ConstraintError, RuntimeError, ValueError]),
+        (rau.OptionError, [rau.ConstraintError, RuntimeError, ValueError]),
+        (rau.DTypeError, [rau.ConstraintError, RuntimeError, TypeError]),
+        (rau.UnknownBackendError, [ValueError]),
+        (rau.BackendUnavailableError, [ImportError]),
+        (rau.UnsupportedError, [NotImplementedError]),
+    ],
+)
+def test_the_family(error, parents):
+    assert all(issubclass(error, parent) for parent in [rau.RauError, *parents])
+
+
+def test_an_error_survives_pickling():
+    with pytest.raises(rau.ShapeError) as caught:
+        rau.merge_states([])
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), str(again), again.rules) == (rau.ShapeError, str(caught.value), ("states",))
+
+
+def test_every_rule_has_a_reason_a_source_and_an_error():
+    for name, rule in RULES.items():
+        assert issubclass(rule.error, rau.ConstraintError), name
+        assert rule.reason, name
+        assert rule.source, name
+    tried = {rule for case in CASES for rule in case.values[0].rules}
+    elsewhere = {  # test_constraints.py, test_state.py, test_registry.py, test_config.py and above
+        "array-kind", "array-device", "states", "threads", "mode", "to", "base", "lse-layout",
+        "value-lanes", "value-max", "value-sum", "document-max-positive",
+    }  # fmt: skip
+    assert tried | elsewhere == set(RULES)

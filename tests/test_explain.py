@@ -1,0 +1,144 @@
+"""explain: who would run a call, and every reason against the others, on a laptop too."""
+
+import numpy as np
+import pytest
+from states import NAMES, arguments, bits, tnd
+
+import rau
+from rau import registry
+from rau.backends import Backend, Capabilities
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    for name in ("RAU_BACKEND", "RAU_BLOCK"):
+        monkeypatch.delenv(name, raising=False)
+    registry.refresh()
+    yield
+    monkeypatch.undo()
+    registry.refresh()
+
+
+class Chip(Backend):
+    """An accelerator's backend with limits of its own; it cannot be used here."""
+
+    name = "chip"
+    capabilities = Capabilities(
+        array_types=("chip:Tensor",), devices=("chip",), dtypes=("float16", "float32"), max_heads=2,
+        head_dim_multiple=16, in_place=False, layouts=("SBH", "TND"), softmax_layouts=("SBH",), mixed=False, lanes=(8,),
+    )  # fmt: skip
+
+    def __init__(self):
+        raise OSError("no chip here")
+
+    def update(self, problem, prev, cur, out):
+        raise AssertionError("explain runs nothing")
+
+
+def verdict(name, **given):
+    return next(one for one in rau.explain(**given).verdicts if one.name == name)
+
+
+def test_limits_are_judged_apart_from_arrays_and_device():
+    registry.register(Chip)
+    found = verdict("chip", **arguments())
+    assert found.limits == ["N = 3 > 2", "D = 8 is no multiple of 16"]
+    assert found.arrays == ["numpy:ndarray is none of chip:Tensor", "device cpu is none of chip"]
+    assert found.unavailable == "OSError: no chip here"
+    assert str(found) == (
+        "chip: N = 3 > 2; D = 8 is no multiple of 16; numpy:ndarray is none of chip:Tensor; "
+        "device cpu is none of chip; not available: OSError: no chip here"
+    )
+    found = verdict("chip", **arguments(N=2, D=16))
+    assert found.limits == []
+    assert str(found).startswith("chip: within its limits; numpy:ndarray")
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        (lambda: arguments(N=1, D=16, dtype="float64") | {"profile": "portable"},
+         ["dtype float64 is none of float16, float32"]),
+        (lambda: arguments(N=1, D=16) | {"cur_attn_out": np.zeros((4, 2, 16), "f2"), "profile": "portable"},
+         ["it does not merge float16 into float32"]),
+        (lambda: arguments(N=1, D=16, lanes=1) | {"profile": "portable"}, ["1 lanes, of 8"]),
+        (lambda: dict.fromkeys(NAMES, np.ones((2, 1, 8, 16), "f4")[..., :8]) | {NAMES[0]: np.ones((2, 1, 8, 16), "f4"),
+         NAMES[3]: np.ones((2, 1, 8, 16), "f4"), "layout": "BNSD", "profile": "portable"},
+         ["layout BNSD is none of SBH, TND"]),
+        (lambda: arguments(tnd) | {"layout": "TND", "actual_seq_qlen": [0, 8]}, ["softmax_layout TND is none of SBH"]),
+        (lambda: (lambda a: a | {"out": [a[name] for name in NAMES[:3]]})(arguments(N=1, D=16)),
+         ["it does not write over its inputs"]),
+    ],
+)  # fmt: skip
+def test_every_limit_says_what_it_found(given, limits):
+    registry.register(Chip)
+    assert verdict("chip", **given()).limits == limits
+
+
+def test_what_it_returns():
+    found = rau.explain(**arguments(), backend="numpy")
+    assert (found.selected, found.origin, found.failure) == ("numpy", "backend=", "")
+    assert [one.name for one in found.verdicts] == registry.names()
+    assert verdict("numpy", **arguments()) == ("numpy", [], [], "")
+    assert (found.problem.layout, found.problem.S, found.problem.B, found.problem.N, found.problem.D) == (
+        "SBH",
+        4,
+        2,
+        3,
+        8,
+    )
+    first, second, *rest = str(found).split("\n")
+    assert first == repr(found.problem)
+    assert second == "runs on numpy (backend=)"
+    assert rest == [f"  {one}" for one in found.verdicts]
+    assert "  numpy: within its limits; takes these arrays" in rest
+
+
+def test_the_problem_in_words():
+    found = rau.explain(**arguments())
+    assert repr(found.problem) == (
+        "Problem(layout='SBH', B=2, S=4, T=8, N=3, D=8, lanes=8, float32, K=2, kind='numpy', device='cpu', "
+        "profile='mindspore')"
+    )
+    given = arguments(tnd) | {"cur_attn_out": tnd(dtype="float16").attn_out}
+    found = rau.explain(**given, layout="TND", actual_seq_qlen=[0, 3, 8], softmax_layout="SBH", profile="portable")
+    assert repr(found.problem) == (
+        "Problem(layout='TND', softmax_layout='SBH', B=2, S=5, T=8, N=2, D=64, lanes=8, float16 into float32, K=2, "
+        "kind='numpy', device='cpu', profile='portable')"
+    )
+    assert found.problem.blocks is found.problem.blocks  # made once
+
+
+def test_a_call_that_would_fail():
+    registry.register(Chip)
+    found = rau.explain(**arguments(), backend="chip")
+    assert (found.selected, found.origin) == (None, "backend=")
+    assert found.failure == 'backend "chip" is not available (asked for by backend=): OSError: no chip here'
+    assert str(found).split("\n")[1] == f"fails: {found.failure}"
+    found = rau.explain(**arguments(), backend="chop")
+    assert found.selected is None
+    assert 'Did you mean "chip"?' in found.failure
+    with rau.use_backend("chip"):
+        assert rau.explain(**arguments()).origin == "use_backend"
+
+
+def test_a_backend_whose_module_cannot_be_imported(monkeypatch):
+    monkeypatch.setenv("RAU_BLOCK", "numpy")
+    registry.refresh()
+    found = verdict("numpy", **arguments())
+    assert found == ("numpy", None, None, "RAU_BLOCK = 'numpy' names it")
+    assert str(found) == "numpy: not available: RAU_BLOCK = 'numpy' names it"
+
+
+def test_nothing_is_run_and_nothing_written():
+    given = arguments()
+    out = [np.full_like(given[name], 7) for name in NAMES[:3]]
+    before = bits([*given.values(), *out])
+    rau.explain(**given, out=out)
+    assert bits([*given.values(), *out]) == before
+
+
+def test_explain_refuses_what_the_call_refuses():
+    """Every bad call: test_errors.py."""
+    with pytest.raises(rau.ShapeError, match=r"^explain: \[rank\] prev_attn_out"):
+        rau.explain(**arguments() | {"prev_attn_out": np.zeros((), "f4")})

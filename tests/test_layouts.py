@@ -1,0 +1,203 @@
+"""The block table against the address of every row, found by plain indexing in loops."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from states import state
+
+from rau.constraints import bind
+from rau.layouts import (
+    ATTN,
+    HEADS,
+    LAYOUTS,
+    MAX,
+    SUM,
+    TOKENS,
+    block_table,
+    column,
+    contiguous_strides,
+    packed_row_stride,
+    row_index,
+)
+
+
+def address(array, *index):
+    from_there_on = array[(*index[:-1], slice(index[-1], None))]  # not a scalar, which would be elsewhere
+    return from_there_on.__array_interface__["data"][0]
+
+
+def rows_by_hand(layout, arrays, qlen, packed):
+    """For each token and head of each sequence, the addresses of its rows: attn_out, max, sum, state after state."""
+    found = []
+    for attn, *stats in arrays:
+        mine = []
+        if layout == "TND" and packed:
+            heads = attn.shape[1]
+            for first, end in itertools.pairwise(qlen):
+                for t in range(first, end):
+                    for n in range(heads):
+                        # (N, S_i) rows from row N * first on; (T, N) only names the flat order of rows.
+                        flat = heads * first + n * (end - first) + (t - first)
+                        place = divmod(flat, heads)
+                        mine.append((address(attn, t, n, 0), *(address(part, *place, 0) for part in stats)))
+        elif layout == "TND":
+            for t, n in np.ndindex(attn.shape[:2]):
+                mine.append((address(attn, t, n, 0), *(address(part, t, n, 0) for part in stats)))
+        else:
+            b_, n_, s_ = stats[0].shape[:3]
+            for b in range(b_):
+                for s in range(s_):
+                    for n in range(n_):
+                        if layout == "SBH":
+                            row = address(attn, s, b, n * (attn.shape[2] // n_))
+                        else:
+                            row = address(attn, b, s, n, 0) if layout == "BSND" else address(attn, b, n, s, 0)
+                        mine.append((row, *(address(part, b, n, s, 0) for part in stats)))
+        found.append(mine)
+    return found
+
+
+def rows_of_table(table, arrays):
+    """The same, read off the table as a kernel would."""
+    found = []
+    for operand, parts in enumerate(arrays):
+        mine = []
+        for line in table.tolist():
+            for t in range(line[TOKENS]):
+                for n in range(line[HEADS]):
+                    row = []
+                    for part, array in zip((ATTN, MAX, SUM), parts, strict=True):
+                        offset, token, head = line[column(operand, part) :][:3]
+                        base = array.__array_interface__["data"][0]
+                        row.append(base + array.itemsize * (offset + t * token + n * head))
+                    mine.append(tuple(row))
+        found.append(mine)
+    return found
+
+
+@st.composite
+def calls(draw):
+    """Three operands of one layout: contiguous, with gaps, transposed or reversed, whatever may be streamed."""
+    layout = draw(st.sampled_from(sorted(LAYOUTS)))
+    packed = layout == "TND" and draw(st.booleans())
+    b, n, d = (draw(st.integers(1, 3)) for _ in range(3))
+    lengths = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    s = draw(st.integers(1, 4))
+    qlen = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = int(qlen[-1])
+    shape, stats = {
+        "SBH": ((s, b, n * d), (b, n, s, 8)),
+        "TND": ((tokens, n, d), (tokens, n, 8)),
+        "BSND": ((b, s, n, d), (b, n, s, 8)),
+        "BNSD": ((b, n, s, d), (b, n, s, 8)),
+    }[layout]
+
+    def strided(array, lasts):
+        """A view with gaps on some axes, some of them reversed, in another order in memory."""
+        if not draw(st.booleans()):
+            return array
+        axes = [*draw(st.permutations(range(array.ndim - 1))), array.ndim - 1]
+        steps = [draw(st.sampled_from([1, 2, -1])) for _ in axes[:-1]] + [lasts]
+        larger = np.zeros([array.shape[axis] * 2 + 1 for axis in axes], array.dtype)
+        view = larger[tuple(slice(None, None, step) for step in steps)].transpose(np.argsort(axes))
+        return view[tuple(slice(0, length) for length in array.shape)]
+
+    def operand(out):
+        parts = []
+        for part, array in enumerate(state(shape, stats)):
+            if part and packed:  # evenly spaced rows only
+                wide = draw(st.sampled_from([8, 11]))
+                parts.append(np.zeros((*array.shape[:2], wide), "f4")[..., :8][:: draw(st.sampled_from([1, -1]))])
+                if packed_row_stride(parts[-1].shape, [step // 4 for step in parts[-1].strides]) is None:
+                    parts[-1] = array
+            else:
+                parts.append(strided(array, 2 if part and not out and draw(st.booleans()) else 1))
+        return parts
+
+    return layout, packed, qlen, [operand(False), operand(False)], operand(True)
+
+
+@given(calls())
+def test_the_table_says_where_every_row_is(call):
+    layout, packed, qlen, states, out = call
+    problem, regular = bind(
+        "", states, lambda k, field: "", qlen, layout, "SBH" if packed else "TND", out, "portable", "metadata"
+    )
+    assert all(
+        mine is its for old, new in zip(states, regular, strict=True) for mine, its in zip(old, new, strict=True)
+    )
+    arrays = [*states, out]
+    table = problem.blocks
+    assert table.dtype == np.int64
+    assert table.shape == (len(table), 2 + 9 * 3)
+    assert len(table) == (len(qlen) - 1 if packed else 1 if layout == "TND" else problem.B)
+    expected = rows_by_hand(layout, arrays, qlen.tolist(), packed)
+    assert rows_of_table(table, arrays) == expected
+    # The same as one index, in the same order.
+    for operand, parts in enumerate(arrays):
+        for part, array in zip((ATTN, MAX, SUM), parts, strict=True):
+            base = array.__array_interface__["data"][0]
+            index = row_index(table, operand, part)
+            assert (base + array.itemsize * index).tolist() == [row[part // 3] for row in expected[operand]]
+
+
+@given(calls())
+def test_a_fresh_result_is_contiguous(call):
+    layout, packed, qlen, states, _ = call
+    problem, _ = bind(
+        "", states, lambda k, field: "", qlen, layout, "SBH" if packed else "TND", None, "portable", "metadata"
+    )
+    fresh = [np.zeros(problem.shape, "f4"), np.zeros(problem.stats_shape, "f4"), np.zeros(problem.stats_shape, "f4")]
+    expected = rows_by_hand(layout, [*states, fresh], qlen.tolist(), packed)
+    assert rows_of_table(problem.blocks, [*states, fresh]) == expected
+    if problem.T:
+        assert problem.strides[6:] == tuple(tuple(step // 4 for step in part.strides) for part in fresh)
+
+
+def test_a_table_written_out():
+    """Packed, two heads, sequences of 2, 0 and 1 tokens, D = 5, as design and contract have it."""
+    strides = [(10, 5, 1), (16, 8, 1), (16, 8, 1)] * 2
+    table = block_table("TND", True, (3, 3, 2, 5), np.array([0, 2, 2, 3]), strides)
+    assert table.tolist() == [
+        [2, 2, *[0, 10, 5, 0, 8, 16, 0, 8, 16] * 2],
+        [0, 2, *[20, 10, 5, 32, 8, 0, 32, 8, 0] * 2],
+        [1, 2, *[20, 10, 5, 32, 8, 8, 32, 8, 8] * 2],
+    ]
+    table = block_table("SBH", False, (2, 3, 2, 5), None, [(20, 10, 1), (48, 24, 8, 1), (48, 24, 8, 1)] * 2)
+    assert table.tolist() == [
+        [3, 2, *[0, 20, 5, 0, 8, 24, 0, 8, 24] * 2],
+        [3, 2, *[10, 20, 5, 48, 8, 24, 48, 8, 24] * 2],
+    ]
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_no_rows_at_all(layout):
+    rank = 3 if layout in ("SBH", "TND") else 4
+    strides = [(0,) * rank, (0,) * (3 if layout == "TND" else 4), (0,) * (3 if layout == "TND" else 4)] * 2
+    for lengths in ((0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4)):
+        if layout == "TND" and lengths[0] != 2:
+            continue
+        assert row_index(block_table(layout, False, lengths, None, strides), 0, ATTN).tolist() == []
+    if layout == "TND":
+        assert len(block_table("TND", True, (0, 0, 2, 4), np.array([0]), strides)) == 0
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_contiguous_strides_are_those_of_numpy(shape):
+    assert contiguous_strides(shape) == tuple(step // 4 for step in np.zeros(shape, "f4").strides)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(-20, 20), st.integers(-20, 20))
+def test_packed_row_stride(tokens, heads, token, head):
+    places = [t * token + n * head for t in range(tokens) for n in range(heads)]
+    steps = {second - first for first, second in itertools.pairwise(places)}
+    found = packed_row_stride((tokens, heads, 8), (token, head, 1))
+    if len(steps) > 1:
+        assert found is None
+    elif steps:
+        assert found == steps.pop()
+    else:
+        assert found is not None  # one row: any number will do

@@ -1,0 +1,130 @@
+"""The kit catches backends that are wrong, each by name, finds the smallest case, replays it, and names the mistake."""
+
+import time
+from fnmatch import fnmatchcase
+
+import pytest
+from mutants import MUTANTS, OF_MISTAKES, WITHIN_THEIR_TOLERANCE, Plain
+
+import rau
+from rau import registry
+from rau.testing import record
+from rau.testing.cases import named
+from rau.testing.conformance import check_backend
+from rau.testing.diagnosis import diagnose
+from rau.testing.differential import run_differential
+from rau.testing.mistakes import MISTAKES
+from rau.testing.replay import replay
+
+# The checks that are there for each mistake. Most catch it many times over; these must, whatever else changes.
+CAUGHT_BY = {
+    "packed-read-as-token-major": "tnd/packed-uneven*",
+    "token-major-read-as-packed": "tnd/token-major-uneven*",
+    "base-2-instead-of-e": "layout/SBH*",
+    "base-e-converted-twice": "layout/SBH*",
+    "log-sum-exp-instead-of-max-and-sum": "layout/SBH*",
+    "sums-left-out": "layout/SBH*",
+    "sums-left-out-of-the-output": "layout/SBH*",
+    "not-normalised": "layout/SBH*",
+    "sides-swapped": "layout/SBH*",
+    "statistics-in-float16": "layout/SBH*",
+    "statistics-in-bfloat16": "layout/SBH*",
+    "weights-in-float16": "layout/SBH*",
+    "weights-in-bfloat16": "layout/SBH*",
+    "elements-in-16-bits": "dtype/*float16",
+    "truncated": "dtype/*float16",
+    "lane-by-element": "lanes/unequal-*",
+    "last-lane": "lanes/unequal-*",
+    "mean-of-lanes": "lanes/unequal-*",
+    "no-max-subtraction": "statistics/huge-gaps-*",
+    "stale-max": "statistics/huge-gaps-*",
+    "prev-not-rescaled": "layout/SBH*",
+    "last-token-dropped": "tnd/packed-zero-length*",
+    "last-token-zero": "tnd/packed-zero-length*",
+    "empty-sides-not-guarded": "statistics/empty-float32",
+    "prev-returned": "layout/SBH*",
+    "cur-returned": "layout/SBH*",
+    "in-place-reads-what-it-overwrote": "in-place/contiguous-*",
+    "wrapped-offset": "large/*",
+    "offsets-in-32-bits": "far/*",
+    "depends-on-threads": "layout/SBH*",
+    "input-changed": "layout/SBH*",
+    "lane-3-differs": "layout/SBH*",
+    "out-ignored": "out/contiguous-*",
+    "out-not-written": "out/contiguous-*",
+    "dtype-of-the-output": "dtype/bfloat16*",
+    "writes-beside-a-strided-output": "out/*",
+    "input-returned": "tnd/*-attention",
+    "rows-in-float32-undeclared": "layout/SBH*",
+    "fused-undeclared": "algebra/commutativity-*",
+}
+NAMED = named()
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = rau.get_num_threads()
+    rau.set_num_threads(2)
+    yield
+    rau.set_num_threads(before)
+
+
+def test_the_table_names_every_mutant():
+    assert CAUGHT_BY.keys() == MUTANTS.keys()
+
+
+def test_what_the_mutants_are_made_of_is_right():
+    """So each is wrong by its own mistake alone."""
+    report = check_backend(Plain)
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_kit_catches(name):
+    started = time.monotonic()
+    report = check_backend(MUTANTS[name], select=CAUGHT_BY[name])
+    print(f"{name}: {len(report.failures)} failures in {time.monotonic() - started:.2f} s")
+    assert report.backend == name
+    assert report.failures, str(report)
+    assert not report.passed
+
+
+@pytest.mark.parametrize("mutant", WITHIN_THEIR_TOLERANCE, ids=lambda mutant: mutant.name)
+def test_what_is_within_its_declared_tolerance_passes(mutant):
+    report = check_backend(mutant)
+    assert report.passed, str(report)
+    reasons = {failure.message for failure in report.excluded}
+    assert any("only float64 rows decide" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("mutant", WITHIN_THEIR_TOLERANCE, ids=lambda mutant: mutant.name)
+def test_a_declared_tolerance_makes_no_difference_of_bits_a_finding(mutant):
+    report = run_differential(["cython", mutant], [case for case in NAMED if fnmatchcase(case.id, "dtype/*")])
+    assert report.passed, str(report)
+    assert report.pairs["cython", mutant.name].different
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_harness_finds_the_smallest_case_that_replays_and_is_diagnosed(name, tmp_path):
+    if name == "fused-undeclared":  # nothing but other bits: any case shows that
+        cases = [case for case in NAMED if fnmatchcase(case.id, "layout/*")]
+    else:
+        cases = [case for case in NAMED if fnmatchcase(case.id, CAUGHT_BY[name])]
+    started = time.monotonic()
+    report = run_differential(["cython", MUTANTS[name]], cases, folder=tmp_path)
+    print(f"{name}: {time.monotonic() - started:.2f} s")
+    assert not report.passed
+    finding = next(finding for finding in report.findings if name in finding.backend.split(", "))
+    print(finding.case, finding.message)
+    assert all(who in (name, f"cython, {name}") for who in report.wrong)
+    assert f"python -m rau difftest --replay {tmp_path}" in finding.replay
+
+    recorded = record.load(finding.file)
+    mutant = MUTANTS[name]()
+    again = replay(recorded, [registry.get("cython"), mutant])
+    assert again.wrong
+    if name in OF_MISTAKES:
+        assert not again.outcomes[1].differs  # the recorded bits
+        recognised = [candidate.mistake.name for candidate in diagnose(recorded).recognised]
+        print(recognised)
+        assert name in recognised

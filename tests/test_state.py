@@ -1,0 +1,279 @@
+"""AttentionState from and to log-sum-exp, and the two orders of TND statistics."""
+
+import decimal
+import itertools
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from states import bits, sbh, tnd
+
+import rau
+from rau import AttentionState, reorder_softmax
+
+INF, NAN = float("inf"), float("nan")
+LN2 = decimal.Context(prec=60).ln(2)
+HARD = [0.0, -0.0, 1.0, -1.0, 2.0, 1e-30, -1e-30, 1e-45, 0.1, 1.44, 88.7, -745.1, 12345.678, 3e38, -3e38]
+finite = st.floats(-(2.0**127), 2.0**127, width=32) | st.sampled_from(HARD)
+
+
+def exact(number):
+    return decimal.Decimal(float(number))
+
+
+def tokens(lse, dtype="float32"):
+    """One token of one head for each number, in layout TND."""
+    lse = np.asarray(lse, "float64" if dtype == "float64" else "float32").reshape(-1, 1)
+    return np.ones((len(lse), 1, 4), dtype), lse
+
+
+# ---------------------------------------------------------------------------------------------------------- from_lse
+
+FORMS = {  # layout, lse_layout: attn_out's shape and lse's for B, S, N, D = 2, 3, 4, 5 (or T = 3)
+    ("SBH", None): ((3, 2, 20), (2, 4, 3)),
+    ("TND", None): ((3, 4, 5), (3, 4)),
+    ("TND", "TN"): ((3, 4, 5), (3, 4)),
+    ("TND", "NT"): ((3, 4, 5), (4, 3)),
+    ("BSND", None): ((2, 3, 4, 5), (2, 4, 3)),
+    ("BNSD", None): ((2, 4, 3, 5), (2, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
+@pytest.mark.parametrize(("layout", "lse_layout"), FORMS)
+def test_from_lse_multiplies_nothing_by_8(layout, lse_layout, dtype, base):
+    shape, lse_shape = FORMS[layout, lse_layout]
+    lse = np.arange(math.prod(lse_shape), dtype="float64" if dtype == "float64" else "float32").reshape(lse_shape)
+    attn_out = np.zeros(shape, dtype)
+    state = AttentionState.from_lse(attn_out, lse, base=base, layout=layout, lse_layout=lse_layout)
+    assert state.attn_out is attn_out
+    rows = lse.T if lse_layout == "NT" else lse
+    for stats in state[1:]:
+        assert stats.shape == (*rows.shape, 8)
+        assert stats.dtype == lse.dtype
+        assert stats.strides[-1] == 0
+        assert not stats.flags.writeable
+    if base == "e":
+        assert np.shares_memory(state.softmax_max, lse)
+        assert state.softmax_max.strides[:-1] == rows.strides
+        np.testing.assert_array_equal(state.softmax_max, np.repeat(rows[..., None], 8, axis=-1))
+        assert (state.softmax_sum == 1).all()
+        assert state.softmax_sum.strides == (0,) * state.softmax_sum.ndim
+    back = state.lse(base=base, layout=layout)
+    np.testing.assert_array_equal(back, rows) if base == "e" else np.testing.assert_allclose(back, rows, 1e-6)
+    # As it is, it can be merged.
+    merged = rau.merge_states([state, state], layout=layout)
+    np.testing.assert_allclose(merged.lse(base=base, layout=layout), rows + (math.log(2) if base == "e" else 1), 1e-6)
+
+
+@given(st.lists(finite, min_size=1, max_size=20))
+def test_base_2_against_decimal(numbers):
+    attn_out, lse = tokens(numbers)
+    state = AttentionState.from_lse(attn_out, lse, base="2", layout="TND")
+    for number, m, total in zip(lse[:, 0], state.softmax_max[:, 0, 0], state.softmax_sum[:, 0, 0], strict=True):
+        natural = exact(number) * LN2
+        assert m == np.float32(float(natural))
+        lost = natural - exact(m)
+        lost = lost.exp() if abs(lost) <= 64 else 1
+        assert abs(exact(total) - lost) <= decimal.Decimal(2) ** -23 + abs(natural) * decimal.Decimal(2) ** -51 * lost
+
+
+@given(st.lists(finite | st.sampled_from([INF, -INF, NAN]), min_size=1, max_size=20))
+def test_round_trips(numbers):
+    attn_out, lse = tokens(numbers)
+    for base in ("e", "2"):
+        state = AttentionState.from_lse(attn_out, lse, base=base, layout="TND")
+        back = state.lse(base=base, layout="TND")
+        if base == "e":
+            np.testing.assert_array_equal(back, lse)
+        else:
+            size = np.abs(lse)
+            small, large = size < 2, np.isfinite(lse) & (size > 2.0**30)
+            assert (np.abs(back[small] - lse[small]) <= 2.0**-23).all()
+            assert (np.abs(back[large] - lse[large]) <= np.spacing(size[large])).all()
+            np.testing.assert_array_equal(back[~(small | large)], lse[~(small | large)])
+            assert np.isfinite(state.softmax_sum).all()
+            assert (state.softmax_sum > 0).all()
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_minus_infinity_is_the_empty_row(base, dtype):
+    attn_out, lse = tokens([-INF, 0.5], dtype)
+    state = AttentionState.from_lse(attn_out, lse, base=base, layout="TND")
+    assert (state.softmax_max[0] == -INF).all()
+    assert (state.softmax_sum[0] > 0).all()
+    attn_out[0] = NAN
+    other = AttentionState.from_lse(np.full_like(attn_out, 3), np.zeros_like(lse), base=base, layout="TND")
+    assert (rau.merge_states([state, other], layout="TND").attn_out[0] == 3).all()
+    assert state.lse(base=base, layout="TND").tolist()[0] == [-INF]
+
+
+def test_float64_keeps_its_precision():
+    attn_out, lse = tokens([0.1, -300.7, 1e5], "float64")
+    for base in ("e", "2"):
+        state = AttentionState.from_lse(attn_out, lse, base=base, layout="TND")
+        assert state.softmax_max.dtype == np.float64
+        for number, m in zip(lse[:, 0], state.softmax_max[:, 0, 0], strict=True):
+            natural = exact(number) * (LN2 if base == "2" else 1)
+            assert abs(exact(m) - natural) <= abs(natural) * decimal.Decimal(2) ** -52
+
+
+# --------------------------------------------------------------------------------------------------------------- lse
+
+
+@given(
+    st.lists(st.tuples(finite, st.floats(2.0**-126, 2.0**127, width=32)), min_size=1, max_size=20),
+    st.sampled_from("e2"),
+)
+def test_lse_against_decimal(rows, base):
+    stats = np.array(rows, "float32")[:, :, None, None]
+    got = AttentionState(None, stats[:, 0], stats[:, 1]).lse(base=base, layout="TND")
+    assert got.dtype == np.float32
+    for (m, total), number in zip(stats[:, :, 0, 0], got[:, 0], strict=True):
+        true = exact(m) + exact(total).ln()
+        if base == "2":
+            true /= LN2
+        if abs(true) > exact(np.finfo(np.float32).max):  # -3e38 in base e is beyond float32 in base 2
+            assert abs(number) in (INF, np.finfo(np.float32).max)
+            continue
+        # Half a unit in the last place, and what float64 loses where m and log(l) cancel.
+        allowed = exact(np.spacing(np.abs(number))) * decimal.Decimal("0.500001")
+        assert abs(exact(number) - true) <= allowed + abs(exact(m)) * decimal.Decimal(2) ** -52
+
+
+def test_lse_of_special_rows():
+    rows = [(-INF, 0), (-INF, 5), (3, 0), (3, -0.0), (NAN, 0), (-INF, NAN), (INF, 1), (NAN, 1), (0, INF), (0, -1)]
+    stats = np.array(rows, "float32")[:, :, None, None]
+    got = AttentionState(None, stats[:, 0], stats[:, 1]).lse(base="e", layout="TND")[:, 0].tolist()
+    assert got[:6] == [-INF] * 6
+    assert math.isnan(got[7])
+    assert math.isnan(got[9])
+    assert [got[6], got[8]] == [INF, INF]
+
+
+@pytest.mark.parametrize("lanes", [8, 1])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lse_of_every_layout(lanes, dtype):
+    sum_, log = {"float32": (1e-6, "f4"), "float64": (1e-15, "f8")}[dtype]
+    for state, layout in ((sbh(lanes=lanes, dtype=dtype), "SBH"), (tnd(lanes=lanes, dtype=dtype), "TND")):
+        expected = state.softmax_max[..., 0] + np.log(state.softmax_sum[..., 0])
+        got = state.lse(base="e", layout=layout)
+        assert got.dtype == log
+        np.testing.assert_allclose(got, expected, rtol=sum_, atol=sum_)
+        np.testing.assert_allclose(state.lse(base="2", layout=layout), expected / math.log(2), rtol=sum_, atol=sum_)
+
+
+QLEN = [0, 0, 3, 3, 4, 8, 8]
+
+
+def test_lse_of_packed_statistics():
+    state = tnd(N=3)
+    packed = state._replace(
+        softmax_max=packed_by_hand(state.softmax_max, QLEN), softmax_sum=packed_by_hand(state.softmax_sum, QLEN)
+    )
+    options = {"base": "e", "layout": "TND"}
+    expected = state.lse(**options)
+    assert bits([packed.lse(**options, softmax_layout="SBH", actual_seq_qlen=QLEN)]) == bits([expected])
+    assert bits([packed.lse(**options)]) != bits([expected])
+
+
+# ------------------------------------------------------------------------------------------------------------ orders
+
+
+def packed_by_hand(stats, qlen):
+    """Token-major to packed: sequence after sequence, each as (N, S_i)."""
+    rows = []
+    for first, end in itertools.pairwise(qlen):
+        for head in range(stats.shape[1]):
+            for token in range(first, end):
+                rows.append(stats[token, head])
+    return np.array(rows, dtype=stats.dtype).reshape(stats.shape)
+
+
+@given(st.lists(st.integers(0, 4), max_size=5), st.integers(0, 3), st.sampled_from([None, 0, 1, 8]))
+def test_reorder_against_loops(lengths, heads, lanes):
+    qlen = [0, *np.cumsum(lengths).tolist()]
+    shape = (qlen[-1], heads) if lanes is None else (qlen[-1], heads, lanes)
+    stats = np.arange(math.prod(shape)).reshape(shape)
+    before = stats.copy()
+    packed = reorder_softmax(stats, qlen, to="SBH")
+    np.testing.assert_array_equal(packed, packed_by_hand(stats, qlen))
+    np.testing.assert_array_equal(reorder_softmax(packed, np.array(qlen, "int32"), to="TND"), stats)
+    np.testing.assert_array_equal(reorder_softmax(reorder_softmax(stats, qlen, to="TND"), qlen, to="SBH"), stats)
+    assert not np.shares_memory(packed, stats)
+    np.testing.assert_array_equal(stats, before)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", "bool", ">f4", ml_dtypes.bfloat16, object])
+def test_reorder_any_dtype(dtype):
+    stats = np.arange(24).reshape(8, 3).astype(dtype)
+    packed = reorder_softmax(stats, QLEN, to="SBH")
+    assert packed.dtype == stats.dtype
+    np.testing.assert_array_equal(packed, packed_by_hand(stats, QLEN))
+
+
+def test_reorder_takes_arrays_as_they_lie():
+    stats = np.arange(8 * 3 * 8.0).reshape(8, 3, 8)
+    expected = packed_by_hand(stats, QLEN)
+    np.testing.assert_array_equal(
+        reorder_softmax(stats.transpose(2, 0, 1).copy().transpose(1, 2, 0), QLEN, to="SBH"), expected
+    )
+    np.testing.assert_array_equal(reorder_softmax(np.broadcast_to(stats[..., :1], stats.shape), QLEN, to="SBH")[..., 0],
+                                  expected[..., 0])  # fmt: skip
+    matrix = reorder_softmax(stats[..., 0].view(np.matrix), QLEN, to="SBH")
+    np.testing.assert_array_equal(matrix, expected[..., 0])
+    assert type(matrix) is np.ndarray
+
+
+def test_packed_and_token_major_calls_say_the_same():
+    prev, cur = tnd(N=3, seed=1), tnd(N=3, seed=2)
+    options = {"layout": "TND", "actual_seq_qlen": QLEN}
+    expected = rau.ring_attention_update(*prev, *cur, **options)
+    packed = [(a, packed_by_hand(m, QLEN), packed_by_hand(s, QLEN)) for a, m, s in (prev, cur)]
+    result = rau.ring_attention_update(*packed[0], *packed[1], **options, softmax_layout="SBH")
+    assert bits([result.attn_out]) == bits([expected.attn_out])
+    assert bits(result[1:]) == bits(packed_by_hand(part, QLEN) for part in expected[1:])
+
+
+# -------------------------------------------------------------------------------------------------------- real use
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+@pytest.mark.parametrize(("layout", "lse_layout"), FORMS)
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_merging_parts_is_softmax_over_all_keys(layout, lse_layout, base, parts, backend):
+    """The part of each rank is computed with the base's own exponential, as its kernel would."""
+    b, s, n, d, keys = (1 if layout == "TND" else 2), 3, 4, 5, 40
+    rng = np.random.default_rng(parts)
+    scores, values = rng.normal(0, 3, (b, n, s, keys)), rng.normal(size=(b, n, keys, d))
+    scores[:, 0, 1, : keys // parts] = -INF  # a row that sees nothing of the first part
+    scores[:, 0, 1, -1] = 0.0
+
+    def attend(chosen):
+        with np.errstate(all="ignore"):
+            sums = np.exp(scores[..., chosen]).sum(-1)
+            out = np.exp(scores[..., chosen]) @ values[:, :, chosen] / sums[..., None]
+            return out, np.log(sums) if base == "e" else np.log2(sums)
+
+    order = {"SBH": (2, 0, 1, 3), "TND": (0, 2, 1, 3), "BSND": (0, 2, 1, 3), "BNSD": (0, 1, 2, 3)}[layout]
+    shape, lse_shape = FORMS[layout, lse_layout]
+
+    def state(chosen):
+        out, lse = attend(chosen)
+        if layout == "TND" and lse_layout != "NT":
+            lse = lse.swapaxes(1, 2)
+        out, lse = out.transpose(order).reshape(shape), lse.reshape(lse_shape)
+        return out.astype("float32"), np.ascontiguousarray(lse, "float32")
+
+    options = {"base": base, "layout": layout}
+    partials = [state(part) for part in np.array_split(np.arange(keys), parts)]
+    states = [AttentionState.from_lse(out, lse, **options, lse_layout=lse_layout) for out, lse in partials]
+    merged = rau.merge_states(states, layout=layout, backend=backend)
+    out, lse = state(np.arange(keys))
+    np.testing.assert_allclose(merged.attn_out, out, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(merged.lse(**options), lse.T if lse_layout == "NT" else lse, rtol=0, atol=2e-6)

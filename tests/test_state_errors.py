@@ -1,0 +1,104 @@
+"""What from_lse, lse and reorder_softmax refuse, and their words."""
+
+import numpy as np
+import pytest
+from states import sbh, tnd
+
+import rau
+from rau import AttentionState, reorder_softmax
+
+OUT, LSE = np.zeros((2, 1, 4), "f4"), np.zeros((1, 1, 2), "f4")
+TND_OUT = np.zeros((3, 2, 4), "f4")
+BASES = 'expected one of "e", "2". Natural logarithms: FlashAttention, PyTorch, vLLM. Base 2: FlashInfer.'
+NO_ARRAY = "expected an array (NumPy, or of a kind that a backend takes)."
+
+
+def from_lse(attn_out=OUT, lse=LSE, base="e", **options):
+    return lambda: AttentionState.from_lse(attn_out, lse, base=base, **options)
+
+
+def lse_of(state, base="e", **options):
+    return lambda: state.lse(base=base, **options)
+
+
+def reorder(stats, qlen, to="TND"):
+    return lambda: reorder_softmax(stats, qlen, to=to)
+
+
+CASES = [
+    (from_lse(base="10"), rau.OptionError, ["base"], f"base = '10'; {BASES}"),
+    (from_lse(base=2), rau.OptionError, ["base"], f"base = 2; {BASES}"),
+    (from_lse(base=None), rau.OptionError, ["base"], f"base = None; {BASES}"),
+    (from_lse(base=np.zeros(2)), rau.OptionError, ["base"], None),
+    (from_lse([1], None, "x", layout=[], lse_layout=5), rau.OptionError,
+     ["base", "layout", "lse-layout", "array", "array"], None),
+    (from_lse(lse=None), rau.DTypeError, ["array"], f"lse is None; {NO_ARRAY}"),
+    (from_lse(np.ma.zeros((2, 1, 4), "f4")), rau.DTypeError, ["array"], None),
+    (from_lse(lse=LSE.astype("f8")), rau.DTypeError, ["dtype-stats"], "lse has dtype float64; expected float32."),
+    (from_lse(OUT.astype("f8")), rau.DTypeError, ["dtype-stats"], "lse has dtype float32; expected float64."),
+    (from_lse(OUT.astype("i4"), LSE.astype("f2")), rau.DTypeError, ["dtype-attn", "dtype-stats"], None),
+    (from_lse(OUT.astype(">f4")), rau.DTypeError, ["dtype-attn"],
+     "attn_out has dtype float32 (byte-swapped); expected one of float16, bfloat16, float32, float64."),
+    (from_lse(layout="BSH"), rau.LayoutError, ["layout"], None),
+    (from_lse(layout="BSH", lse_layout="TN"), rau.LayoutError, ["layout"], None),
+    (from_lse(lse_layout="NT"), rau.OptionError, ["lse-layout"],
+     "lse_layout = 'NT'; layout \"SBH\" has one only: lse is (B, N, S)."),
+    (from_lse(TND_OUT, LSE[0], layout="TND", lse_layout="NTD"), rau.OptionError, ["lse-layout", "shape-stats"], None),
+    (from_lse(OUT[0]), rau.ShapeError, ["rank"], 'attn_out has shape (1, 4); layout "SBH" expects (S, B, H).'),
+    (from_lse(lse=LSE[0]), rau.ShapeError, ["rank"], 'lse has shape (1, 2); layout "SBH" expects (B, N, S).'),
+    (from_lse(lse=LSE[0, 0, 0]), rau.DTypeError, ["array"], f"lse is of type numpy.float32; {NO_ARRAY}"),
+    (from_lse(lse=np.zeros((1, 3, 2), "f4")), rau.ShapeError, ["heads-divide-hidden"],
+     "attn_out has H = 4 and lse N = 3 heads (shape (1, 3, 2)); expected H = N * D."),
+    (from_lse(lse=np.zeros((1, 1, 3), "f4")), rau.ShapeError, ["shape-stats"],
+     'lse has shape (1, 1, 3); for attn_out of shape (2, 1, 4) layout "SBH" expects (B, N, S) = (1, 1, 2).'),
+    (from_lse(TND_OUT, np.zeros((2, 3), "f4"), layout="TND"), rau.ShapeError, ["shape-stats"],
+     'lse has shape (2, 3); for attn_out of shape (3, 2, 4) layout "TND" expects (T, N) = (3, 2). '
+     'Pass lse_layout="NT" for (N, T).'),
+    (from_lse(TND_OUT, np.zeros((3, 2), "f4"), layout="TND", lse_layout="NT"), rau.ShapeError, ["shape-stats"],
+     'lse has shape (3, 2); for attn_out of shape (3, 2, 4) layout "TND" expects (N, T) = (2, 3). '
+     'Pass lse_layout="TN" for (T, N).'),
+    (lse_of(sbh(), "ln"), rau.OptionError, ["base"], f"base = 'ln'; {BASES}"),
+    (lse_of(sbh(), "x", layout=[], softmax_layout=np.zeros(2)), rau.OptionError,
+     ["base", "layout", "softmax-layout"], None),
+    (lse_of(AttentionState(None, None, [1])), rau.DTypeError, ["array", "array"], None),
+    (lse_of(sbh()._replace(softmax_max=np.zeros((2, 3, 4, 8), "f2"))), rau.DTypeError, ["dtype-stats"],
+     "softmax_max has dtype float16; expected one of float32, float64."),
+    (lse_of(sbh(), layout="TND"), rau.ShapeError, ["rank", "rank"], None),
+    (lse_of(sbh()._replace(softmax_max=np.zeros((), "f4"))), rau.ShapeError, ["rank", "shape-match"], None),
+    (lse_of(sbh()._replace(softmax_max=np.zeros((), "f4")), layout="TND", softmax_layout="SBH"), rau.ShapeError,
+     ["rank", "rank", "shape-match", "packed-qlen-required"], None),
+    (lse_of(sbh(lanes=0)), rau.ShapeError, ["rank", "rank"], None),
+    (lse_of(sbh()._replace(softmax_sum=sbh(S=5)[2])), rau.ShapeError, ["shape-match"],
+     "softmax_sum has shape (2, 3, 5, 8); expected that of softmax_max, (2, 3, 4, 8)."),
+    (lse_of(tnd(), layout="TND", softmax_layout="SBH"), rau.ConstraintError, ["packed-qlen-required"],
+     "actual_seq_qlen is None; packed statistics expect the cumulative sequence lengths from 0 to T = 8, such as [0, 8]"
+     " for a single sequence."),
+    (lse_of(tnd(), layout="TND", softmax_layout="SBH", actual_seq_qlen=[0, 7]), rau.ConstraintError,
+     ["tnd-qlen-cumulative"], None),
+    (reorder(tnd()[1], [0, 8], "packed"), rau.OptionError, ["to"],
+     "to = 'packed'; expected one of \"TND\", \"SBH\"."),
+    (reorder(tnd()[1], [3, 5]), rau.ConstraintError, ["tnd-qlen-cumulative"], None),
+    (reorder(tnd()[1], None), rau.ConstraintError, ["packed-qlen-required"], None),
+    (reorder(np.zeros(8), [0, 8]), rau.ShapeError, ["rank"],
+     "stats has shape (8,); expected (T, N, lanes) or (T, N)."),
+    (reorder(None, None, None), rau.OptionError, ["to", "array", "packed-qlen-required"], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "rules", "says"), CASES, ids=range(len(CASES)))
+def test_refused(call, error, rules, says):
+    with pytest.raises(rau.ConstraintError) as caught:
+        call()
+    assert (type(caught.value), list(caught.value.rules)) == (error, rules)
+    name = call.__qualname__.partition(".")[0]
+    name = {"from_lse": "AttentionState.from_lse", "lse_of": "AttentionState.lse", "reorder": "reorder_softmax"}[name]
+    assert str(caught.value).startswith(f"{name}: ")
+    if says:
+        assert str(caught.value) == f"{name}: [{rules[0]}] {says}"
+
+
+def test_the_base_has_no_default():
+    with pytest.raises(TypeError, match="base"):
+        AttentionState.from_lse(OUT, LSE)
+    with pytest.raises(TypeError, match="base"):
+        sbh().lse()
