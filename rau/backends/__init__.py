@@ -201,9 +201,9 @@ class Backend:
     ) -> AttentionState:
         from rau.constraints import bind
 
-        pair, (prev, cur) = bind("merge_states", (prev, cur), lambda k, field: f"states[{k}]", problem.actual_seq_qlen,
-                                 problem.layout, problem.softmax_layout, out, "portable", "metadata")  # fmt: skip
-        return self.update(pair, AttentionState(*prev), AttentionState(*cur), out)
+        pair, regular = bind("merge_states", (prev, cur), lambda k, field: f"states[{k}]", problem.actual_seq_qlen,
+                             problem.layout, problem.softmax_layout, out, "portable", "metadata")  # fmt: skip
+        return self.update(pair, AttentionState(*regular[0]), AttentionState(*regular[1]), out)
 
     def _cast(self, state: AttentionState, dtype: str) -> AttentionState:
         with np.errstate(over="ignore"):
