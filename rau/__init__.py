@@ -27,7 +27,7 @@ from rau.threads import get_num_threads, set_num_threads
 from rau.update import merge_states, ring_attention_update
 
 if TYPE_CHECKING:
-    from rau import registry, testing
+    from rau import compat, registry, testing
     from rau.config import show_config
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "UnknownBackendError",
     "UnsupportedError",
     "__version__",
+    "compat",
     "explain",
     "get_num_threads",
     "merge_states",
@@ -57,7 +58,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What a plain `import rau` should not pay for.
-    if name in ("registry", "testing"):
+    if name in ("compat", "registry", "testing"):
         import importlib
 
         return importlib.import_module(f"rau.{name}")

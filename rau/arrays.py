@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from rau.errors import DTypeError
+
 try:
     from rau._core import address
 except ImportError:  # not compiled: the same number, more slowly
@@ -216,7 +218,18 @@ class ForeignKind:
         return array
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array)
+        cause = None
+        try:
+            values = np.asarray(array)
+            if values.dtype != object and values.shape == tuple(array.shape):
+                return values
+        except Exception as error:
+            cause = error
+        raise DTypeError(
+            f"[array] NumPy cannot read the values of a {self.name} array, as checking them takes; expected it to have "
+            '__array__. Leave check at "metadata", and pass actual_seq_qlen as a list.',
+            ("array",),
+        ) from cause
 
 
 _KINDS: dict[type, Kind] = {np.ndarray: NumPyKind()}
@@ -259,7 +272,7 @@ def kind_of(array: Any) -> Kind | None:
     """
     kind = _KINDS.get(type(array))
     if kind is None:
-        kind = _find(type(array))
+        kind = _find(array)
     return kind
 
 
@@ -305,20 +318,22 @@ def not_an_array(name: str, value: object) -> str:
     return text
 
 
-def _find(cls: type) -> Kind | None:
+def _find(array: Any) -> Kind | None:
+    cls = type(array)
     if issubclass(cls, np.ma.MaskedArray):
         return None
     if issubclass(cls, np.ndarray):
         return _KINDS[np.ndarray]
-    if "torch:Tensor" in type_names(cls):
-        from rau.frameworks import TorchKind
+    for name, its in (("torch:Tensor", "TorchKind"), ("mindspore.common.tensor:Tensor", "MindSporeKind")):
+        if name in type_names(cls):
+            from rau import frameworks
 
-        _KINDS[cls] = kind = TorchKind()
-        return kind
+            _KINDS[cls] = kind = getattr(frameworks, its)()
+            return kind
     from rau import registry
 
     names = registry.array_types()
     for name in type_names(cls):
-        if name in names:
+        if name in names and hasattr(array, "shape") and hasattr(array, "dtype"):
             return ForeignKind(name)
     return None

@@ -50,7 +50,7 @@ class TorchKind:
         return self.memory(array).extent()
 
     def memory(self, array: Any) -> Memory:
-        itemsize = array.element_size()
+        itemsize = array.itemsize
         strides = tuple(step * itemsize for step in array.stride())
         return Memory(array.data_ptr(), tuple(array.shape), strides, itemsize)
 
@@ -59,3 +59,28 @@ class TorchKind:
 
     def to_numpy(self, array: Any) -> np.ndarray:
         return array.detach().cpu().numpy()
+
+
+class MindSporeKind(TorchKind):
+    """MindSpore tensors, which have torch's methods for where they lie.
+
+    They are where MindSpore computes, whatever a tensor that has not been used yet says of itself. Asking for an
+    address waits for all that MindSpore has queued, so that what is there may then be read and written.
+    """
+
+    name = "mindspore"
+
+    def dtype(self, array: Any) -> str:
+        return str(array.dtype).lower()  # "Float32", "BFloat16"
+
+    def device(self, array: Any) -> str:
+        return sys.modules["mindspore"].get_context("device_target").lower()
+
+    def readable(self, array: Any) -> bool:
+        return self.device(array) == "cpu"
+
+    def strides(self, array: Any) -> tuple[int, ...]:
+        return tuple(array.stride())
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        return array.asnumpy()

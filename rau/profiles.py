@@ -9,12 +9,13 @@ from rau.arrays import ITEMSIZE
 from rau.layouts import LAYOUTS
 from rau.rules import Report
 
-__all__ = ["PROFILES", "Profile", "unified_buffer_bytes"]
+__all__ = ["CHIP", "PROFILES", "Profile", "unified_buffer_bytes"]
 
 UNIFIED_BUFFER = 192 * 1024
 
 _SUPPORTED = ("float16", "bfloat16", "float32")
-_CHIP = ' This is a limit of the Ascend chip; profile="portable" lifts it.'
+# How the message of every such limit ends.
+CHIP = ' This is a limit of the Ascend chip; profile="portable" lifts it.'
 
 
 class Profile(NamedTuple):
@@ -61,7 +62,7 @@ def _head_dim_64(report: Report, name: str, head_dim: int) -> None:
     if head_dim % 64:
         report.add(
             "tnd-head-dim-64",
-            f'the last axis of {name} is D = {head_dim}; layout "TND" takes multiples of 64.{_CHIP}',
+            f'the last axis of {name} is D = {head_dim}; layout "TND" takes multiples of 64.{CHIP}',
         )
 
 
@@ -75,16 +76,16 @@ def _mindspore_limits(report: Report, name: str, heads: int, head_dim: int, dtyp
         report.add(
             "tnd-unified-buffer",
             f"{name} with N = {heads}, D = {head_dim}, {dtype} needs AlignUp(N*D, 64) * ({itemsize}*6 + 8) "
-            f"+ AlignUp(N*8, 64) * 56 = {need} bytes; the limit is 192*1024 = {UNIFIED_BUFFER}.{_CHIP}",
+            f"+ AlignUp(N*8, 64) * 56 = {need} bytes; the limit is 192*1024 = {UNIFIED_BUFFER}.{CHIP}",
         )
 
 
 def _cann_v2_limits(report: Report, name: str, heads: int, head_dim: int, dtype: str) -> None:
     _head_dim_64(report, name, head_dim)
     if heads > 256:
-        report.add("tnd-heads-256", f"{name} has N = {heads} heads; the limit is 256.{_CHIP}")
+        report.add("tnd-heads-256", f"{name} has N = {heads} heads; the limit is 256.{CHIP}")
     if head_dim > 768:
-        report.add("tnd-head-dim-768", f"{name} has D = {head_dim}; the limit is 768.{_CHIP}")
+        report.add("tnd-head-dim-768", f"{name} has D = {head_dim}; the limit is 768.{CHIP}")
 
 
 def _no_limits(report: Report, name: str, heads: int, head_dim: int, dtype: str) -> None:

@@ -86,6 +86,7 @@ def test_what_needs_no_shapes_is_judged_without_them():
     with pytest.raises(rau.RauError) as caught:
         rau.ring_attention_update(None, *sbh()[1:], *sbh(), [0, 9, 8], "TND", out=3, profile="cann")
     assert caught.value.rules == ("profile", "out", "array", "tnd-qlen-cumulative")
+    assert "expected a non-decreasing sequence from 0 to T." in str(caught.value)
     given = arguments(tnd)
     given["prev_softmax_max"] = given["prev_softmax_max"][0]
     given["cur_attn_out"] = given["cur_attn_out"].astype("int32")

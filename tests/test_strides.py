@@ -231,6 +231,16 @@ def test_the_problem_says_whether_it_is_in_place(form):
     assert not in_place([halves(given, NAMES[0], 0), *fresh[1:]])
 
 
+def test_an_axis_of_length_1_may_have_another_stride_in_place(backend):
+    given = arguments(B=1)
+    expected = rau.ring_attention_update(**given, backend=backend)
+    out = [as_strided(given[name], strides=given[name].strides) for name in NAMES[:3]]
+    out[0] = as_strided(out[0], strides=(96, 7 * 4, 4))  # (S, 1, H)
+    out[1] = as_strided(out[1], strides=(5 * 4, *out[1].strides[1:]))  # (1, N, S, 8)
+    assert bits(rau.ring_attention_update(**given, out=out, backend=backend)) == bits(expected)
+    assert bits(given[name] for name in NAMES[:3]) == bits(expected)
+
+
 def test_in_place_on_itself(backend):
     one = sbh()
     expected = rau.ring_attention_update(*one, *one, backend=backend)

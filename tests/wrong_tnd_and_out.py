@@ -291,7 +291,7 @@ OUTPUTS = {
         ("out-strides",),
         rau.ShapeError,
         {"out": replace(attn_out=lambda a: np.repeat(a, 2, axis=-1)[..., ::2])},
-        sizes={"N": 1, "D": 2},
+        sizes={"B": 1, "N": 1, "D": 2},
     ),
     "reversed last axis": Wrong(("out-strides",), rau.ShapeError, {"out": replace(softmax_max=lambda a: a[..., ::-1])}),
     "odd byte strides": Wrong(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from rau.backends import AttentionState, Backend, Capabilities, Problem
-from rau.backends.host import fresh
+from rau.backends.host import HOST_ARRAYS, fresh, settled
 from rau.errors import BackendUnavailableError
 from rau.threads import get_num_threads
 
@@ -21,7 +21,7 @@ class CythonBackend(Backend):
     """The fast one on every CPU: one streaming pass over the states, in threads."""
 
     name = "cython"
-    capabilities = Capabilities(array_types=("numpy:ndarray", "torch:Tensor"))
+    capabilities = Capabilities(array_types=HOST_ARRAYS)
 
     def __init__(self) -> None:
         try:
@@ -45,7 +45,9 @@ class CythonBackend(Backend):
         if out is None:
             out = fresh(problem, states[0])
         arrays = tuple([array for state in (*states, out) for array in state])
-        if problem.kind == "torch":
+        if problem.kind != "numpy":
+            if problem.kind == "mindspore":
+                arrays = tuple(map(settled, arrays))
             arrays = tuple([array.data_ptr() for array in arrays])
         blocks = problem.blocks
         assert blocks is not None  # host arrays have their lengths on the host

@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from rau.arrays import Memory, kind_of
 from rau.backends import AttentionState, Problem
+from rau.errors import UnsupportedError
+
+HOST_ARRAYS = ("numpy:ndarray", "torch:Tensor", "mindspore.common.tensor:Tensor")
 
 
 def fresh(problem: Problem, like: AttentionState) -> AttentionState:
     """Allocate a result.
 
-    Torch's too is NumPy's memory: NumPy asks the system for huge pages and torch does not, which decides what a large
-    fresh output costs.
+    Torch's and MindSpore's too is NumPy's memory: NumPy asks the system for huge pages and torch does not, which
+    decides what a large fresh output costs.
 
     Parameters
     ----------
@@ -32,13 +36,57 @@ def fresh(problem: Problem, like: AttentionState) -> AttentionState:
             np.empty(problem.stats_shape, like.softmax_max.dtype),
             np.empty(problem.stats_shape, like.softmax_sum.dtype),
         )
-    torch = sys.modules["torch"]
+    library = sys.modules[problem.kind]
+    from_numpy = library.Tensor.from_numpy if problem.kind == "mindspore" else library.from_numpy
     if problem.dtype == "bfloat16":  # which NumPy does not have
-        attn_out = torch.from_numpy(np.empty(problem.shape, np.uint16)).view(torch.bfloat16)
+        attn_out = from_numpy(np.empty(problem.shape, np.uint16)).view(library.bfloat16)
     else:
-        attn_out = torch.from_numpy(np.empty(problem.shape, problem.dtype))
-    stats = (torch.from_numpy(np.empty(problem.stats_shape, problem.stats_dtype)) for _ in range(2))
+        attn_out = from_numpy(np.empty(problem.shape, problem.dtype))
+    stats = (from_numpy(np.empty(problem.stats_shape, problem.stats_dtype)) for _ in range(2))
     return AttentionState(attn_out, *stats)
+
+
+def settled(array: Any) -> Any:
+    """Make sure that a MindSpore tensor has memory, and that nobody waits for a gradient through it.
+
+    Parameters
+    ----------
+    array : mindspore.Tensor
+
+    Returns
+    -------
+    mindspore.Tensor
+        The same.
+
+    Raises
+    ------
+    UnsupportedError
+        Inside mindspore.grad: what MindSpore does not see would have a gradient of zero, without a word.
+    """
+    if getattr(array, "_requires_grad", False):
+        # A tensor that was differentiated once says so for ever; whether that goes on now, the executor knows.
+        if sys.modules["mindspore"].common.api._pynative_executor.requires_grad():
+            raise UnsupportedError(
+                "a MindSpore tensor takes part in differentiation, and the merge of MindSpore tensors has no gradient; "
+                "pass mindspore.ops.stop_gradient(...) of it, or use torch tensors"
+            )
+    if not array.data_ptr():
+        array.asnumpy()  # made with init=: it has its values from now on
+    return array
+
+
+class _Borrowed:
+    """Memory of a tensor, for NumPy to see; it keeps the tensor."""
+
+    def __init__(self, array: Any, memory: Memory, dtype: str) -> None:
+        self.array = array
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": np.dtype(dtype).str,
+            "data": (memory.address, False),
+            "shape": memory.shape,
+            "strides": memory.strides,
+        }
 
 
 def as_numpy(array: Any) -> np.ndarray:
@@ -46,7 +94,7 @@ def as_numpy(array: Any) -> np.ndarray:
 
     Parameters
     ----------
-    array : ndarray or Tensor on the CPU
+    array : ndarray, or torch's or MindSpore's Tensor on the CPU
 
     Returns
     -------
@@ -55,6 +103,10 @@ def as_numpy(array: Any) -> np.ndarray:
     """
     if isinstance(array, np.ndarray):
         return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    kind = kind_of(array)
+    if kind is not None and kind.name == "mindspore":  # whose asnumpy copies what is strided, and knows no bfloat16
+        dtype = kind.dtype(array)
+        return np.asarray(_Borrowed(array, kind.memory(settled(array)), "uint16" if dtype == "bfloat16" else dtype))
     torch = sys.modules["torch"]
     array = array.detach()
     return (array.view(torch.uint16) if array.dtype == torch.bfloat16 else array).numpy()

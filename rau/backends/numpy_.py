@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.backends.exponential import LN2_HIGH, LN2_LOW, LOG2_E, ROUND, TAYLOR, UNDERFLOW
-from rau.backends.host import as_numpy, fresh
+from rau.backends.host import HOST_ARRAYS, as_numpy, fresh
 from rau.layouts import ATTN, MAX, SUM, row_index
 
 _ELEMENTS = 1 << 18  # elements merged at a time: their float32 copies stay in the cache
@@ -185,7 +185,7 @@ class NumPyBackend(Backend):
     """Runs everywhere NumPy does; several times slower than the compiled core, with the same bits."""
 
     name = "numpy"
-    capabilities = Capabilities(array_types=("numpy:ndarray", "torch:Tensor"))
+    capabilities = Capabilities(array_types=HOST_ARRAYS)
 
     def update(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None

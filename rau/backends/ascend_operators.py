@@ -1,0 +1,203 @@
+"""Who has the operator on Ascend: torch_npu or MindSpeed for torch tensors, MindSpore for its own.
+
+Whether it is there is found out by looking for the attribute. Never by its version, of which there are many, nor by
+calling it: where there is no chip, MindSpore's fails later, from somewhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rau.backends import AttentionState, Problem
+from rau.errors import BackendUnavailableError
+
+TORCH_NPU = (
+    "torch_npu is not installed: on a machine with an Ascend NPU install Huawei's CANN toolkit, then the torch_npu "
+    "that goes with it and with torch (https://github.com/Ascend/pytorch)"
+)
+MINDSPEED = (
+    "this torch_npu has no npu_ring_attention_update (newer ones have it), and neither is there MindSpeed's: install "
+    "MindSpeed from https://github.com/Ascend/MindSpeed (the mindspeed of the package index is another project)"
+)
+MINDSPORE = "MindSpore is not installed: on a machine with an Ascend NPU, https://www.mindspore.cn/install tells how"
+
+
+class OnTorch:
+    """Torch tensors on device "npu", and ATen operations.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If there is no operator, or no NPU; it says how to get one.
+    """
+
+    kind = "torch"
+
+    def __init__(self) -> None:
+        try:
+            import torch
+            import torch_npu
+        except ModuleNotFoundError as error:
+            raise BackendUnavailableError(TORCH_NPU) from error
+        except Exception as error:  # such as CANN missing
+            raise BackendUnavailableError(f"torch_npu does not load: {error}") from error
+        if not torch_npu.npu.is_available():
+            raise BackendUnavailableError("torch_npu is installed, and finds no NPU")
+        self._torch = torch
+        self._newer = getattr(torch_npu, "npu_ring_attention_update", None)
+        if self._newer is None:
+            try:
+                from mindspeed.ops.npu_ring_attention_update import npu_ring_attention_update
+            except Exception as error:
+                raise BackendUnavailableError(MINDSPEED) from error
+            self._older: Callable[..., Any] = npu_ring_attention_update
+
+    def run(self, problem: Problem, prev: AttentionState, cur: AttentionState) -> Any:
+        """Call the operator.
+
+        Parameters
+        ----------
+        problem : Problem
+        prev, cur : AttentionState
+            Contiguous, with equal lanes.
+
+        Returns
+        -------
+        triple of Tensor
+            Fresh ones.
+
+        Notes
+        -----
+        Told that every token is a sequence of its own, the packed order is the token-major one: that is how the older
+        entry, which reads packed statistics alone, serves token-major calls as well, without a copy.
+        """
+        torch, lengths = self._torch, None
+        if problem.packed:
+            lengths = torch.as_tensor(problem.actual_seq_qlen, dtype=torch.int64, device=prev.attn_out.device)
+        elif problem.layout == "TND":
+            lengths = torch.arange(problem.T + 1, device=prev.attn_out.device)
+        if self._newer is None:
+            return self._older(*prev, *cur, lengths, problem.layout)
+        order = "TND" if problem.layout == "TND" and not problem.packed else ""
+        return self._newer(
+            *prev, *cur, actual_seq_qlen=lengths, input_layout=problem.layout, input_softmax_layout=order
+        )
+
+    def select(self, mask: Any, chosen: Any, other: Any) -> Any:
+        """Write `chosen` over `other` where the mask is set."""
+        return self._torch.where(mask, chosen, other, out=other)
+
+    def fill(self, array: Any, mask: Any, value: float) -> Any:
+        """Write a number where the mask is set."""
+        return array.masked_fill_(mask, value)
+
+    def packed_rows(self, problem: Problem, like: Any) -> Any:
+        """Where the statistic of each token and head stands among packed rows."""
+        from rau.backends.torch_ import packed_rows
+
+        return packed_rows(problem.actual_seq_qlen, problem.T, problem.N, like.device)
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        return array.to(getattr(self._torch, dtype))
+
+    def full_like(self, array: Any, value: float) -> Any:
+        return self._torch.full_like(array, value)
+
+    def asarray(self, array: np.ndarray) -> Any:
+        from rau.backends.torch_ import TorchBackend
+
+        return TorchBackend().asarray(array).to("npu")
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        from rau.backends.torch_ import TorchBackend
+
+        return TorchBackend().to_numpy(array)
+
+    def synchronize(self) -> None:
+        self._torch.npu.synchronize()
+
+
+class OnMindSpore:
+    """MindSpore tensors where the device target is Ascend, and MindSpore's operations.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If there is no operator, or the target is another one.
+    """
+
+    kind = "mindspore"
+
+    def __init__(self) -> None:
+        try:
+            import mindspore
+        except ModuleNotFoundError as error:
+            raise BackendUnavailableError(MINDSPORE) from error
+        except Exception as error:
+            raise BackendUnavailableError(f"MindSpore does not load: {error}") from error
+        target = mindspore.get_context("device_target")
+        if target != "Ascend":
+            raise BackendUnavailableError(f"MindSpore's device target is {target}; expected Ascend")
+        if not hasattr(mindspore.ops, "ring_attention_update"):
+            raise BackendUnavailableError("this MindSpore has no ops.ring_attention_update; newer ones have it")
+        self._mindspore, self._ops = mindspore, mindspore.ops
+
+    def run(self, problem: Problem, prev: AttentionState, cur: AttentionState) -> Any:
+        """Call the operator, which reads packed statistics alone: see :meth:`OnTorch.run`."""
+        lengths = None
+        if problem.packed:
+            lengths = self._lengths(problem)
+        elif problem.layout == "TND":
+            lengths = self._ops.arange(problem.T + 1)
+        return self._ops.ring_attention_update(*prev, *cur, lengths, problem.layout)
+
+    def _lengths(self, problem: Problem) -> Any:
+        lengths = problem.actual_seq_qlen
+        if isinstance(lengths, np.ndarray):
+            return self._mindspore.Tensor(lengths)
+        return lengths.astype(self._mindspore.int64)
+
+    def select(self, mask: Any, chosen: Any, other: Any) -> Any:
+        """Take `chosen` where the mask is set, `other` elsewhere."""
+        return self._ops.where(mask, chosen, other)
+
+    def fill(self, array: Any, mask: Any, value: float) -> Any:
+        """Take a number where the mask is set."""
+        return self._ops.masked_fill(array, mask, value)
+
+    def packed_rows(self, problem: Problem, like: Any) -> Any:
+        """Where the statistic of each token and head stands among packed rows; inside bounds whatever the lengths."""
+        ops, lengths, token = self._ops, self._lengths(problem), self._ops.arange(problem.T)
+        last = lengths.shape[0] - 1
+        sequence = (ops.searchsorted(lengths, token, right=True) - 1).clamp(0, max(last - 1, 0))
+        start = lengths[sequence]
+        length = lengths[(sequence + 1).clamp(0, last)] - start
+        rows = (start * problem.N + token - start).unsqueeze(-1) + ops.arange(problem.N) * length.unsqueeze(-1)
+        return rows.reshape(-1).clamp(0, problem.T * problem.N - 1)
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        return array.astype(getattr(self._mindspore, dtype))
+
+    def full_like(self, array: Any, value: float) -> Any:
+        return self._ops.full_like(array, value)
+
+    def asarray(self, array: np.ndarray) -> Any:
+        if array.dtype.name == "bfloat16":
+            return self._mindspore.Tensor(array.astype("f4")).astype(self._mindspore.bfloat16)
+        return self._mindspore.Tensor(array)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        if array.dtype == self._mindspore.bfloat16:
+            import ml_dtypes
+
+            return array.astype(self._mindspore.float32).asnumpy().astype(ml_dtypes.bfloat16)
+        return array.asnumpy()
+
+    def synchronize(self) -> None:
+        self._mindspore.runtime.synchronize()
+
+
+FRAMEWORKS: dict[str, type[OnTorch] | type[OnMindSpore]] = {"torch": OnTorch, "mindspore": OnMindSpore}

@@ -1,0 +1,205 @@
+"""The cuda backend: torch tensors on a GPU, through one Triton kernel; the same bits as the others."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rau.arrays import ITEMSIZE
+from rau.backends import AttentionState, Capabilities, Problem
+from rau.backends.torch_ import TorchBackend
+from rau.errors import BackendUnavailableError, UnsupportedError
+from rau.layouts import LAYOUTS, packed_row_stride
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HINT = "pip install 'ring-attention-update[cuda]'"
+MAX_STATES = 8  # of more, the kernel would not have registers enough for the weights and addresses
+# Triton's own switch: its interpreter runs the kernel on the CPU, slowly, and cannot read a GPU's memory.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+Axis = tuple[int, tuple[int, ...]]  # its length, and the stride of every array along it, in elements
+
+
+class CudaBackend(TorchBackend):
+    """One streaming pass over the states; what the kernel does not do is left to ATen, with the same bits."""
+
+    name = "cuda"
+    capabilities = Capabilities(array_types=("torch:Tensor",), devices=("cpu",) if INTERPRETED else ("cuda",))
+
+    def __init__(self) -> None:
+        try:
+            super().__init__()
+        except BackendUnavailableError as error:
+            raise BackendUnavailableError(f"torch is missing: {HINT}") from error
+        try:
+            import triton
+
+            from rau.backends import cuda_kernel
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"triton is missing ({error}); torch's CUDA and ROCm builds bring it along: {HINT}"
+            ) from error
+        torch = self._torch
+        if not INTERPRETED:
+            if not torch.cuda.is_available():
+                advice = "check the driver and CUDA_VISIBLE_DEVICES"
+                if not (torch.version.cuda or torch.version.hip):
+                    advice = "it was built for the CPU alone; https://pytorch.org/get-started/locally has CUDA builds"
+                raise BackendUnavailableError(f"torch {torch.__version__} finds no CUDA device: {advice}")
+            try:
+                triton.runtime.driver.active  # noqa: B018 - the first time, Triton compiles its own part here
+            except Exception as error:
+                raise BackendUnavailableError(f"Triton cannot drive the device: {error}") from error
+        self._kernel = cuda_kernel
+        self._alone = _interpreting if INTERPRETED else nullcontext
+        self._rows = 64 if torch.version.hip else 32  # as many as a warp has threads; a program is one warp
+
+    def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
+        if problem.K > MAX_STATES:
+            return super().merge(problem, states, out)
+        torch, first = self._torch, states[0]
+        if out is None:
+            out = AttentionState(
+                torch.empty(problem.shape, dtype=first.attn_out.dtype, device=first.attn_out.device),
+                *(torch.empty(problem.stats_shape, dtype=part.dtype, device=part.device) for part in first[1:]),
+            )
+        else:
+            torch.autograd.graph.increment_version(out)  # what autograd may have saved of it will be gone
+        if problem.T * problem.N:
+            with torch.cuda.device_of(first.attn_out), self._alone():
+                lengths = self._lengths(problem) if problem.packed else None
+                arrays = [array for state in (*states, out) for array in state]
+                grid, arguments, options = self.launch(problem, arrays, lengths)
+                self._kernel.merge[grid](*arguments, **options)  # on the current stream
+        return out
+
+    def launch(
+        self, problem: Problem, arrays: Sequence[Tensor], lengths: Tensor | None
+    ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+        """Describe a call of the kernel.
+
+        Parameters
+        ----------
+        problem : Problem
+        arrays : sequence of 3 * (K + 1) Tensors
+            Of the inputs, then of the result.
+        lengths : Tensor of int64, or None
+            Cumulative sequence lengths where the statistics are packed.
+
+        Returns
+        -------
+        grid : tuple of int
+        arguments : tuple
+        options : dict
+            These alone decide what is compiled: dtypes, states, lanes, whether all rows are aligned to 16 bytes. (And
+            whether there are lengths.) No length or stride does.
+        """
+        axes = row_axes(problem, self._rows)
+        (outers, _), (middles, _), (inners, _) = axes
+        tiles = -(-inners // self._rows)
+        described, aligned = [], problem.D % 8 == 0
+        for index, array in enumerate(arrays):
+            address, steps = array.data_ptr(), [strides[index] for _, strides in axes]
+            if index % 3 == 0 or (index >= 3 * problem.K and problem.lanes > 1):
+                aligned = aligned and not (address | (steps[0] | steps[1] | steps[2]) * array.itemsize) % 16
+            described.append(tuple([self._kernel.word(number) for number in (address, *steps)]))
+        states = tuple([tuple(described[k : k + 3]) for k in range(0, len(described), 3)])
+        sequences = 0 if lengths is None else len(lengths) - 1
+        numbers = sequences, (sequences + 1).bit_length(), middles, inners, tiles, problem.D
+        # As many bytes of a row at a time as the registers take.
+        width = 128 >> (problem.K > 2) >> (problem.K > 4) >> (0 if aligned else 2)
+        dtypes = self._kernel.DTYPES
+        options = {
+            "K": problem.K, "FIRST": dtypes[problem.dtype], "LATER": dtypes[problem.cur_dtype],
+            "STATS": dtypes[problem.stats_dtype], "LANES": problem.lanes, "ALIGNED": aligned,
+            "ROWS": self._rows, "BLOCK_D": width // ITEMSIZE[problem.dtype],
+            "num_warps": 1, "num_stages": 1, "enable_fp_fusion": False,
+        }  # fmt: skip
+        return (outers * middles * tiles,), (states, lengths, *numbers), options
+
+    def _lengths(self, problem: Problem) -> Tensor:
+        """Have the cumulative lengths on the device, without waiting for it."""
+        torch, lengths = self._torch, problem.actual_seq_qlen
+        if not isinstance(lengths, np.ndarray):
+            return lengths.to(torch.int64).contiguous()
+        if INTERPRETED:
+            return torch.tensor(lengths)
+        if torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                "actual_seq_qlen is on the host, whence a CUDA graph would not copy it again at each replay; pass it as "
+                f"a tensor of int64 on {problem.device}"
+            )
+        return torch.tensor(lengths, pin_memory=True).to(problem.device, non_blocking=True)
+
+    def asarray(self, array: np.ndarray) -> Tensor:
+        host = super().asarray(array)
+        if INTERPRETED:
+            return host
+        # With its strides: what lies between its elements comes along.
+        reach = sum((length - 1) * step for length, step in zip(host.shape, host.stride(), strict=True))
+        flat = host.as_strided((reach + 1 if host.numel() else 0,), (1,))
+        return flat.cuda().as_strided(host.shape, host.stride())
+
+
+def row_axes(problem: Problem, rows: int) -> list[Axis]:
+    """See the rows of all arrays along three axes: outer, middle and inner.
+
+    Parameters
+    ----------
+    problem : Problem
+    rows : int
+        How many rows along the inner axis a program takes.
+
+    Returns
+    -------
+    list of 3 (length, strides)
+        The strides in the order of ``problem.strides``. Packed statistics have one along the inner axis alone: the
+        kernel finds the place of each row.
+    """
+    layout = LAYOUTS[problem.layout]
+    table = []  # batch, head and token stride of every array
+    for index, stride in enumerate(problem.strides):
+        if index % 3 == 0:
+            batch, token = layout.attn_batch, stride[layout.attn_token]
+            head = problem.D if layout.attn_head is None else stride[layout.attn_head]
+        elif problem.packed:
+            batch, head, token = None, 0, packed_row_stride(problem.stats_shape, stride) or 0
+        else:
+            batch, head, token = layout.stats_batch, stride[layout.stats_head], stride[layout.stats_token]
+        table.append((0 if batch is None else stride[batch], head, token))
+    by_batch, by_head, by_token = zip(*table, strict=True)
+    if problem.packed:
+        return [(1, by_batch), (problem.N, by_head), (problem.T, by_token)]
+    if problem.S is None or problem.layout == "TND":
+        axes = [(problem.T, by_token), (problem.N, by_head)]
+    else:
+        axes = [(problem.B, by_batch), (problem.N, by_head), (problem.S, by_token)]
+
+    merged: list[Axis] = []
+    for length, strides in axes:
+        if length == 1:
+            continue
+        if merged and merged[-1][1] == tuple(length * step for step in strides):  # two axes walked like one
+            merged[-1] = merged[-1][0] * length, strides
+        else:
+            merged.append((length, strides))
+    if merged and merged[-1][0] < rows:
+        merged.sort(key=lambda axis: axis[0])  # a program's rows lie along the longest one
+    return [(1, (0,) * len(table))] * (3 - len(merged)) + merged
+
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    """Triton's interpreter is not made for threads, and computes by NumPy."""
+    with _lock, np.errstate(all="ignore"):
+        yield

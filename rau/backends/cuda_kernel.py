@@ -1,0 +1,209 @@
+"""The Triton kernel of the cuda backend: each program merges some rows of K states, statistics and then elements.
+
+The arithmetic is that of :mod:`rau.backends.numpy_`, operation by operation; compile with ``enable_fp_fusion=False``.
+"""
+
+import triton
+import triton.language as tl
+
+from rau.backends import exponential
+
+LOG2_E = tl.constexpr(exponential.LOG2_E)
+ROUND = tl.constexpr(exponential.ROUND)
+LN2_HIGH = tl.constexpr(exponential.LN2_HIGH)
+LN2_LOW = tl.constexpr(exponential.LN2_LOW)
+TAYLOR = tl.constexpr(exponential.TAYLOR)
+UNDERFLOW = tl.constexpr(exponential.UNDERFLOW)
+INFINITY = tl.constexpr(float("inf"))
+DOWN = tl.constexpr(2.0**-64)
+WORD = tl.constexpr((1 << 62) - 1)
+
+DTYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32, "float64": tl.float64}
+
+
+def word(number):
+    """Make a number that is not negative an argument that Triton does not specialize on.
+
+    Inside a tuple it compiles anew for a 1, for multiples of 16, and where 32 bits are not enough. So every number
+    becomes an odd one of 63 bits.
+    """
+    return 1 << 62 | number << 1 | 1
+
+
+@triton.jit
+def _rows(array, dtype: tl.constexpr, ALIGNED: tl.constexpr, outer, middle, inner):
+    """Pointers to the first element of each row of one array; ALIGNED: each stands at a multiple of 16 bytes."""
+    base = ((array[0] & WORD) >> 1).to(tl.pointer_type(dtype))
+    base += outer * ((array[1] & WORD) >> 1) + middle * ((array[2] & WORD) >> 1)
+    pointers = base + inner * ((array[3] & WORD) >> 1)
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, 16)
+    return pointers
+
+
+@triton.jit
+def _packed(lengths, sequences, steps, token, tokens, head, heads, valid):
+    """Places of rows among packed statistics; inside [0, tokens * heads) whatever the lengths are."""
+    low = tl.zeros_like(token)  # how many of the sequences + 1 numbers are at most `token`, by bisection
+    high = low + (sequences + 1)
+    step = steps * 0
+    while step < steps:  # Triton 3.6's interpreter has no range over an argument under NumPy 2.4
+        half = (low + high) // 2
+        found = (low < high) & (tl.load(lengths + half, mask=valid & (low < high), other=0) <= token)
+        low = tl.where(found, half + 1, low)
+        high = tl.where(found, high, half)
+        step += 1
+    sequence = tl.maximum(tl.minimum(low, sequences) - 1, 0)
+    start = tl.load(lengths + sequence, mask=valid, other=0)
+    length = tl.load(lengths + tl.minimum(sequence + 1, sequences), mask=valid, other=0) - start
+    place = start * heads + (token - start) + head * length
+    return tl.maximum(tl.minimum(place, tokens * heads - 1), 0)
+
+
+@triton.jit
+def _exp_nonpositive(x):
+    """The exponential of rau, see rau/backends/exponential.py."""
+    safe = tl.where(x >= UNDERFLOW, x, 0.0)
+    shifted = safe * LOG2_E + ROUND
+    k = shifted - ROUND
+    r = (safe - k * LN2_HIGH) - k * LN2_LOW
+    p = r * TAYLOR[0] + TAYLOR[1]
+    for i in tl.static_range(2, 13):
+        p = p * r + TAYLOR[i]
+    # The low bits of `shifted` hold k: made an exponent, they are 2**k, without a library's pow.
+    power = ((shifted.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
+    return tl.where(x < UNDERFLOW, 0.0, tl.where(x != x, x, p * power))
+
+
+@triton.jit
+def _weigh(maxima, sums, K: tl.constexpr, STATS: tl.constexpr):
+    """Merge the statistics of K states in float64; weights, maximum and sum are rounded once."""
+    count = tl.zeros_like(sums[0])  # of live states
+    maximum = count - INFINITY
+    for k in tl.static_range(K):
+        live = (sums[k] != 0.0) & (maxima[k] != -INFINITY)
+        larger = (maxima[k] > maximum) | (maxima[k] != maxima[k])  # a NaN stays, which tl.maximum would drop
+        maximum = tl.where(live & larger, maxima[k], maximum)
+        count = tl.where(live, count + 1.0, count)
+    total = tl.zeros_like(maximum)
+    scaled = tl.zeros_like(maximum)
+    shares = ()
+    for k in tl.static_range(K):
+        live = (sums[k] != 0.0) & (maxima[k] != -INFINITY)
+        share = tl.where(live, sums[k] * _exp_nonpositive(maxima[k] - maximum), 0.0)
+        total += share
+        scaled += share * DOWN
+        shares += (share,)
+    # Finite sums may add up beyond float64; scaled by a power of two their shares are still right.
+    huge = tl.abs(total) == INFINITY
+    divisor = tl.where(huge, scaled, total)
+    weights = ()
+    for k in tl.static_range(K):
+        live = (sums[k] != 0.0) & (maxima[k] != -INFINITY)
+        weight = tl.where(huge, shares[k] * DOWN, shares[k]) / divisor
+        weight = tl.where(live, tl.where(count == 1.0, 1.0, weight), 0.0).to(STATS)
+        weights += (weight + 0.0,)  # never -0.0, see below
+        total = tl.where(live & (count == 1.0), sums[k], total)  # a single live side comes back as it is
+    return weights, maximum.to(STATS), total.to(STATS)
+
+
+# bfloat16 is converted by integers in both directions: Triton's interpreter loses subnormals and cuts off instead of
+# rounding, and what the interpreter tests shall be what a GPU runs.
+@triton.jit
+def _widen(elements, dtype: tl.constexpr):
+    """Convert to the type that is computed in; exact."""
+    if elements.dtype == tl.bfloat16:
+        wide = (elements.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = elements.to(dtype)
+    return wide
+
+
+@triton.jit
+def _narrow(values, dtype: tl.constexpr):
+    """Round to the type that is stored, to nearest even."""
+    if dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = bits + (0x7FFF + ((bits >> 16) & 1))
+        rounded = tl.where(values == values, rounded, bits | 0x400000)
+        narrow = (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = values.to(dtype)
+    return narrow
+
+
+@triton.jit(do_not_specialize=["lengths", "sequences", "steps", "middles", "inners", "tiles", "head_dim"])
+def merge(states, lengths, sequences: tl.int64, steps: tl.int64, middles: tl.int64, inners: tl.int64, tiles: tl.int64,
+          head_dim: tl.int64, K: tl.constexpr, FIRST: tl.constexpr, LATER: tl.constexpr, STATS: tl.constexpr,
+          LANES: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Merge ROWS rows along the inner one of three axes; programs run over the middle one, its tiles, the outer one.
+
+    Parameters
+    ----------
+    states : tuple of tuples of tuples of int64
+        For each of the K states and for the result, for each of its three arrays: address and strides along the outer,
+        middle and inner axis, in elements; each made a :func:`word`.
+    lengths : pointer to int64, or None
+        Cumulative sequence lengths where statistics are packed: the inner axis is then tokens, the middle one heads.
+    sequences, steps : int64
+        Number of sequences, and of steps that a bisection of the lengths takes.
+    middles, inners, tiles : int64
+        Lengths of the middle and the inner axis; tiles of ROWS along the inner one.
+    head_dim : int64
+    K, FIRST, LATER, STATS, LANES, ALIGNED, ROWS, BLOCK_D
+        States; dtypes of the first state and the result, of later states, of statistics; lanes; whether every row of
+        elements, and of 8 lanes in the result, stands at a multiple of 16 bytes; the tile.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    middle = program % middles
+    tile = program // middles
+    outer = tile // tiles
+    inner = (tile % tiles) * ROWS + tl.arange(0, ROWS)
+    valid = inner < inners
+    place = inner
+    if lengths is not None:
+        place = _packed(lengths, sequences, steps, inner, inners, middle, middles, valid)
+
+    maxima, sums = (), ()
+    for k in tl.static_range(K):
+        lane_0 = _rows(states[k][1], STATS, False, outer, middle, place)
+        maxima += (tl.load(lane_0, mask=valid, other=0.0).to(tl.float64),)
+        lane_0 = _rows(states[k][2], STATS, False, outer, middle, place)
+        sums += (tl.load(lane_0, mask=valid, other=0.0).to(tl.float64),)
+    weights, maximum, total = _weigh(maxima, sums, K, STATS)
+
+    tl.debug_barrier()  # in place: every thread has read its statistics before any of them is overwritten
+    lanes = tl.arange(0, LANES)[None, :]
+    to = _rows(states[K][1], STATS, ALIGNED and LANES > 1, outer, middle, place)[:, None] + lanes
+    tl.store(to, tl.broadcast_to(maximum[:, None], (ROWS, LANES)), mask=valid[:, None])
+    to = _rows(states[K][2], STATS, ALIGNED and LANES > 1, outer, middle, place)[:, None] + lanes
+    tl.store(to, tl.broadcast_to(total[:, None], (ROWS, LANES)), mask=valid[:, None])
+
+    # A side of weight 0 is not read. In place of its elements stands -0.0, and so does its product with 0.0, which adds
+    # nothing to anything, not even to -0.0. Where no side has a weight, 0.0 stands in place of the first one's.
+    sign = tl.full((ROWS,), 1.0, tl.float32)
+    for k in tl.static_range(K):
+        sign = tl.where(weights[k] != 0.0, -1.0, sign)
+    absent = (sign * 0.0)[:, None]
+    minus_zero = tl.full((1, 1), -1.0, tl.float32) * 0.0  # the literal -0.0 would become 0.0
+
+    first = _rows(states[0][0], FIRST, ALIGNED, outer, middle, inner)[:, None]
+    later = ()
+    for k in tl.static_range(1, K):
+        later += (_rows(states[k][0], LATER, ALIGNED, outer, middle, inner)[:, None],)
+    target = _rows(states[K][0], FIRST, ALIGNED, outer, middle, inner)[:, None]
+    if ALIGNED:
+        head_dim = head_dim // 8 * 8  # says that it is a multiple: what a mask lets through is then too
+    # One program for all of a row: another one could find its statistics overwritten.
+    start = head_dim * 0
+    while start < head_dim:
+        column = (start + tl.arange(0, BLOCK_D))[None, :]
+        inside = column < head_dim
+        elements = tl.load(first + column, mask=inside & (weights[0] != 0.0)[:, None], other=absent.to(FIRST))
+        merged = _widen(elements, STATS) * weights[0][:, None]
+        for k in tl.static_range(1, K):
+            wanted = inside & (weights[k] != 0.0)[:, None]
+            elements = tl.load(later[k - 1] + column, mask=wanted, other=minus_zero.to(LATER))
+            merged += _widen(elements, STATS) * weights[k][:, None]
+        tl.store(target + column, _narrow(merged, FIRST), mask=inside & valid[:, None])
+        start += BLOCK_D

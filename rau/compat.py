@@ -1,0 +1,140 @@
+"""The vendors' own signatures: change one import line, and the merge of a training script is rau's, on any device.
+
+======================================================================  =========================================
+in the script                                                           in its place
+======================================================================  =========================================
+``from torch_npu import npu_ring_attention_update``                     ``from rau.compat import npu_ring_...``
+``from mindspeed.ops.npu_ring_attention_update import npu_ring_...``    ``from rau.compat import npu_ring_...``
+``from mindspore.ops import ring_attention_update``                     ``from rau.compat import ring_attention_...``
+======================================================================  =========================================
+
+As with the vendors, statistics in layout "TND" are packed per sequence unless a call says otherwise (the default of
+:func:`rau.ring_attention_update` is the other order), the vendor's limits hold, and the result is a plain tuple. Which
+backend runs a call is chosen by :func:`rau.use_backend`, ``RAU_BACKEND``, or the tensors' device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rau.rules import Report
+from rau.update import ring_attention_update as _update
+
+__all__ = ["npu_ring_attention_update", "ring_attention_update"]
+
+Triple = tuple[Any, Any, Any]
+
+
+def npu_ring_attention_update(
+    prev_attn_out: Any,
+    prev_softmax_max: Any,
+    prev_softmax_sum: Any,
+    cur_attn_out: Any,
+    cur_softmax_max: Any,
+    cur_softmax_sum: Any,
+    actual_seq_qlen: Any = None,
+    layout: str | None = None,
+    *,
+    input_layout: str | None = None,
+    input_softmax_layout: str = "",
+) -> Triple:
+    """Merge two partial attention states, called as torch_npu's operator or as MindSpeed's.
+
+    Parameters
+    ----------
+    prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum : array
+        As :func:`rau.ring_attention_update` takes them.
+    actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
+        Cumulative sequence lengths, from 0 to T; required in layout "TND". By keyword alone in torch_npu.
+    layout : {"SBH", "TND"}, optional
+        MindSpeed's name of the layout.
+    input_layout : {"SBH", "TND"}, optional
+        torch_npu's. "SBH" where neither is given.
+    input_softmax_layout : {"", "SBH", "TND"}, default ""
+        Order of the statistics in layout "TND", which torch_npu alone lets one choose: packed per sequence ("" and
+        "SBH"), or token-major ("TND").
+
+    Returns
+    -------
+    attn_out, softmax_max, softmax_sum : array
+
+    Raises
+    ------
+    ConstraintError
+        If the call breaks a rule; a RuntimeError. In layout "TND" the limits are those of the operator whose spelling
+        it is: the reference page's for `layout`, those of CANN's V2 entry for `input_layout`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> out, stats = np.ones((2, 1, 4), np.float32), np.ones((1, 1, 2, 8), np.float32)
+    >>> attn_out, softmax_max, softmax_sum = npu_ring_attention_update(out, stats, stats, out, stats, stats)
+    >>> softmax_sum[0, 0, :, 0]
+    array([2., 2.], dtype=float32)
+    """
+    if layout is not None and input_layout is not None:
+        report = Report("npu_ring_attention_update")
+        report.add("layout", f"layout = {layout!r} and input_layout = {input_layout!r} are both given; expected one of "
+                   "them: the first is MindSpeed's spelling, the second torch_npu's.")  # fmt: skip
+        report.raise_if_broken()
+    # MindSpeed wraps CANN's first entry, torch_npu the second, each with its own limits. They differ in TND alone,
+    # which no call can have without naming the layout in one of the two spellings.
+    mindspeed = input_layout is None and not input_softmax_layout
+    named = layout if input_layout is None else input_layout
+    return tuple(
+        _update(
+            prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum,
+            actual_seq_qlen, "SBH" if named is None else named, softmax_layout=input_softmax_layout or "SBH",
+            profile="mindspore" if mindspeed else "cann-v2",
+        )
+    )  # fmt: skip
+
+
+def ring_attention_update(
+    prev_attn_out: Any,
+    prev_softmax_max: Any,
+    prev_softmax_sum: Any,
+    cur_attn_out: Any,
+    cur_softmax_max: Any,
+    cur_softmax_sum: Any,
+    actual_seq_qlen: Any = None,
+    layout: str = "SBH",
+) -> Triple:
+    """Merge two partial attention states, called as ``mindspore.ops.ring_attention_update``.
+
+    Parameters
+    ----------
+    prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum : array
+        As :func:`rau.ring_attention_update` takes them.
+    actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
+        Cumulative sequence lengths, from 0 to T; required in layout "TND".
+    layout : {"SBH", "TND"}, default "SBH"
+
+    Returns
+    -------
+    attn_out, softmax_max, softmax_sum : array
+
+    Raises
+    ------
+    ConstraintError
+        If the call breaks a rule, the reference page's limits among them; a RuntimeError.
+
+    Notes
+    -----
+    In layout "TND" statistics are packed per sequence, as MindSpore's operator reads them on an Ascend chip. (The shape
+    on its reference page and its test reference are token-major: that is :func:`rau.ring_attention_update`.)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> out, stats = np.ones((2, 1, 64), np.float32), np.ones((2, 1, 8), np.float32)
+    >>> attn_out, _, _ = ring_attention_update(out, stats, stats, out, stats, stats, [0, 2], "TND")
+    >>> attn_out.shape
+    (2, 1, 64)
+    """
+    return tuple(
+        _update(
+            prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum,
+            actual_seq_qlen, layout, softmax_layout="SBH",
+        )
+    )  # fmt: skip

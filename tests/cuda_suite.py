@@ -1,0 +1,182 @@
+"""The cuda backend's kernel under Triton's interpreter: on the CPU, and bit for bit what a GPU is to compute.
+
+The interpreter is chosen before Triton is imported, so these tests have a process of their own. `test_cuda.py` starts it;
+by hand: TRITON_INTERPRET=1 python -m pytest tests/cuda_suite.py
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import rau
+from rau import registry
+from rau.backends import cuda_kernel
+from rau.backends.cuda_ import MAX_STATES, CudaBackend
+from rau.backends.torch_ import packed_rows
+from rau.constraints import bind
+from rau.testing.bits import same_bits
+from rau.testing.cases import Case, generated, named
+from rau.testing.conformance import check_backend
+from rau.testing.differential import run_differential
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 has to be set before Python starts"
+
+CUDA = CudaBackend()
+
+
+def affordable(case):
+    """Tell whether a case takes less than about a second: a program takes some 20 ms, and more for each piece of a row."""
+    pieces = 1 + case.head_dim // 16
+    return case.tokens * case.batch * case.heads * pieces * case.states <= 2500
+
+
+def differences(cases):
+    report = run_differential(["cython", CUDA], cases)
+    assert report.standings["cuda"].cases, "nothing was run"
+    return "" if report.passed else str(report)
+
+
+GROUPS = sorted({case.id.partition("/")[0] for case in named() if affordable(case)})
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_named_cases(group):
+    assert not differences(case for case in named() if case.id.startswith(f"{group}/") and affordable(case))
+
+
+def test_generated_cases():
+    assert not differences(case for case in generated(4, 80) if affordable(case))
+
+
+@pytest.mark.parametrize("lanes", [8, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("K", [1, 2, 3, 5, 8])
+def test_number_of_states(K, dtype, lanes):
+    """Each has a kernel of its own, aligned rows and others."""
+    cases = [
+        Case(id=f"K/{K}-{dtype}-{lanes}-{head_dim}", tokens=7, heads=3, head_dim=head_dim, states=K, dtype=dtype, lanes=lanes,
+             statistics="empty", out="given")  # fmt: skip
+        for head_dim in (16, 19)
+    ]
+    assert not differences(cases)
+
+
+def test_more_states_than_the_kernel_takes():
+    assert not differences([Case(id="many", tokens=5, states=MAX_STATES + 1, statistics="empty", dtype="bfloat16")])
+
+
+def test_wrong_calls_and_threads():
+    report = check_backend(CUDA, cases=[], select="calls/*")
+    assert report.passed, str(report)
+
+
+def test_not_chosen_unasked():
+    state = [torch.ones(2, 1, 4), torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 8)]
+    with registry.provisionally(CUDA):
+        assert rau.explain(*state, *state).selected == "cython"
+        assert rau.explain(*state, *state, backend="cuda").selected == "cuda"
+
+
+def test_the_operator_differentiates_it():
+    def gradients(backend):
+        generator = torch.Generator().manual_seed(1)
+        parts = [torch.rand(shape, generator=generator) for shape in ((3, 1, 8), (1, 2, 3, 8), (1, 2, 3, 8)) * 2]
+        parts = [part.requires_grad_() for part in parts]
+        with registry.provisionally(CUDA):
+            result = rau.ring_attention_update(*parts, backend=backend)
+        sum((part * part).sum() for part in result).backward()
+        return [part.grad for part in parts]
+
+    assert all(map(torch.equal, gradients("cuda"), gradients("torch")))
+
+
+def test_autograd_hears_of_a_result_in_place():
+    state = [torch.ones(2, 1, 4), torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 8)]
+    factor = torch.ones(2, 1, 4, requires_grad=True)
+    product = factor * state[0]
+    with torch.no_grad():
+        rau.ring_attention_update(*state, *[part.clone() for part in state], out=state, backend=CUDA)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+# ---- lengths on a device: nobody has looked at them ---------------------------------------------------------------
+
+TOKENS, HEADS = 12, 3
+HOSTILE = [
+    [0, 9, 3, 12], [5, 1 << 62, -(1 << 62), 12], [0, 0, 0, 0], [12, 12, 12, 12], [-5, -4, -3, -2], [100, 200, 300, 400],
+    [(1 << 63) - 1] * 4, [-(1 << 63), (1 << 63) - 1, -(1 << 63), (1 << 63) - 1], [7], [1 << 62], [-9],
+]  # fmt: skip
+
+
+@triton.jit
+def packed_places(places, lengths, sequences, steps, tokens, heads, ROWS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = token < tokens
+    head = tl.program_id(1).to(tl.int64)
+    place = cuda_kernel._packed(lengths, sequences, steps, token, tokens, head, heads, valid)
+    tl.store(places + token * heads + head, place, mask=valid)
+
+
+def places(lengths, around, tokens=TOKENS, heads=HEADS):
+    """Where the kernel looks for the rows of packed statistics, in the order of the output's rows."""
+    memory = torch.full((len(lengths) + 16,), around)
+    memory[8:-8] = torch.tensor(lengths)
+    result, count = torch.full((tokens * heads,), -1), len(lengths) - 1
+    with np.errstate(over="ignore"):
+        packed_places[(-(-tokens // 32), heads)](
+            result, memory[8:-8], count, (count + 1).bit_length(), tokens, heads, ROWS=32
+        )
+    return result
+
+
+@pytest.mark.parametrize("lengths", HOSTILE, ids=str)
+def test_lengths_cannot_lead_outside(lengths):
+    found = places(lengths, around=0)
+    assert int(found.min()) >= 0 and int(found.max()) < TOKENS * HEADS
+    assert torch.equal(found, places(lengths, around=11)), "what lies beside the lengths was read"
+
+
+@pytest.mark.parametrize("sizes", [(12,), (0, 5, 0, 0, 7, 0), (1,) * 40, (33, 0, 1, 64), (0,) * 9 + (3,)], ids=str)
+def test_bisection(sizes):
+    lengths = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+    expected = packed_rows(lengths, sum(sizes), 2, torch.device("cpu"))
+    assert torch.equal(places(lengths, around=0, tokens=sum(sizes), heads=2), expected)
+
+
+def packed_call(seed=0):
+    rng = np.random.default_rng(seed)
+    make = [(TOKENS, HEADS, 16), (TOKENS, HEADS, 8), (TOKENS, HEADS, 8)]
+    return [rau.AttentionState(*(torch.from_numpy(rng.random(s, np.float32)) for s in make)) for _ in range(2)]
+
+
+def merged(states, lengths, out=None):
+    """Merge with lengths that the validator does not see, as those on a GPU."""
+    problem, _ = bind("merge", states, lambda k, field: "", [0, 5, 12], "TND", "SBH", out, "portable", "metadata")
+    problem.actual_seq_qlen = lengths
+    return CUDA.merge(problem, states, out)
+
+
+@pytest.mark.parametrize(
+    "lengths", [torch.tensor([0, 5, 12]), torch.tensor([0, 5, 12], dtype=torch.int32), torch.tensor([0, 1, 5, 1, 12])[::2]]
+)
+def test_lengths_as_a_tensor(lengths):
+    states = packed_call()
+    expected = rau.ring_attention_update(*states[0], *states[1], [0, 5, 12], "TND", softmax_layout="SBH",
+                                         profile="portable", backend="cython")  # fmt: skip
+    assert not same_bits([part.numpy() for part in merged(states, lengths)], [part.numpy() for part in expected])
+
+
+@pytest.mark.parametrize("lengths", HOSTILE, ids=str)
+def test_hostile_lengths_write_nothing_elsewhere(lengths):
+    states, rooms, out = packed_call(), [], []
+    for part in states[0]:
+        room = torch.full((part.numel() + 64,), 7.0)
+        rooms.append(room)
+        out.append(room[32:-32].view(part.shape))
+    merged(states, torch.tensor(lengths), rau.AttentionState(*out))
+    assert all((room[:32] == 7).all() and (room[-32:] == 7).all() for room in rooms)
