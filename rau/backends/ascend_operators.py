@@ -46,7 +46,7 @@ class OnTorch:
             raise BackendUnavailableError(f"torch_npu does not load: {error}") from error
         if not torch_npu.npu.is_available():
             raise BackendUnavailableError("torch_npu is installed, and finds no NPU")
-        self._torch = torch
+        self._torch, self._npu = torch, torch_npu.npu
         self._newer = getattr(torch_npu, "npu_ring_attention_update", None)
         if self._newer is None:
             try:
@@ -117,7 +117,7 @@ class OnTorch:
         return TorchBackend().to_numpy(array)
 
     def synchronize(self) -> None:
-        self._torch.npu.synchronize()
+        self._npu.synchronize()
 
 
 class OnMindSpore:

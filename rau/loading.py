@@ -1,0 +1,330 @@
+"""Names and loading of backends: what is known, what came of loading it, and why.
+
+``cython`` and ``numpy`` are built in. Everything else is reached through the entry-point group
+``rau.backends``, scanned on first need and loaded one at a time, or through :func:`register`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from rau.backends import Capabilities
+from rau.errors import BackendUnavailableError, RauError, UnknownBackendError
+
+GROUP = "rau.backends"
+INSTALL_HINT = (
+    "A third party's backend is found once its distribution is installed beside ring-attention-update "
+    f'(entry-point group "{GROUP}"), or after rau.registry.register(...).'
+)
+
+lock = threading.RLock()
+
+
+class Entry:
+    """One known name: where it comes from, how to load it, and what came of it."""
+
+    def __init__(self, origin: str, load: Callable[[], Any]) -> None:
+        self.origin = origin
+        self.load = load
+        self.cls: Any = None
+        self.instance: Any = None
+        self.failure: BaseException | None = None
+        self.notes: list[str] = []
+        self.told = False  # a user knows that it is missing
+
+
+class Status(NamedTuple):
+    """What is known of one backend.
+
+    Attributes
+    ----------
+    name : str
+    available : bool
+    state : {"available", "unavailable", "blocked"}
+    reason : str
+        Why it is not available, or what else there is to say; empty where there is nothing.
+    origin : str
+        "built in", "registered", or the distribution that declares it.
+    """
+
+    name: str
+    available: bool
+    state: str
+    reason: str
+    origin: str
+
+
+def _builtin(module: str, name: str) -> Entry:
+    def find() -> Any:
+        import importlib
+
+        return getattr(importlib.import_module(module), name)
+
+    return Entry("built in", find)
+
+
+_BUILT_IN = {
+    "cython": ("rau.backends.cython_", "CythonBackend"),
+    "numpy": ("rau.backends.numpy_", "NumPyBackend"),
+}
+_OURS = ("cython", "numpy", "torch", "cuda", "ascend")
+
+_entries: dict[str, Entry] = {name: _builtin(*where) for name, where in _BUILT_IN.items()}
+_scanned = False
+
+
+def _scan() -> None:
+    """Read the entry points, once; nothing is imported."""
+    global _scanned
+    if _scanned:
+        return
+    with lock:
+        if _scanned:
+            return
+        from importlib.metadata import distributions
+
+        found: dict[str, dict[str, Any]] = {}
+        for distribution in distributions():
+            try:
+                points = distribution.entry_points.select(group=GROUP)
+                owner = (points and distribution.name) or "an unknown distribution"
+            except Exception:  # its metadata are broken: that must not hide the others
+                continue
+            for point in points:
+                found.setdefault(point.name, {}).setdefault(owner, point)  # the first on the path is what is imported
+        for name, owners in sorted(found.items()):
+            if name in _entries:
+                both = " and ".join(sorted(owners))
+                _entries[name].notes.append(f"declared by {both} too, in vain: the name was taken")
+            elif len(owners) == 1:
+                ((owner, point),) = owners.items()
+                _entries[name] = Entry(owner, point.load)
+            else:
+                both = " and ".join(sorted(owners))
+                _entries[name] = entry = Entry(both, lambda: None)
+                entry.failure = RauError(f'{both} both declare a backend "{name}"; uninstall one of them')
+        _scanned = True
+
+
+def names() -> list[str]:
+    """Return every known name: this package's own first, then the others in alphabetical order.
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> names()[:2]
+    ['cython', 'numpy']
+    """
+    _scan()
+    return [*(name for name in _OURS if name in _entries), *sorted(_entries.keys() - set(_OURS))]
+
+
+def blocked() -> set[str]:
+    """Names in the environment variable ``RAU_BLOCK``: never loaded."""
+    return {name.strip() for name in os.environ.get("RAU_BLOCK", "").split(",")} - {""}
+
+
+def load(name: str) -> Entry:
+    """Load a known backend if that has not been tried; what came of it is in the entry."""
+    entry = _entries[name]
+    if entry.instance is None:
+        with lock:
+            load_class(name)
+            if entry.instance is None and entry.failure is None:
+                with _attempt(entry):
+                    entry.instance = entry.cls() if isinstance(entry.cls, type) else entry.cls
+    return entry
+
+
+def load_class(name: str) -> Any:
+    """Import a backend's class, without making an instance; None where that fails."""
+    entry = _entries[name]
+    with lock:
+        if entry.cls is None and entry.failure is None:
+            with _attempt(entry):
+                if name in blocked():
+                    raise BackendUnavailableError(f"RAU_BLOCK = {os.environ['RAU_BLOCK']!r} names it")
+                cls = entry.load()
+                if fault := fault_of(cls):
+                    raise BackendUnavailableError(f"{cls!r} is no backend: {fault}")
+                entry.cls = cls
+    return entry.cls
+
+
+@contextmanager
+def _attempt(entry: Entry) -> Iterator[None]:
+    """Note in the entry what goes wrong: a plugin may do anything while it is loaded."""
+    entry.failure = BackendUnavailableError("it is still being loaded")  # what one hears that asks for itself
+    try:
+        yield
+        entry.failure = None
+    except (Exception, SystemExit) as error:
+        entry.failure = error
+    except BaseException:  # interrupted: the next one tries again
+        entry.failure = None
+        raise
+
+
+def fault_of(backend: Any) -> str:
+    """Say what a class or an instance lacks to be a backend; empty where it lacks nothing."""
+    if not isinstance(getattr(backend, "capabilities", None), Capabilities):
+        return "it has no attribute `capabilities`, a rau.backends.Capabilities"
+    return "" if callable(getattr(backend, "update", None)) else "it has no method `update`"
+
+
+def known(name: str) -> bool:
+    """Tell whether anybody has declared or registered a name."""
+    if name in _entries:
+        return True
+    _scan()
+    return name in _entries
+
+
+def get(name: str, origin: str = "") -> Any:
+    """Return a backend by name.
+
+    Parameters
+    ----------
+    name : str
+    origin : str, optional
+        Where the name comes from, for messages.
+
+    Returns
+    -------
+    Backend
+        One instance for the whole process.
+
+    Raises
+    ------
+    UnknownBackendError
+        If nobody has registered the name.
+    BackendUnavailableError
+        If it cannot be used here; the cause is chained.
+
+    Examples
+    --------
+    >>> get("numpy").name
+    'numpy'
+    """
+    asked = f" (asked for by {origin})" if origin else ""
+    if not isinstance(name, str) or not known(name):
+        import difflib
+
+        text = f"no backend is called {name!r}{asked}; known are {', '.join(names())}."
+        close = difflib.get_close_matches(name, names(), n=1) if isinstance(name, str) else []
+        if close:
+            text += f' Did you mean "{close[0]}"?'
+        raise UnknownBackendError(f"{text} {INSTALL_HINT}")
+    entry = load(name)
+    if entry.failure is not None:
+        raise BackendUnavailableError(
+            f'backend "{name}" is not available{asked}: {reason_of(entry.failure)}', name=name
+        ) from entry.failure
+    return entry.instance
+
+
+def reason_of(failure: BaseException) -> str:
+    """Word a failure in one line."""
+    text = " ".join(str(failure).split()) or "no reason given"
+    return text if isinstance(failure, RauError) else f"{type(failure).__name__}: {text}"
+
+
+def status() -> list[Status]:
+    """Try every backend and tell what came of it.
+
+    Returns
+    -------
+    list of Status
+        In the order of :func:`names`.
+    """
+    result = []
+    for name in names():
+        entry = load(name)
+        state = "available" if entry.failure is None else "unavailable"
+        if entry.failure is not None and name in blocked():
+            state = "blocked"
+        reason = [] if entry.failure is None else [reason_of(entry.failure)]
+        result.append(Status(name, entry.failure is None, state, "; ".join(reason + entry.notes), entry.origin))
+    return result
+
+
+def register(backend: Any, name: str | None = None) -> None:
+    """Make a backend known to this process.
+
+    Parameters
+    ----------
+    backend : Backend or type
+        An instance, or a class that is called without arguments on first need.
+    name : str, optional
+        The backend's own name by default.
+
+    Raises
+    ------
+    UnknownBackendError
+        If it has no name, or one that is taken, or is no backend.
+    """
+    name = name or getattr(backend, "name", None)
+    if not isinstance(name, str) or not name:
+        raise UnknownBackendError(f"{backend!r} has no name; expected a class attribute `name`, a str.")
+    if fault := fault_of(backend):
+        raise UnknownBackendError(f"{backend!r} is no backend: {fault}.")
+    with lock:
+        if known(name):
+            taken = _entries[name].origin
+            raise UnknownBackendError(f'the name "{name}" is taken ({taken}); choose another one.')
+        _entries[name] = Entry("registered", lambda: backend)
+
+
+@contextmanager
+def provisionally(backend: Any) -> Iterator[None]:
+    """Make a backend known for the length of a ``with`` block, in place of another one of its name.
+
+    Parameters
+    ----------
+    backend : Backend
+        An instance, such as a kernel under development that is being checked.
+    """
+    known(backend.name)
+    before = _entries.get(backend.name)
+    entry = Entry("under test", lambda: backend)
+    entry.cls = entry.instance = backend
+    _entries[backend.name] = entry
+    try:
+        yield
+    finally:
+        if before is None:
+            del _entries[backend.name]
+        else:
+            _entries[backend.name] = before
+
+
+def refresh() -> None:
+    """Forget what was loaded, what failed and what was registered; entry points are scanned anew on first need."""
+    global _scanned
+    with lock:
+        _entries.clear()
+        _entries.update({name: _builtin(*where) for name, where in _BUILT_IN.items()})
+        _scanned = False
+
+
+def array_types() -> set[str]:
+    """Types that the known plugins take, as "module:qualname"; imports their modules, makes no instance."""
+    types: set[str] = set()
+    for name in names():
+        declared = capabilities(name)
+        if declared is not None:
+            types.update(declared.array_types)
+    return types
+
+
+def capabilities(name: str) -> Any:
+    """Capabilities of a known backend, available here or not; None where its module cannot be imported."""
+    cls = load_class(name) if known(name) else None
+    return None if cls is None else cls.capabilities
