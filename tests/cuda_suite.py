@@ -1,6 +1,6 @@
 """The cuda backend's kernel under Triton's interpreter: on the CPU, and bit for bit what a GPU is to compute.
 
-The interpreter is chosen before Triton is imported, so these tests have a process of their own. `test_cuda.py` starts it;
+The interpreter is chosen before Triton is imported, so these tests have a process of their own. test_cuda.py starts it;
 by hand: TRITON_INTERPRET=1 python -m pytest tests/cuda_suite.py
 """
 
@@ -29,7 +29,7 @@ CUDA = CudaBackend()
 
 
 def affordable(case):
-    """Tell whether a case takes less than about a second: a program takes some 20 ms, and more for each piece of a row."""
+    """Tell whether a case takes a second at most: a program takes some 20 ms, and more for each piece of a row."""
     pieces = 1 + case.head_dim // 16
     return case.tokens * case.batch * case.heads * pieces * case.states <= 2500
 
@@ -45,24 +45,44 @@ GROUPS = sorted({case.id.partition("/")[0] for case in named() if affordable(cas
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_named_cases(group):
-    assert not differences(case for case in named() if case.id.startswith(f"{group}/") and affordable(case))
+    cases = [case for case in named() if case.id.startswith(f"{group}/") and affordable(case)]
+    if group == "statistics":  # the same in every dtype but one
+        cases = [case for case in cases if case.dtype in ("float64", "bfloat16")]
+    assert not differences(cases)
 
 
 def test_generated_cases():
-    assert not differences(case for case in generated(4, 80) if affordable(case))
+    assert not differences(case for case in generated(4, 50) if affordable(case))
 
 
-@pytest.mark.parametrize("lanes", [8, 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("K", [1, 2, 3, 5, 8])
-def test_number_of_states(K, dtype, lanes):
-    """Each has a kernel of its own, aligned rows and others."""
-    cases = [
-        Case(id=f"K/{K}-{dtype}-{lanes}-{head_dim}", tokens=7, heads=3, head_dim=head_dim, states=K, dtype=dtype, lanes=lanes,
-             statistics="empty", out="given")  # fmt: skip
-        for head_dim in (16, 19)
-    ]
-    assert not differences(cases)
+def test_number_of_states(K, dtype):
+    """Each is compiled apart, and so are aligned rows and others, 8 lanes and 1."""
+    common = {"tokens": 7, "heads": 3, "states": K, "dtype": dtype, "statistics": "empty", "out": "given"}
+    sizes = [(16, 1), (19, 8)] if K % 2 else [(16, 8), (19, 1)]
+    assert not differences(
+        Case(id=f"K/{K}-{dtype}-{lanes}-{D}", head_dim=D, lanes=lanes, **common) for D, lanes in sizes
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_of_minus_zero_adds_nothing(dtype):
+    """A negative sum far below: its product would be 0.0, and -0.0 the right answer."""
+    near = torch.full((1, 1, 16), -0.0).to(dtype), torch.zeros(1, 1, 1, 8), torch.ones(1, 1, 1, 8)
+    far = torch.full((1, 1, 16), torch.nan).to(dtype), torch.full((1, 1, 1, 8), -200.0), -torch.ones(1, 1, 1, 8)
+    for states in ((near, far), (far, near)):
+        merged = rau.ring_attention_update(*states[0], *states[1], backend=CUDA)
+        expected = rau.ring_attention_update(*states[0], *states[1], backend="cython")
+        assert merged.attn_out.signbit().all() and all(map(torch.equal, merged, expected))
+
+
+def test_sums_that_add_up_beyond_float64():
+    """Their shares are right all the same."""
+    total = torch.full((1, 1, 1, 8), 1.5e308, dtype=torch.float64)
+    state = torch.randn(1, 1, 16, dtype=torch.float64), torch.zeros_like(total), total
+    merged = rau.ring_attention_update(*state, *state, profile="portable", backend=CUDA)
+    assert torch.equal(merged.attn_out, state[0]) and merged.softmax_sum.isinf().all()
 
 
 def test_more_states_than_the_kernel_takes():
@@ -161,9 +181,10 @@ def merged(states, lengths, out=None):
     return CUDA.merge(problem, states, out)
 
 
-@pytest.mark.parametrize(
-    "lengths", [torch.tensor([0, 5, 12]), torch.tensor([0, 5, 12], dtype=torch.int32), torch.tensor([0, 1, 5, 1, 12])[::2]]
-)
+INT64 = torch.tensor([0, 5, 12])
+
+
+@pytest.mark.parametrize("lengths", [INT64, INT64.int(), INT64.repeat_interleave(2)[::2]], ids=["64", "32", "strided"])
 def test_lengths_as_a_tensor(lengths):
     states = packed_call()
     expected = rau.ring_attention_update(*states[0], *states[1], [0, 5, 12], "TND", softmax_layout="SBH",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,10 @@ class CudaBackend(TorchBackend):
             ) from error
         torch = self._torch
         if not INTERPRETED:
-            if not torch.cuda.is_available():
-                advice = "check the driver and CUDA_VISIBLE_DEVICES"
+            with warnings.catch_warnings(record=True, action="always") as said:  # of a driver that is too old
+                found = torch.cuda.is_available()
+            if not found:
+                advice = str(said[0].message) if said else "check the driver and CUDA_VISIBLE_DEVICES"
                 if not (torch.version.cuda or torch.version.hip):
                     advice = "it was built for the CPU alone; https://pytorch.org/get-started/locally has CUDA builds"
                 raise BackendUnavailableError(f"torch {torch.__version__} finds no CUDA device: {advice}")
@@ -133,8 +136,8 @@ class CudaBackend(TorchBackend):
             return torch.tensor(lengths)
         if torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
-                "actual_seq_qlen is on the host, whence a CUDA graph would not copy it again at each replay; pass it as "
-                f"a tensor of int64 on {problem.device}"
+                "actual_seq_qlen is on the host, whence a CUDA graph would not copy it again at each replay; pass it "
+                f"as a tensor of int64 on {problem.device}"
             )
         return torch.tensor(lengths, pin_memory=True).to(problem.device, non_blocking=True)
 
