@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -37,9 +36,10 @@ __all__ = [
     "select", "status", "use_backend",
 ]  # fmt: skip
 
-_logger = logging.getLogger("rau")
 # The innermost use_backend's name, and what was there before it.
 _Requested = tuple[str, Any] | None
+_logger: Any = None
+_DEBUG = 10  # logging.DEBUG
 _requested: ContextVar[_Requested] = ContextVar("rau_backend", default=None)
 
 # Who runs arrays of a kind of ours unasked, by kind and device, best first. Installing a plugin changes nothing here.
@@ -238,5 +238,11 @@ def _warn_core_missing(entry: Entry) -> None:
 
 def log_call(call: str, backend: Backend, origin: str) -> None:
     """One DEBUG line a call, on the logger "rau"."""
-    if _logger.isEnabledFor(logging.DEBUG):
+    global _logger
+    if _logger is None:
+        logging = sys.modules.get("logging")
+        if logging is None:
+            return  # nobody listens, and importing it would be a quarter of what `import rau` costs
+        _logger = logging.getLogger("rau")
+    if _logger.isEnabledFor(_DEBUG):
         _logger.debug("%s: backend %s (%s)", call, backend.name, origin)
