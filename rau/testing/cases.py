@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,8 @@ class Case:
     states : int
         2 calls ring_attention_update, anything else merge_states.
     statistics, outputs : str
-        Kinds of numbers: keys of `rau.testing.contents.STATISTICS` and `OUTPUTS`. Statistics "attention": the states are
-        real partial attention, outputs included.
+        Kinds of numbers: keys of `rau.testing.contents.STATISTICS` and `OUTPUTS`. Statistics "attention" and "flash": the states are
+        real partial attention, outputs included; "flash" is torch's FlashAttention on the CPU, with its log-sum-exp.
     attn_placement, stats_placement, out_placement : str
         How inputs and result lie in memory, see `rau.testing.memory`.
     out : {"fresh", "given", "prev", "cur"}
@@ -137,6 +138,8 @@ class Case:
         distinct = 1 if self.aliased else self.states
         if self.statistics == "attention":
             return contents.attention(rng, self, distinct)
+        if self.statistics == "flash":
+            return contents.flash(rng, self, distinct)
         maxima, sums = contents.fill_statistics(rng, self.statistics, distinct, int(np.prod(stats_shape[:-1])))
         states = []
         with np.errstate(all="ignore"):  # numbers that a narrow dtype cannot hold become infinite: so be it
@@ -301,6 +304,10 @@ def _named() -> Iterator[Case]:
     for layout in ("SBH", "BSND", "BNSD"):
         yield Case(id=f"layout/{layout}", layout=layout, batch=3, tokens=7, heads=5, head_dim=16)
         yield Case(id=f"layout/{layout}-attention", layout=layout, batch=2, tokens=9, heads=3, head_dim=16, statistics="attention")
+    if find_spec("torch"):
+        for dtype in ("float32", "bfloat16"):
+            yield Case(id=f"flash/{dtype}", layout="BNSD", batch=2, tokens=40, heads=3, head_dim=64, dtype=dtype, states=3,
+                       statistics="flash")  # fmt: skip
     vendor: dict[str, Any] = {"profile": "mindspore", "head_dim": 64, "heads": 3}
     lengths = {"even": (4, 4, 4), "uneven": (5, 1, 6), "zero-length": (0, 5, 0, 0, 7, 0), "one": (12,), "ones": (1,) * 12}
     for order, name in (("TND", "token-major"), ("SBH", "packed")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -168,4 +168,39 @@ def attention(rng: Generator, case: Case, states: int) -> list[AttentionState]:
             dtype=case.dtype if k == 0 else case.cur_dtype or case.dtype, **packed_lengths,
         )  # fmt: skip
         made.append(AttentionState(state[0], *(part[..., : case.lanes] for part in state[1:])))
+    return made
+
+
+def flash(rng: Generator, case: Case, states: int) -> list[AttentionState]:
+    """Make the partial states that torch's FlashAttention returns on the CPU: an output and its log-sum-exp.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    case : Case
+        Of layout "BNSD", in float32 or 16 bits.
+    states : int
+
+    Returns
+    -------
+    list of AttentionState
+        softmax_max holds the natural log-sum-exp, softmax_sum 1.
+    """
+    import torch
+
+    from rau.testing.cases import named_dtype
+
+    dtype = getattr(torch, case.dtype)
+
+    def draw(tokens: int) -> Any:
+        shape = case.batch, case.heads, tokens, case.head_dim
+        return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+
+    queries, made = draw(case.tokens), []
+    for _ in range(states):
+        keys = int(rng.integers(1, 20))
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, draw(keys), draw(keys))
+        bits = output.contiguous().view(torch.uint16 if dtype.itemsize == 2 else torch.int32).numpy()
+        lanes = lse.float().contiguous().numpy()[..., None].repeat(case.lanes, axis=-1)
+        made.append(AttentionState(bits.view(named_dtype(case.dtype)), lanes, np.ones_like(lanes)))
     return made
