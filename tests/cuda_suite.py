@@ -124,6 +124,36 @@ def test_autograd_hears_of_a_result_in_place():
         product.sum().backward()
 
 
+# ---- bfloat16 by integers -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def convert(source, target, dtype: tl.constexpr, narrow: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    values = tl.load(source + at)
+    tl.store(target + at, cuda_kernel._narrow(values, dtype) if narrow else cuda_kernel._widen(values, dtype))
+
+
+def test_all_of_bfloat16_is_widened():
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+    wide = torch.empty(1 << 16)
+    convert[(1,)](every, wide, dtype=tl.float32, narrow=False, SIZE=1 << 16)
+    assert torch.equal(wide.view(torch.int32), every.view(torch.int16).to(torch.int32) << 16)
+
+
+def test_rounding_to_bfloat16():
+    """To nearest even, subnormals and overflow included; a NaN stays one, a GPU's 0x7FFFFFFF too."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(-(1 << 31), 1 << 31, 1 << 16).astype(np.int32)
+    bits[1::2] = bits[1::2] >> 16 << 16 | rng.choice([0x7FFF, 0x8000, 0x8001], 1 << 15)  # ties and their neighbours
+    bits[:4] = [0x7FFFFFFF, -1, 0x7F7FFFFF, 0x7F800000]
+    values, rounded = torch.from_numpy(bits).view(torch.float32), torch.empty(1 << 16, dtype=torch.bfloat16)
+    convert[(1,)](values, rounded, dtype=tl.bfloat16, narrow=True, SIZE=1 << 16)
+    expected = values.to(torch.bfloat16)
+    same = rounded.view(torch.int16) == expected.view(torch.int16)
+    assert (same | (rounded.isnan() & expected.isnan())).all()
+
+
 # ---- lengths on a device: nobody has looked at them ---------------------------------------------------------------
 
 TOKENS, HEADS = 12, 3
