@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 import os
 
+import numpy as np
+
 from rau.errors import OptionError
 
 _MOST = 1024
@@ -67,7 +69,7 @@ def set_num_threads(n: int) -> None:
     """
     global _threads, _origin
     try:
-        number = 0 if isinstance(n, bool) else operator.index(n)
+        number = 0 if isinstance(n, (bool, np.bool_)) else operator.index(n)
     except TypeError:
         number = 0
     if not 1 <= number <= _MOST:

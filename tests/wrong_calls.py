@@ -83,7 +83,7 @@ ARRAYS = {
         {"prev_attn_out": masked},
         says=array_error(
             "prev_attn_out",
-            "of type numpy.ma.MaskedArray",
+            f"of type {np.ma.MaskedArray.__module__}.MaskedArray",  # moved with NumPy 2
             " A mask would be lost: fill it first; an empty row has softmax_sum 0.",
         ),
     ),
