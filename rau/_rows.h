@@ -42,9 +42,8 @@
 enum rau_format { RAU_F32, RAU_F16, RAU_BF16, RAU_F64 };
 
 enum {
-    RAU_RUN = 64,    /* rows weighed at a time; their float64 numbers stay in the first-level cache */
-    RAU_PIECE = 512, /* elements merged at a time, likewise */
-    RAU_AHEAD = 4    /* rows prefetched ahead */
+    RAU_RUN = 8,  /* rows weighed at a time, at most */
+    RAU_AHEAD = 4 /* rows prefetched ahead */
 };
 
 typedef struct { /* where the rows of one array of one tile lie; strides in bytes */
@@ -60,7 +59,7 @@ typedef struct {
     const rau_plane *sum;
     void *weights;                /* [states][tokens * heads], float, or double where statistics are */
     ptrdiff_t weight_token, weight_head; /* set by weigh, in elements */
-    double *numbers;              /* scratch: [2 * states][RAU_RUN] */
+    double *numbers;              /* scratch, aligned: [2 * states][RAU_RUN] */
     const char **sources;         /* scratch: [states] */
     double *shares;               /* scratch: [states] */
 } rau_tile;
@@ -74,22 +73,26 @@ typedef struct { /* one instruction-set version */
     rau_kernel rows_f32_f16, rows_f32_bf16; /* a float32 first state, 16-bit later ones */
 } rau_version;
 
-typedef union { uint32_t u; float f; } rau_bits32;
-typedef union { uint64_t u; double f; } rau_bits64;
-
+#define RAU_ITEM(format) ((format) == RAU_F32 ? 4 : 2) /* bytes; float64 has kernels of its own */
+#define RAU_STRING_(name) #name
+#define RAU_STRING(name) RAU_STRING_(name)
 #define RAU_PASTE_(a, b) a##_##b
 #define RAU_PASTE(a, b) RAU_PASTE_(a, b)
 #define RAU_NAME(name) RAU_PASTE(name, RAU_VERSION)
 
 #define RAU_VERSION baseline
 #define RAU_TARGET
-#define RAU_F16C 0
+#if defined(__GNUC__) && !defined(RAU_PLAIN_C)
+#define RAU_BYTES 16 /* SSE2, NEON, or what the processor has */
+#else
+#define RAU_BYTES 0
+#endif
 #include "_rows_isa.h"
 
 #ifdef RAU_VERSIONS
 #define RAU_VERSION avx2
 #define RAU_TARGET __attribute__((target("avx2,f16c")))
-#define RAU_F16C 1
+#define RAU_BYTES 32
 #include "_rows_isa.h"
 
 #define RAU_VERSION avx512
@@ -98,7 +101,7 @@ typedef union { uint64_t u; double f; } rau_bits64;
 #else
 #define RAU_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512")))
 #endif
-#define RAU_F16C 1
+#define RAU_BYTES 64
 #include "_rows_isa.h"
 #endif
 

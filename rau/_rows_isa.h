@@ -1,17 +1,109 @@
-/* The row kernels, for the version that RAU_VERSION, RAU_TARGET and RAU_F16C name. Plain loops, which the
-   compiler vectorises for the version; intrinsics only where it cannot. No include guard: _rows.h includes
-   this once for each version. */
+/* The row kernels, for the version that RAU_VERSION, RAU_TARGET and RAU_BYTES name. They are written once, in vectors of
+   RAU_BYTES bytes (GNU C's, which gcc and clang compile for any processor; 0: single numbers, for other compilers), with
+   intrinsics only for what vectors cannot say. No include guard: _rows.h includes this once for each version. */
+
+#if RAU_BYTES
+typedef float RAU_NAME(floats) __attribute__((vector_size(RAU_BYTES)));
+typedef uint32_t RAU_NAME(words) __attribute__((vector_size(RAU_BYTES)));
+typedef double RAU_NAME(doubles) __attribute__((vector_size(RAU_BYTES)));
+typedef uint64_t RAU_NAME(longs) __attribute__((vector_size(RAU_BYTES)));
+typedef float RAU_NAME(half_floats) __attribute__((vector_size(RAU_BYTES / 2))); /* as many as doubles */
+typedef uint16_t RAU_NAME(shorts) __attribute__((vector_size(RAU_BYTES / 2)));   /* as many as floats */
+#define CONVERT(type, x) __builtin_convertvector(x, type)
+#define ALL_BITS(type, comparison) ((type)(comparison)) /* or none */
+#else
+typedef float RAU_NAME(floats);
+typedef uint32_t RAU_NAME(words);
+typedef double RAU_NAME(doubles);
+typedef uint64_t RAU_NAME(longs);
+typedef float RAU_NAME(half_floats);
+typedef uint16_t RAU_NAME(shorts);
+#define CONVERT(type, x) ((type)(x))
+#define ALL_BITS(type, comparison) ((type)0 - (type)(comparison))
+#endif
+#define FLOATS RAU_NAME(floats)
+#define WORDS RAU_NAME(words)
+#define DOUBLES RAU_NAME(doubles)
+#define LONGS RAU_NAME(longs)
+#define HALF_FLOATS RAU_NAME(half_floats)
+#define SHORTS RAU_NAME(shorts)
+#define FLOATS_IN ((ptrdiff_t)(sizeof(FLOATS) / sizeof(float)))
+#define DOUBLES_IN ((ptrdiff_t)(sizeof(DOUBLES) / sizeof(double)))
+
+RAU_INLINE RAU_TARGET WORDS RAU_NAME(words_of)(FLOATS x) { WORDS bits; memcpy(&bits, &x, sizeof bits); return bits; }
+RAU_INLINE RAU_TARGET FLOATS RAU_NAME(floats_of)(WORDS bits) { FLOATS x; memcpy(&x, &bits, sizeof x); return x; }
+RAU_INLINE RAU_TARGET LONGS RAU_NAME(longs_of)(DOUBLES x) { LONGS bits; memcpy(&bits, &x, sizeof bits); return bits; }
+RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(doubles_of)(LONGS bits) { DOUBLES x; memcpy(&x, &bits, sizeof x); return x; }
+RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(all)(double x) { DOUBLES zero = {0}; return zero + x; }
+/* Comparisons, and the choice between two vectors by one. */
+#if RAU_BYTES == 64
+#define MASK __mmask8
+#define GREATER(x, y) _mm512_cmp_pd_mask((__m512d)(x), (__m512d)(y), _CMP_GT_OQ)
+#define EQUAL(x, y) _mm512_cmp_pd_mask((__m512d)(x), (__m512d)(y), _CMP_EQ_OQ)
+#define IS_NAN(x) _mm512_cmp_pd_mask((__m512d)(x), (__m512d)(x), _CMP_UNORD_Q)
+#define SELECT(mask, yes, no) ((DOUBLES)_mm512_mask_blend_pd((mask), (__m512d)(no), (__m512d)(yes)))
+#else
+#define MASK LONGS
+#define GREATER(x, y) ALL_BITS(LONGS, (x) > (y))
+#define EQUAL(x, y) ALL_BITS(LONGS, (x) == (y))
+#define IS_NAN(x) ALL_BITS(LONGS, (x) != (x))
+#if RAU_BYTES == 32
+#define SELECT(mask, yes, no) ((DOUBLES)_mm256_blendv_pd((__m256d)(no), (__m256d)(yes), (__m256d)(mask)))
+#else
+#define SELECT RAU_NAME(select)
+RAU_INLINE RAU_TARGET DOUBLES SELECT(LONGS mask, DOUBLES yes, DOUBLES no) {
+    return RAU_NAME(doubles_of)((mask & RAU_NAME(longs_of)(yes)) | (~mask & RAU_NAME(longs_of)(no)));
+}
+#endif
+#endif
+#define ALL RAU_NAME(all)
+
+/* Store a vector: 0 as usual, 16 or RAU_BYTES around the cache in pieces of so many bytes, which `to` is aligned to. */
+RAU_INLINE RAU_TARGET void RAU_NAME(put)(char *to, const void *vector, size_t bytes, int around) {
+#if defined(RAU_X86) && RAU_BYTES
+    if (around == 16) {
+        const __m128i *pieces = (const __m128i *)vector;
+        for (int i = 0; i < RAU_BYTES / 16; i++) _mm_stream_si128((__m128i *)to + i, _mm_loadu_si128(pieces + i));
+        return;
+    }
+#if RAU_BYTES == 64
+    if (around) {
+        _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(vector));
+        return;
+    }
+#elif RAU_BYTES == 32
+    if (around) {
+        _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)vector));
+        return;
+    }
+#endif
+#else
+    (void)around;
+#endif
+    memcpy(to, vector, bytes);
+}
+
+/* Which of put's ways an address allows. */
+RAU_INLINE RAU_TARGET int RAU_NAME(way)(const char *to, int stream) {
+#if RAU_BYTES
+    const uintptr_t at = (uintptr_t)to;
+    return !stream || at % 16 ? 0 : at % RAU_BYTES ? 16 : RAU_BYTES;
+#else
+    (void)to, (void)stream;
+    return 0;
+#endif
+}
 
 /* ---- weigh: statistics into weights ------------------------------------------------------------------ */
 
-/* The exponential of x <= 0 or NaN: see exp_nonpositive in backends/numpy_.py. */
-RAU_INLINE RAU_TARGET double RAU_NAME(rau_exp)(double x) {
-    const double round = 0x1.8p52;
-    double safe = x >= -708.0 ? x : 0.0;
-    double shifted = safe * 0x1.71547652b82fep+0 + round;
-    double k = shifted - round;
-    double r = (safe - k * 0x1.62e42feep-1) - k * 0x1.a39ef35793c76p-33;
-    double p = 1.0 / 479001600.0;
+/* The exponential of x <= 0 or NaN: see rau/backends/exponential.py. */
+RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(exp_nonpositive)(DOUBLES x) {
+    const DOUBLES zero = {0}, round = ALL(0x1.8p52), least = ALL(-708.0);
+    DOUBLES safe = SELECT(GREATER(least, x), zero, x);
+    DOUBLES shifted = safe * 0x1.71547652b82fep+0 + round;
+    DOUBLES k = shifted - round;
+    DOUBLES r = (safe - k * 0x1.62e42feep-1) - k * 0x1.a39ef35793c76p-33;
+    DOUBLES p = ALL(1.0 / 479001600.0);
     p = p * r + 1.0 / 39916800.0;
     p = p * r + 1.0 / 3628800.0;
     p = p * r + 1.0 / 362880.0;
@@ -24,364 +116,470 @@ RAU_INLINE RAU_TARGET double RAU_NAME(rau_exp)(double x) {
     p = p * r + 1.0 / 2.0;
     p = p * r + 1.0;
     p = p * r + 1.0;
-    rau_bits64 bits;
-    bits.f = shifted; /* its low bits hold k */
-    bits.u = (bits.u + 1023) << 52;
-    double result = p * bits.f;
-    result = x < -708.0 ? 0.0 : result;
-    return x != x ? x : result;
+    /* The low bits of `shifted` hold k: made an exponent, they are 2^k. */
+    DOUBLES power = RAU_NAME(doubles_of)((RAU_NAME(longs_of)(shifted) + 1023) << 52);
+    DOUBLES result = SELECT(GREATER(least, x), zero, p * power);
+    return SELECT(IS_NAN(x), x, result);
 }
 
-/* Merge `count` rows: numbers holds the maxima of each state, then the sums, RAU_RUN apart. Leaves the
-   weights in place of the maxima, and the merged maximum and sum in max and sum. */
-RAU_INLINE RAU_TARGET void RAU_NAME(rau_weigh_run)(
-    double *RAU_RESTRICT numbers, ptrdiff_t states, ptrdiff_t count, double *RAU_RESTRICT max, double *RAU_RESTRICT sum,
-    const int wide) {
-    double RAU_ALIGNED(live[RAU_RUN]), RAU_ALIGNED(alone[RAU_RUN]);
-    double *m = numbers, *l = numbers + states * RAU_RUN;
-    for (ptrdiff_t j = 0; j < count; j++) {
-        max[j] = -INFINITY;
-        sum[j] = 0.0;
-        live[j] = 0.0;
-        alone[j] = 0.0;
-    }
-    for (ptrdiff_t k = 0; k < states; k++)
-        for (ptrdiff_t j = 0; j < count; j++) {
-            double mk = m[k * RAU_RUN + j], lk = l[k * RAU_RUN + j];
-            int empty = (lk == 0.0) | (mk == -INFINITY);
-            mk = empty ? -INFINITY : mk;
-            /* An empty side is (-inf, 0) from here on, whatever stood there. */
-            m[k * RAU_RUN + j] = mk;
-            l[k * RAU_RUN + j] = empty ? 0.0 : lk;
-            max[j] = ((mk > max[j]) | (mk != mk)) ? mk : max[j]; /* a NaN stays: nothing is larger */
-            live[j] += empty ? 0.0 : 1.0;
-            alone[j] = empty ? alone[j] : lk;
-        }
-    for (ptrdiff_t k = 0; k < states; k++)
-        for (ptrdiff_t j = 0; j < count; j++) {
-            double mk = m[k * RAU_RUN + j], lk = l[k * RAU_RUN + j];
-            double a = lk * RAU_NAME(rau_exp)(mk - max[j]);
-            a = lk == 0.0 ? 0.0 : a;
-            m[k * RAU_RUN + j] = a;
-            sum[j] += a;
-        }
-    if (wide) { /* Finite sums may add up beyond float64; scaled by a power of two their shares are still right. */
-        for (ptrdiff_t j = 0; j < count; j++)
-            if (isinf(sum[j])) {
-                double scaled = 0.0;
-                for (ptrdiff_t k = 0; k < states; k++)
-                    scaled += m[k * RAU_RUN + j] *= 0x1p-64;
-                for (ptrdiff_t k = 0; k < states; k++)
-                    m[k * RAU_RUN + j] /= scaled;
-            } else {
-                for (ptrdiff_t k = 0; k < states; k++)
-                    m[k * RAU_RUN + j] /= sum[j];
-            }
-    } else {
-        for (ptrdiff_t k = 0; k < states; k++)
-            for (ptrdiff_t j = 0; j < count; j++)
-                m[k * RAU_RUN + j] /= sum[j];
-    }
-    for (ptrdiff_t k = 0; k < states; k++)
-        for (ptrdiff_t j = 0; j < count; j++) {
-            double w = live[j] == 1.0 ? 1.0 : m[k * RAU_RUN + j];
-            m[k * RAU_RUN + j] = l[k * RAU_RUN + j] == 0.0 ? 0.0 : w;
-        }
-    for (ptrdiff_t j = 0; j < count; j++)
-        sum[j] = live[j] == 1.0 ? alone[j] : sum[j]; /* a single live side comes back as it is */
-}
-
-RAU_INLINE RAU_TARGET void RAU_NAME(rau_weigh)(rau_tile *tile, const int wide) {
-    const ptrdiff_t states = tile->states, rows = tile->tokens * tile->heads, lanes = tile->lanes;
-    double RAU_ALIGNED(max[RAU_RUN]), RAU_ALIGNED(sum[RAU_RUN]);
-    /* Run along the axis whose rows are closer together. */
-    const ptrdiff_t by_token = tile->max[states].token, by_head = tile->max[states].head;
-    const int along_heads = tile->tokens == 1 || (tile->heads > 1 && by_head < by_token);
-    const ptrdiff_t inner = along_heads ? tile->heads : tile->tokens;
-    const ptrdiff_t outer = along_heads ? tile->tokens : tile->heads;
-    tile->weight_token = along_heads ? inner : 1;
-    tile->weight_head = along_heads ? 1 : inner;
-
-    for (ptrdiff_t o = 0; o < outer; o++)
-        for (ptrdiff_t i = 0; i < inner; i += RAU_RUN) {
-            const ptrdiff_t count = inner - i < RAU_RUN ? inner - i : RAU_RUN;
-            /* All inputs of these rows are read before anything is written: the result may stand on an input. */
-            for (ptrdiff_t k = 0; k < 2 * states; k++) {
-                const rau_plane *plane = k < states ? &tile->max[k] : &tile->sum[k - states];
-                const ptrdiff_t step = along_heads ? plane->head : plane->token;
-                const char *at = plane->base + o * (along_heads ? plane->token : plane->head) + i * step;
-                double *to = tile->numbers + k * RAU_RUN;
-                for (ptrdiff_t j = 0; j < count; j++)
-                    to[j] = wide ? *(const double *)(at + j * step) : *(const float *)(at + j * step);
-            }
-            RAU_NAME(rau_weigh_run)(tile->numbers, states, count, max, sum, wide);
-            for (ptrdiff_t k = 0; k < states; k++) {
-                const double *from = tile->numbers + k * RAU_RUN;
-                if (wide) {
-                    double *to = (double *)tile->weights + k * rows + o * inner + i;
-                    for (ptrdiff_t j = 0; j < count; j++) to[j] = from[j];
-                } else {
-                    float *to = (float *)tile->weights + k * rows + o * inner + i;
-                    for (ptrdiff_t j = 0; j < count; j++) to[j] = (float)from[j];
-                }
-            }
-            for (int part = 0; part < 2; part++) {
-                const rau_plane *plane = part ? &tile->sum[states] : &tile->max[states];
-                const double *from = part ? sum : max;
-                const ptrdiff_t step = along_heads ? plane->head : plane->token;
-                char *to = plane->base + o * (along_heads ? plane->token : plane->head) + i * step;
-                for (ptrdiff_t j = 0; j < count; j++, to += step) {
-                    if (wide) {
-                        for (ptrdiff_t lane = 0; lane < lanes; lane++) ((double *)to)[lane] = from[j];
-                    } else if (lanes == 8) {
-                        const float value = (float)from[j];
-                        for (int lane = 0; lane < 8; lane++) ((float *)to)[lane] = value;
-                    } else {
-                        for (ptrdiff_t lane = 0; lane < lanes; lane++) ((float *)to)[lane] = (float)from[j];
-                    }
-                }
-            }
-        }
-}
-
-static RAU_TARGET void RAU_NAME(rau_weigh_f32)(rau_tile *tile) { RAU_NAME(rau_weigh)(tile, 0); }
-static RAU_TARGET void RAU_NAME(rau_weigh_f64)(rau_tile *tile) { RAU_NAME(rau_weigh)(tile, 1); }
-
-/* ---- formats: widening is exact, narrowing rounds once, to nearest even ---------------------------------- */
-
-RAU_INLINE RAU_TARGET float RAU_NAME(rau_from_bf16)(uint16_t h) {
-    rau_bits32 bits;
-    bits.u = (uint32_t)h << 16;
-    return bits.f;
-}
-
-RAU_INLINE RAU_TARGET uint16_t RAU_NAME(rau_to_bf16)(float x) {
-    rau_bits32 bits;
-    bits.f = x;
-    uint32_t rounded = (bits.u + (0x7fffu + ((bits.u >> 16) & 1u))) >> 16;
-    return (uint16_t)((bits.u & 0x7fffffffu) > 0x7f800000u ? (bits.u >> 16) | 0x40u : rounded);
-}
-
-RAU_INLINE RAU_TARGET float RAU_NAME(rau_from_f16)(uint16_t h) {
-    rau_bits32 bits;
-    uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
-    bits.u = magnitude; /* the exponent is still biased by 15: 2^112 corrects it, subnormals included */
-    bits.f *= 0x1p112f;
-    bits.u |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u; /* infinity and NaN keep the largest exponent */
-    bits.u |= (uint32_t)(h & 0x8000u) << 16;
-    return bits.f;
-}
-
-RAU_INLINE RAU_TARGET uint16_t RAU_NAME(rau_to_f16)(float x) {
-    rau_bits32 bits, small;
-    bits.f = x;
-    const uint32_t sign = (bits.u >> 16) & 0x8000u, magnitude = bits.u & 0x7fffffffu;
-    /* Normal results: move the exponent's bias from 127 to 15 and round 13 bits away. */
-    uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    normal = normal > 0x7c00u ? 0x7c00u : normal; /* beyond the format: infinity */
-    /* Subnormal results are multiples of 2^-24, which is the spacing of floats next to 0.5. */
-    small.u = magnitude;
-    small.f += 0.5f;
-    uint32_t result = magnitude < 0x38800000u ? small.u - 0x3f000000u : normal;
-    result = magnitude > 0x7f800000u ? 0x7e00u : result;
-    return (uint16_t)(sign | result);
-}
-
-RAU_INLINE RAU_TARGET void RAU_NAME(rau_widen_f16)(float *RAU_RESTRICT to, const uint16_t *RAU_RESTRICT from, ptrdiff_t n) {
-    ptrdiff_t j = 0;
-#if RAU_F16C
-    for (; j + 8 <= n; j += 8)
-        _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + j))));
+#if RAU_BYTES == 64
+#define EACH_ROW(of) {of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)}
+#elif RAU_BYTES == 32
+#define EACH_ROW(of) {of(0), of(1), of(2), of(3)}
+#elif RAU_BYTES == 16
+#define EACH_ROW(of) {of(0), of(1)}
+#else
+#define EACH_ROW(of) {of(0)}
 #endif
-    for (; j < n; j++) to[j] = RAU_NAME(rau_from_f16)(from[j]);
+
+/* Lane 0 of `count` rows, `step` bytes apart; the first one stands for those beyond. */
+RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(load_rows)(const char *at, ptrdiff_t step, ptrdiff_t count, const int wide) {
+#define AT(j) (at + ((j) < count ? (j) * step : 0))
+#define DOUBLE_AT(j) *(const double *)AT(j)
+#define FLOAT_AT(j) *(const float *)AT(j)
+    if (wide) {
+        DOUBLES rows = EACH_ROW(DOUBLE_AT);
+        return rows;
+    }
+    HALF_FLOATS rows = EACH_ROW(FLOAT_AT);
+    return CONVERT(DOUBLES, rows);
+#undef AT
+#undef DOUBLE_AT
+#undef FLOAT_AT
 }
 
-RAU_INLINE RAU_TARGET void RAU_NAME(rau_narrow_f16)(uint16_t *RAU_RESTRICT to, const float *RAU_RESTRICT from, ptrdiff_t n) {
-    ptrdiff_t j = 0;
-#if RAU_F16C
-    for (; j + 8 <= n; j += 8)
-        _mm_storeu_si128((__m128i *)(to + j), _mm256_cvtps_ph(_mm256_loadu_ps(from + j), _MM_FROUND_TO_NEAREST_INT));
-#endif
-    for (; j < n; j++) to[j] = RAU_NAME(rau_to_f16)(from[j]);
-}
-
-/* ---- rows: one pass over the elements -------------------------------------------------------------------- */
-
-/* Copy around the cache where the address allows it; otherwise, and elsewhere, through it. */
-RAU_INLINE RAU_TARGET void RAU_NAME(rau_put)(char *to, const char *from, size_t bytes, int stream) {
-#ifdef RAU_X86
-    if (stream && ((uintptr_t)to & 15) == 0) {
-        size_t j = 0;
-        for (; j + 16 <= bytes; j += 16)
-            _mm_stream_si128((__m128i *)(to + j), _mm_loadu_si128((const __m128i *)(from + j)));
-        if (j < bytes) memcpy(to + j, from + j, bytes - j);
+/* Write a number into all lanes of each of `count` rows. */
+RAU_INLINE RAU_TARGET void RAU_NAME(store_rows)(
+    char *to, ptrdiff_t step, ptrdiff_t count, ptrdiff_t lanes, DOUBLES rows, int stream, const int wide) {
+    if (wide) {
+        double numbers[sizeof(DOUBLES) / sizeof(double)];
+        memcpy(numbers, &rows, sizeof numbers);
+        for (ptrdiff_t j = 0; j < count; j++, to += step)
+            for (ptrdiff_t lane = 0; lane < lanes; lane++) ((double *)to)[lane] = numbers[j];
+        return;
+    }
+    const HALF_FLOATS narrow = CONVERT(HALF_FLOATS, rows);
+    float numbers[sizeof(DOUBLES) / sizeof(double)];
+    memcpy(numbers, &narrow, sizeof numbers);
+#if defined(RAU_X86) && RAU_BYTES >= 32
+    if (lanes == 8 && stream && ((uintptr_t)to | (uintptr_t)step) % 32 == 0) {
+        for (ptrdiff_t j = 0; j < count; j++, to += step) _mm256_stream_ps((float *)to, _mm256_set1_ps(numbers[j]));
         return;
     }
 #else
     (void)stream;
 #endif
-    memcpy(to, from, bytes);
-}
-
-/* sum (+)= weight * elements */
-RAU_INLINE RAU_TARGET void RAU_NAME(rau_add_term)(
-    float *RAU_RESTRICT sum, const char *at, ptrdiff_t skip, ptrdiff_t n, float weight, const int format, const int first) {
-    float RAU_ALIGNED(wide[RAU_PIECE]);
-    const float *term = (const float *)at + skip;
-    if (format == RAU_BF16) {
-        const uint16_t *from = (const uint16_t *)at + skip;
-        if (first)
-            for (ptrdiff_t j = 0; j < n; j++) sum[j] = weight * RAU_NAME(rau_from_bf16)(from[j]);
+    for (ptrdiff_t j = 0; j < count; j++, to += step)
+        if (lanes == 8)
+            for (int lane = 0; lane < 8; lane++) ((float *)to)[lane] = numbers[j];
         else
-            for (ptrdiff_t j = 0; j < n; j++) sum[j] += weight * RAU_NAME(rau_from_bf16)(from[j]);
-        return;
-    }
-    if (format == RAU_F16) {
-        RAU_NAME(rau_widen_f16)(wide, (const uint16_t *)at + skip, n);
-        term = wide;
-    }
-    if (first)
-        for (ptrdiff_t j = 0; j < n; j++) sum[j] = weight * term[j];
-    else
-        for (ptrdiff_t j = 0; j < n; j++) sum[j] += weight * term[j];
+            for (ptrdiff_t lane = 0; lane < lanes; lane++) ((float *)to)[lane] = numbers[j];
 }
 
-/* sum = weight * elements + weight * elements: the case that matters, in one loop */
-RAU_INLINE RAU_TARGET void RAU_NAME(rau_two_terms)(
-    float *RAU_RESTRICT sum, const char *a, const char *b, ptrdiff_t skip, ptrdiff_t n, float wa, float wb, const int format) {
-    if (format == RAU_BF16) {
-        const uint16_t *x = (const uint16_t *)a + skip, *y = (const uint16_t *)b + skip;
-        for (ptrdiff_t j = 0; j < n; j++)
-            sum[j] = wa * RAU_NAME(rau_from_bf16)(x[j]) + wb * RAU_NAME(rau_from_bf16)(y[j]);
-    } else if (format == RAU_F16) {
-        float RAU_ALIGNED(wide_a[RAU_PIECE]), RAU_ALIGNED(wide_b[RAU_PIECE]);
-        RAU_NAME(rau_widen_f16)(wide_a, (const uint16_t *)a + skip, n);
-        RAU_NAME(rau_widen_f16)(wide_b, (const uint16_t *)b + skip, n);
-        for (ptrdiff_t j = 0; j < n; j++) sum[j] = wa * wide_a[j] + wb * wide_b[j];
-    } else {
-        const float *x = (const float *)a + skip, *y = (const float *)b + skip;
-        for (ptrdiff_t j = 0; j < n; j++) sum[j] = wa * x[j] + wb * y[j];
+/* Merge the statistics of `count` rows, as many as a vector holds or fewer, that start at (outer, inner). */
+RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
+    rau_tile *tile, const ptrdiff_t states, ptrdiff_t outer, ptrdiff_t inner, ptrdiff_t count, char *weights,
+    const int along_heads, const int wide) {
+    const DOUBLES zero = {0}, infinity = ALL(INFINITY), one = ALL(1.0);
+    DOUBLES both[4], *shares = states == 2 ? both : (DOUBLES *)tile->numbers, *sums = shares + states;
+    DOUBLES max = -infinity, sum = zero, live = zero, alone = zero;
+    /* All inputs of these rows are read before anything is written: the result may stand on an input. */
+#define STEP(plane) (along_heads ? (plane).head : (plane).token)
+#define ROWS_OF(plane) ((plane).base + outer * (along_heads ? (plane).token : (plane).head) + inner * STEP(plane))
+    for (ptrdiff_t k = 0; k < states; k++) {
+        DOUBLES m = RAU_NAME(load_rows)(ROWS_OF(tile->max[k]), STEP(tile->max[k]), count, wide);
+        DOUBLES l = RAU_NAME(load_rows)(ROWS_OF(tile->sum[k]), STEP(tile->sum[k]), count, wide);
+        /* An empty side is (-inf, 0) from here on, whatever stood there. */
+        const MASK empty = EQUAL(l, zero) | EQUAL(m, -infinity);
+        m = SELECT(empty, -infinity, m);
+        l = SELECT(empty, zero, l);
+        max = SELECT(GREATER(m, max) | IS_NAN(m), m, max); /* a NaN stays: nothing is larger */
+        live += SELECT(empty, zero, one);
+        alone = SELECT(empty, alone, l);
+        shares[k] = m;
+        sums[k] = l;
+    }
+    for (ptrdiff_t k = 0; k < states; k++) {
+        const DOUBLES share = sums[k] * RAU_NAME(exp_nonpositive)(shares[k] - max);
+        shares[k] = SELECT(EQUAL(sums[k], zero), zero, share);
+        sum += shares[k];
+    }
+    DOUBLES divisor = sum;
+    if (wide) { /* Finite sums may add up beyond float64; scaled by a power of two their shares are still right. */
+        const MASK huge = EQUAL(sum, infinity) | EQUAL(sum, -infinity);
+        DOUBLES scaled = zero;
+        for (ptrdiff_t k = 0; k < states; k++) {
+            const DOUBLES small = shares[k] * 0x1p-64;
+            scaled += small;
+            shares[k] = SELECT(huge, small, shares[k]);
+        }
+        divisor = SELECT(huge, scaled, sum);
+    }
+    const MASK single = EQUAL(live, one); /* a single live side comes back as it is */
+    for (ptrdiff_t k = 0; k < states; k++) {
+        DOUBLES weight = SELECT(single, one, shares[k] / divisor);
+        weight = SELECT(EQUAL(sums[k], zero), zero, weight);
+        char *to = weights + k * tile->tokens * tile->heads * (wide ? sizeof(double) : sizeof(float));
+        if (wide) {
+            memcpy(to, &weight, count * sizeof(double));
+        } else {
+            const HALF_FLOATS narrow = CONVERT(HALF_FLOATS, weight);
+            memcpy(to, &narrow, count * sizeof(float));
+        }
+    }
+    const rau_plane *to = &tile->max[states];
+    RAU_NAME(store_rows)(ROWS_OF(*to), STEP(*to), count, tile->lanes, max, tile->stream, wide);
+    to = &tile->sum[states];
+    RAU_NAME(store_rows)(ROWS_OF(*to), STEP(*to), count, tile->lanes, SELECT(single, alone, sum), tile->stream, wide);
+#undef STEP
+#undef ROWS_OF
+}
+
+RAU_INLINE RAU_TARGET void RAU_NAME(weigh_along)(rau_tile *tile, const ptrdiff_t states, const int along_heads, const int wide) {
+    ptrdiff_t inner = along_heads ? tile->heads : tile->tokens;
+    ptrdiff_t outer = along_heads ? tile->tokens : tile->heads;
+    tile->weight_token = along_heads ? inner : 1;
+    tile->weight_head = along_heads ? 1 : inner;
+    /* Where the other axis goes on at the end of this one, in every array, the two are walked as one: short axes would
+       make short runs. */
+    int one = 1;
+    for (ptrdiff_t k = 0; k <= states; k++) {
+        const rau_plane *max = &tile->max[k], *sum = &tile->sum[k];
+        one &= along_heads ? max->token == inner * max->head && sum->token == inner * sum->head
+                           : max->head == inner * max->token && sum->head == inner * sum->token;
+    }
+    if (one) {
+        inner *= outer;
+        outer = 1;
+    }
+    char *weights = (char *)tile->weights;
+    const ptrdiff_t item = wide ? sizeof(double) : sizeof(float);
+    for (ptrdiff_t o = 0; o < outer; o++, weights += inner * item) {
+        ptrdiff_t i = 0;
+        for (; i + DOUBLES_IN <= inner; i += DOUBLES_IN)
+            RAU_NAME(weigh_rows)(tile, states, o, i, DOUBLES_IN, weights + i * item, along_heads, wide);
+        if (i < inner) RAU_NAME(weigh_rows)(tile, states, o, i, inner - i, weights + i * item, along_heads, wide);
     }
 }
 
-RAU_INLINE RAU_TARGET void RAU_NAME(rau_store)(
-    char *to, const float *RAU_RESTRICT sum, ptrdiff_t skip, ptrdiff_t n, const int format, int stream) {
+RAU_INLINE RAU_TARGET void RAU_NAME(weigh)(rau_tile *tile, const int wide) {
+    /* Run along the axis whose rows are closer together. */
+    const rau_plane *result = &tile->max[tile->states];
+    const int along_heads = tile->tokens == 1 || (tile->heads > 1 && result->head < result->token);
+    if (tile->states == 2 && along_heads) RAU_NAME(weigh_along)(tile, 2, 1, wide);
+    else if (tile->states == 2) RAU_NAME(weigh_along)(tile, 2, 0, wide);
+    else RAU_NAME(weigh_along)(tile, tile->states, along_heads, wide);
+}
+
+static RAU_TARGET void RAU_NAME(weigh_f32)(rau_tile *tile) { RAU_NAME(weigh)(tile, 0); }
+static RAU_TARGET void RAU_NAME(weigh_f64)(rau_tile *tile) { RAU_NAME(weigh)(tile, 1); }
+
+/* ---- formats: widening is exact, narrowing rounds once, to nearest even ---------------------------------- */
+
+typedef struct { /* what is merged at a time: two vectors of float */
+    FLOATS a, b;
+} RAU_NAME(unit);
+#define UNIT RAU_NAME(unit)
+#define UNIT_IN (2 * FLOATS_IN)
+
+
+RAU_INLINE RAU_TARGET FLOATS RAU_NAME(from_f16)(const char *at) {
+#if RAU_BYTES == 64
+    return (FLOATS)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
+#elif RAU_BYTES == 32
+    return (FLOATS)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
+#else
+    SHORTS halves;
+    memcpy(&halves, at, sizeof halves);
+    const WORDS zero = {0}, h = CONVERT(WORDS, halves);
+    const WORDS magnitude = (h & 0x7fffu) << 13;
+    /* The exponent is still biased by 15: 2^112 corrects it, subnormals included. */
+    WORDS bits = RAU_NAME(words_of)(RAU_NAME(floats_of)(magnitude) * 0x1p112f);
+    bits |= ALL_BITS(WORDS, magnitude >= zero + 0x0f800000u) & 0x7f800000u; /* infinity and NaN keep the largest exponent */
+    return RAU_NAME(floats_of)(bits | (h & 0x8000u) << 16);
+#endif
+}
+
+#if RAU_BYTES < 32
+RAU_INLINE RAU_TARGET WORDS RAU_NAME(choose)(WORDS mask, WORDS yes, WORDS no) { return (mask & yes) | (~mask & no); }
+
+RAU_INLINE RAU_TARGET SHORTS RAU_NAME(to_f16)(FLOATS x) {
+    const WORDS zero = {0}, bits = RAU_NAME(words_of)(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    /* Normal results: move the exponent's bias from 127 to 15 and round 13 bits away. */
+    WORDS normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    normal = RAU_NAME(choose)(ALL_BITS(WORDS, normal > zero + 0x7c00u), zero + 0x7c00u, normal); /* too large: infinity */
+    /* Subnormal results are multiples of 2^-24, which is the spacing of floats next to 0.5. */
+    const WORDS small = RAU_NAME(words_of)(RAU_NAME(floats_of)(magnitude) + 0.5f) - 0x3f000000u;
+    WORDS result = RAU_NAME(choose)(ALL_BITS(WORDS, magnitude < zero + 0x38800000u), small, normal);
+    result = RAU_NAME(choose)(ALL_BITS(WORDS, magnitude > zero + 0x7f800000u), zero + 0x7e00u, result);
+    return CONVERT(SHORTS, result | sign);
+}
+#endif
+
+/* bfloat16, in the upper half of each word. */
+RAU_INLINE RAU_TARGET WORDS RAU_NAME(to_bf16)(FLOATS x) {
+    const WORDS bits = RAU_NAME(words_of)(x);
+    const WORDS rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
+#if RAU_BYTES == 64
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+    return (WORDS)_mm512_mask_mov_epi32((__m512i)rounded, nan, (__m512i)(bits | 0x400000u));
+#else
+    const WORDS nan = ALL_BITS(WORDS, x != x);
+    return (nan & (bits | 0x400000u)) | (~nan & rounded);
+#endif
+}
+
+/* Two vectors of elements. `paired`: the even ones and the odd ones of bfloat16, which lie in one word; otherwise in their
+   order. */
+RAU_INLINE RAU_TARGET UNIT RAU_NAME(load_unit)(const char *at, const int format, const int paired) {
+    UNIT unit;
     if (format == RAU_F32) {
-        RAU_NAME(rau_put)(to + 4 * skip, (const char *)sum, 4 * n, stream);
+        memcpy(&unit, at, sizeof unit);
+    } else if (format == RAU_F16) {
+        unit.a = RAU_NAME(from_f16)(at);
+        unit.b = RAU_NAME(from_f16)(at + sizeof(SHORTS));
+    } else if (paired) {
+        WORDS words;
+        memcpy(&words, at, sizeof words);
+        unit.a = RAU_NAME(floats_of)(words << 16);
+        unit.b = RAU_NAME(floats_of)(words & 0xffff0000u);
     } else {
-        uint16_t RAU_ALIGNED(half[RAU_PIECE]);
-        if (format == RAU_F16)
-            RAU_NAME(rau_narrow_f16)(half, sum, n);
-        else
-            for (ptrdiff_t j = 0; j < n; j++) half[j] = RAU_NAME(rau_to_bf16)(sum[j]);
-        RAU_NAME(rau_put)(to + 2 * skip, (const char *)half, 2 * n, stream);
+        SHORTS halves[2];
+        memcpy(halves, at, sizeof halves);
+        unit.a = RAU_NAME(floats_of)(CONVERT(WORDS, halves[0]) << 16);
+        unit.b = RAU_NAME(floats_of)(CONVERT(WORDS, halves[1]) << 16);
+    }
+    return unit;
+}
+
+RAU_INLINE RAU_TARGET void RAU_NAME(store_unit)(char *to, UNIT unit, int around, const int format) {
+    if (format == RAU_F32) {
+        RAU_NAME(put)(to, &unit.a, sizeof unit.a, around);
+        RAU_NAME(put)(to + sizeof unit.a, &unit.b, sizeof unit.b, around);
+    } else if (format == RAU_BF16) {
+        const WORDS words = (RAU_NAME(to_bf16)(unit.a) >> 16) | (RAU_NAME(to_bf16)(unit.b) & 0xffff0000u);
+        RAU_NAME(put)(to, &words, sizeof words, around);
+    } else {
+#if RAU_BYTES == 64
+        const __m256i a = _mm512_cvtps_ph((__m512)unit.a, _MM_FROUND_TO_NEAREST_INT);
+        const __m256i b = _mm512_cvtps_ph((__m512)unit.b, _MM_FROUND_TO_NEAREST_INT);
+        const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+#elif RAU_BYTES == 32
+        const __m128i a = _mm256_cvtps_ph((__m256)unit.a, _MM_FROUND_TO_NEAREST_INT);
+        const __m128i b = _mm256_cvtps_ph((__m256)unit.b, _MM_FROUND_TO_NEAREST_INT);
+        const __m256i halves = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
+#else
+        const SHORTS halves[2] = {RAU_NAME(to_f16)(unit.a), RAU_NAME(to_f16)(unit.b)};
+#endif
+        RAU_NAME(put)(to, &halves, sizeof halves, around);
     }
 }
 
-/* The states that have a weight in one row: their pointers and weights, packed together. A state without
-   one is not read. Returns how many there are; first_used tells whether state 0 is among them. */
-RAU_INLINE RAU_TARGET ptrdiff_t RAU_NAME(rau_gather)(rau_tile *tile, ptrdiff_t t, ptrdiff_t h, const int wide, int *first_used) {
-    const ptrdiff_t rows = tile->tokens * tile->heads, row = t * tile->weight_token + h * tile->weight_head;
-    ptrdiff_t used = 0;
-    *first_used = 0;
-    for (ptrdiff_t k = 0; k < tile->states; k++) {
-        const double w = wide ? ((const double *)tile->weights)[k * rows + row] : ((const float *)tile->weights)[k * rows + row];
-        if (w != 0.0) { /* NaN is a weight too */
-            tile->sources[used] = tile->attn[k].base + t * tile->attn[k].token + h * tile->attn[k].head;
-            tile->shares[used++] = w;
-            *first_used |= k == 0;
-        }
-    }
-    return used;
+/* ---- rows: one pass over the elements -------------------------------------------------------------------- */
+
+RAU_INLINE RAU_TARGET void RAU_NAME(prefetch)(const char *row, ptrdiff_t bytes) {
+    for (ptrdiff_t j = 0; j < bytes && j < 1024; j += 64) RAU_PREFETCH(row + j);
 }
 
-RAU_INLINE RAU_TARGET void RAU_NAME(rau_prefetch)(const rau_tile *tile, ptrdiff_t t, ptrdiff_t h, ptrdiff_t bytes, ptrdiff_t later_bytes) {
-    h += RAU_AHEAD;
-    if (h >= tile->heads) {
-        t += 1;
-        h -= tile->heads;
-        if (t >= tile->tokens || h >= tile->heads) return;
-    }
-    for (ptrdiff_t k = 0; k < tile->states; k++) {
-        const char *at = tile->attn[k].base + t * tile->attn[k].token + h * tile->attn[k].head;
-        const ptrdiff_t end = k ? later_bytes : bytes;
-        for (ptrdiff_t j = 0; j < end && j < 1024; j += 64) RAU_PREFETCH(at + j);
-    }
-}
-
-RAU_INLINE RAU_TARGET void RAU_NAME(rau_rows)(rau_tile *tile, const int format, const int later) {
-    float RAU_ALIGNED(sum[RAU_PIECE]);
-    const ptrdiff_t head_dim = tile->head_dim;
-    const rau_plane *result = &tile->attn[tile->states];
-    const ptrdiff_t bytes = head_dim * (format == RAU_F32 ? 4 : 2), later_bytes = head_dim * (later == RAU_F32 ? 4 : 2);
-    for (ptrdiff_t t = 0; t < tile->tokens; t++)
-        for (ptrdiff_t h = 0; h < tile->heads; h++) {
-            int first_used;
-            const ptrdiff_t used = RAU_NAME(rau_gather)(tile, t, h, 0, &first_used);
-            char *to = result->base + t * result->token + h * result->head;
-            RAU_NAME(rau_prefetch)(tile, t, h, bytes, later_bytes);
-            for (ptrdiff_t skip = 0; skip < head_dim; skip += RAU_PIECE) {
-                const ptrdiff_t n = head_dim - skip < RAU_PIECE ? head_dim - skip : RAU_PIECE;
-                if (used == 2 && (format == later || !first_used)) {
-                    RAU_NAME(rau_two_terms)(sum, tile->sources[0], tile->sources[1], skip, n, (float)tile->shares[0],
-                                            (float)tile->shares[1], later);
-                } else if (used == 0) {
-                    memset(sum, 0, n * sizeof(float));
-                } else {
-                    if (format == later || !first_used)
-                        RAU_NAME(rau_add_term)(sum, tile->sources[0], skip, n, (float)tile->shares[0], later, 1);
-                    else
-                        RAU_NAME(rau_add_term)(sum, tile->sources[0], skip, n, (float)tile->shares[0], format, 1);
-                    for (ptrdiff_t k = 1; k < used; k++)
-                        RAU_NAME(rau_add_term)(sum, tile->sources[k], skip, n, (float)tile->shares[k], later, 0);
-                }
-                RAU_NAME(rau_store)(to, sum, skip, n, format, tile->stream);
+/* A row of the result from its `used` sources, element by element in one pass. The first source's format is `lead`, the
+   others' `later`, the result's `format`. */
+RAU_INLINE RAU_TARGET void RAU_NAME(merge_row)(
+    char *to, const char *const *sources, const float *shares, const ptrdiff_t used, ptrdiff_t head_dim, int around,
+    const int lead, const int later, const int format) {
+    const int paired = lead == RAU_BF16 && format == RAU_BF16;
+    char piece[sizeof(UNIT)], *target;
+    for (ptrdiff_t j = 0; j < head_dim; j += UNIT_IN) {
+        const ptrdiff_t rest = head_dim - j; /* the end of a row passes through a piece of memory of our own */
+        UNIT sum = {0};
+        for (ptrdiff_t k = 0; k < used; k++) {
+            const int its = k ? later : lead;
+            const char *at = sources[k] + j * RAU_ITEM(its);
+            if (rest < UNIT_IN) {
+                memset(piece, 0, sizeof piece);
+                memcpy(piece, at, rest * RAU_ITEM(its));
+                at = piece;
             }
+            UNIT unit = RAU_NAME(load_unit)(at, its, paired);
+            unit.a *= shares[k];
+            unit.b *= shares[k];
+            sum.a = k ? sum.a + unit.a : unit.a;
+            sum.b = k ? sum.b + unit.b : unit.b;
+        }
+        target = to + j * RAU_ITEM(format);
+        if (rest < UNIT_IN) {
+            RAU_NAME(store_unit)(piece, sum, 0, format);
+            memcpy(target, piece, rest * RAU_ITEM(format));
+        } else {
+            RAU_NAME(store_unit)(target, sum, around, format);
+        }
+    }
+}
+
+/* The rows of a tile run along the axis on which those of the result are closer together. */
+typedef struct {
+    ptrdiff_t outer, inner;
+    int by_token;
+} RAU_NAME(walk);
+
+RAU_INLINE RAU_TARGET RAU_NAME(walk) RAU_NAME(walk_of)(const rau_tile *tile) {
+    const rau_plane *result = &tile->attn[tile->states];
+    RAU_NAME(walk) walk = {tile->tokens, tile->heads, 0};
+    if (tile->heads == 1 || (tile->tokens > 1 && result->token < result->head)) {
+        walk.outer = tile->heads;
+        walk.inner = tile->tokens;
+        walk.by_token = 1;
+    }
+    return walk;
+}
+
+#define ALONG(plane) (walk.by_token ? (plane).token : (plane).head)
+#define ACROSS(plane) (walk.by_token ? (plane).head : (plane).token)
+
+/* Two states: the case that matters. */
+RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_two)(const rau_tile *tile, const int format, const int later) {
+    const RAU_NAME(walk) walk = RAU_NAME(walk_of)(tile);
+    const rau_plane *attn = tile->attn;
+    const ptrdiff_t head_dim = tile->head_dim, count = tile->tokens * tile->heads;
+    const ptrdiff_t bytes = head_dim * RAU_ITEM(format), later_bytes = head_dim * RAU_ITEM(later);
+    const ptrdiff_t step_a = ALONG(attn[0]), step_b = ALONG(attn[1]), step_to = ALONG(attn[2]);
+    const ptrdiff_t step_weight = walk.by_token ? tile->weight_token : tile->weight_head;
+    for (ptrdiff_t o = 0; o < walk.outer; o++) {
+        const char *a = attn[0].base + o * ACROSS(attn[0]), *b = attn[1].base + o * ACROSS(attn[1]);
+        char *to = attn[2].base + o * ACROSS(attn[2]);
+        const float *weights = (const float *)tile->weights + o * (walk.by_token ? tile->weight_head : tile->weight_token);
+        for (ptrdiff_t i = 0; i < walk.inner; i++) {
+            if (i + RAU_AHEAD < walk.inner) {
+                RAU_NAME(prefetch)(a + RAU_AHEAD * step_a, bytes);
+                RAU_NAME(prefetch)(b + RAU_AHEAD * step_b, later_bytes);
+            }
+            const float shares[2] = {weights[0], weights[count]};
+            const char *sources[2] = {a, b};
+            const int around = RAU_NAME(way)(to, tile->stream);
+            /* A state without a weight is not read; NaN is a weight too. */
+            if (shares[0] != 0.0f && shares[1] != 0.0f)
+                RAU_NAME(merge_row)(to, sources, shares, 2, head_dim, around, format, later, format);
+            else if (shares[0] != 0.0f)
+                RAU_NAME(merge_row)(to, sources, shares, 1, head_dim, around, format, later, format);
+            else if (shares[1] != 0.0f)
+                RAU_NAME(merge_row)(to, sources + 1, shares + 1, 1, head_dim, around, later, later, format);
+            else
+                memset(to, 0, bytes);
+            a += step_a;
+            b += step_b;
+            to += step_to;
+            weights += step_weight;
+        }
+    }
+}
+
+RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_many)(rau_tile *tile, const int format, const int later) {
+    const RAU_NAME(walk) walk = RAU_NAME(walk_of)(tile);
+    const rau_plane *attn = tile->attn, *result = &attn[tile->states];
+    const ptrdiff_t head_dim = tile->head_dim, count = tile->tokens * tile->heads;
+    const ptrdiff_t bytes = head_dim * RAU_ITEM(format), later_bytes = head_dim * RAU_ITEM(later);
+    float *shares = (float *)tile->shares;
+    for (ptrdiff_t o = 0; o < walk.outer; o++)
+        for (ptrdiff_t i = 0; i < walk.inner; i++) {
+            const ptrdiff_t t = walk.by_token ? i : o, h = walk.by_token ? o : i;
+            const float *weights = (const float *)tile->weights + t * tile->weight_token + h * tile->weight_head;
+            ptrdiff_t used = 0;
+            int first_used = 0;
+            for (ptrdiff_t k = 0; k < tile->states; k++) {
+                const char *at = attn[k].base + t * attn[k].token + h * attn[k].head;
+                if (i + RAU_AHEAD < walk.inner) RAU_NAME(prefetch)(at + RAU_AHEAD * ALONG(attn[k]), k ? later_bytes : bytes);
+                const float weight = weights[k * count];
+                if (weight != 0.0f) {
+                    tile->sources[used] = at;
+                    shares[used++] = weight;
+                    first_used |= k == 0;
+                }
+            }
+            char *to = result->base + t * result->token + h * result->head;
+            const int around = RAU_NAME(way)(to, tile->stream);
+            if (used == 0)
+                memset(to, 0, bytes);
+            else if (format == later || first_used)
+                RAU_NAME(merge_row)(to, tile->sources, shares, used, head_dim, around, format, later, format);
+            else
+                RAU_NAME(merge_row)(to, tile->sources, shares, used, head_dim, around, later, later, format);
         }
 }
 
-static RAU_TARGET void RAU_NAME(rau_rows_f32)(rau_tile *tile) { RAU_NAME(rau_rows)(tile, RAU_F32, RAU_F32); }
-static RAU_TARGET void RAU_NAME(rau_rows_f16)(rau_tile *tile) { RAU_NAME(rau_rows)(tile, RAU_F16, RAU_F16); }
-static RAU_TARGET void RAU_NAME(rau_rows_bf16)(rau_tile *tile) { RAU_NAME(rau_rows)(tile, RAU_BF16, RAU_BF16); }
-static RAU_TARGET void RAU_NAME(rau_rows_f32_f16)(rau_tile *tile) { RAU_NAME(rau_rows)(tile, RAU_F32, RAU_F16); }
-static RAU_TARGET void RAU_NAME(rau_rows_f32_bf16)(rau_tile *tile) { RAU_NAME(rau_rows)(tile, RAU_F32, RAU_BF16); }
+RAU_INLINE RAU_TARGET void RAU_NAME(rows)(rau_tile *tile, const int format, const int later) {
+    if (tile->states == 2) RAU_NAME(rows_of_two)(tile, format, later);
+    else RAU_NAME(rows_of_many)(tile, format, later);
+}
 
-static RAU_TARGET void RAU_NAME(rau_rows_f64)(rau_tile *tile) {
-    double RAU_ALIGNED(sum[RAU_PIECE]);
-    const ptrdiff_t head_dim = tile->head_dim;
+static RAU_TARGET void RAU_NAME(rows_f32)(rau_tile *tile) { RAU_NAME(rows)(tile, RAU_F32, RAU_F32); }
+static RAU_TARGET void RAU_NAME(rows_f16)(rau_tile *tile) { RAU_NAME(rows)(tile, RAU_F16, RAU_F16); }
+static RAU_TARGET void RAU_NAME(rows_bf16)(rau_tile *tile) { RAU_NAME(rows)(tile, RAU_BF16, RAU_BF16); }
+static RAU_TARGET void RAU_NAME(rows_f32_f16)(rau_tile *tile) { RAU_NAME(rows)(tile, RAU_F32, RAU_F16); }
+static RAU_TARGET void RAU_NAME(rows_f32_bf16)(rau_tile *tile) { RAU_NAME(rows)(tile, RAU_F32, RAU_BF16); }
+
+static RAU_TARGET void RAU_NAME(rows_f64)(rau_tile *tile) {
+    const ptrdiff_t head_dim = tile->head_dim, count = tile->tokens * tile->heads;
     const rau_plane *result = &tile->attn[tile->states];
     for (ptrdiff_t t = 0; t < tile->tokens; t++)
         for (ptrdiff_t h = 0; h < tile->heads; h++) {
-            int first_used;
-            const ptrdiff_t used = RAU_NAME(rau_gather)(tile, t, h, 1, &first_used);
-            char *to = result->base + t * result->token + h * result->head;
-            RAU_NAME(rau_prefetch)(tile, t, h, 8 * head_dim, 8 * head_dim);
-            for (ptrdiff_t skip = 0; skip < head_dim; skip += RAU_PIECE) {
-                const ptrdiff_t n = head_dim - skip < RAU_PIECE ? head_dim - skip : RAU_PIECE;
-                if (used == 0) memset(sum, 0, n * sizeof(double));
+            const double *weights = (const double *)tile->weights + t * tile->weight_token + h * tile->weight_head;
+            double *to = (double *)(result->base + t * result->token + h * result->head);
+            ptrdiff_t used = 0;
+            for (ptrdiff_t k = 0; k < tile->states; k++)
+                if (weights[k * count] != 0.0) {
+                    tile->sources[used] = tile->attn[k].base + t * tile->attn[k].token + h * tile->attn[k].head;
+                    tile->shares[used++] = weights[k * count];
+                }
+            ptrdiff_t j = 0;
+            const int around = RAU_NAME(way)((const char *)to, tile->stream);
+            for (; j + DOUBLES_IN <= head_dim; j += DOUBLES_IN) {
+                DOUBLES sum = {0};
                 for (ptrdiff_t k = 0; k < used; k++) {
-                    const double *term = (const double *)tile->sources[k] + skip;
-                    const double weight = tile->shares[k];
-                    if (k == 0)
-                        for (ptrdiff_t j = 0; j < n; j++) sum[j] = weight * term[j];
-                    else
-                        for (ptrdiff_t j = 0; j < n; j++) sum[j] += weight * term[j];
+                    DOUBLES term;
+                    memcpy(&term, tile->sources[k] + j * sizeof(double), sizeof term);
+                    term *= tile->shares[k];
+                    sum = k ? sum + term : term;
                 }
-                RAU_NAME(rau_put)(to + 8 * skip, (const char *)sum, 8 * n, tile->stream);
+                RAU_NAME(put)((char *)(to + j), &sum, sizeof sum, around);
+            }
+            for (; j < head_dim; j++) {
+                double sum = 0.0;
+                for (ptrdiff_t k = 0; k < used; k++) {
+                    const double term = tile->shares[k] * ((const double *)tile->sources[k])[j];
+                    sum = k ? sum + term : term;
+                }
+                to[j] = sum;
             }
         }
 }
 
-#define RAU_STRING_(name) #name
-#define RAU_STRING(name) RAU_STRING_(name)
 static const rau_version RAU_NAME(rau_version) = {
     RAU_STRING(RAU_VERSION),
-    RAU_NAME(rau_weigh_f32), RAU_NAME(rau_weigh_f64),
-    RAU_NAME(rau_rows_f32), RAU_NAME(rau_rows_f16), RAU_NAME(rau_rows_bf16), RAU_NAME(rau_rows_f64),
-    RAU_NAME(rau_rows_f32_f16), RAU_NAME(rau_rows_f32_bf16),
+    RAU_NAME(weigh_f32), RAU_NAME(weigh_f64),
+    RAU_NAME(rows_f32), RAU_NAME(rows_f16), RAU_NAME(rows_bf16), RAU_NAME(rows_f64),
+    RAU_NAME(rows_f32_f16), RAU_NAME(rows_f32_bf16),
 };
-#undef RAU_STRING
-#undef RAU_STRING_
+
+#undef CONVERT
+#undef MASK
+#undef FLOATS
+#undef WORDS
+#undef DOUBLES
+#undef LONGS
+#undef HALF_FLOATS
+#undef SHORTS
+#undef FLOATS_IN
+#undef DOUBLES_IN
+#undef SELECT
+#undef ALL
+#undef ALL_BITS
+#undef GREATER
+#undef EQUAL
+#undef IS_NAN
+#undef EACH_ROW
+#undef UNIT
+#undef UNIT_IN
+#undef ALONG
+#undef ACROSS
 #undef RAU_VERSION
 #undef RAU_TARGET
-#undef RAU_F16C
+#undef RAU_BYTES
