@@ -579,3 +579,17 @@ def test_progress(folder, rich, monkeypatch, capsys):
             assert any(re.search(r"^ *\d+% \d+ cases, \d+/s, worst [01]\.\d+", line) for line in shown)
         assert main(["check", "numpy", "--select", "layout/*", "--json"]) == 0
         document(capsys)  # and nothing else
+
+
+def test_no_command_shows_what_there_is():
+    done = subprocess.run([sys.executable, "-m", "rau"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert "difftest" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "rau", "cases"], stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -159,6 +159,8 @@ def test_an_override_of_the_simd_version_is_taken_and_a_wrong_one_told():
     code = "import rau; rau.registry.get('cython'); from rau import _core; print(_core.simd())"
     for version in _core.simd_versions():
         assert python(code, RAU_SIMD=version).strip() == version
+    code += "; import os; del os.environ['RAU_SIMD']; rau.registry.refresh(); rau.registry.get('cython'); print(_core.simd())"
+    assert python(code, RAU_SIMD="baseline").split() == ["baseline", _core.simd_versions()[-1]]
     code = """
 import rau
 try:

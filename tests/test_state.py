@@ -3,6 +3,7 @@
 import decimal
 import itertools
 import math
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -34,12 +35,21 @@ def tokens(lse, dtype="float32"):
 
 FORMS = {  # layout, lse_layout: attn_out's shape and lse's for B, S, N, D = 2, 3, 4, 5 (or T = 3)
     ("SBH", None): ((3, 2, 20), (2, 4, 3)),
+    ("SBH", "BNS"): ((3, 2, 20), (2, 4, 3)),
+    ("SBH", "BSN"): ((3, 2, 20), (2, 3, 4)),
     ("TND", None): ((3, 4, 5), (3, 4)),
     ("TND", "TN"): ((3, 4, 5), (3, 4)),
     ("TND", "NT"): ((3, 4, 5), (4, 3)),
     ("BSND", None): ((2, 3, 4, 5), (2, 4, 3)),
+    ("BSND", "BSN"): ((2, 3, 4, 5), (2, 3, 4)),
     ("BNSD", None): ((2, 4, 3, 5), (2, 4, 3)),
+    ("BNSD", "BSN"): ((2, 4, 3, 5), (2, 3, 4)),
 }
+
+
+def in_order(lse, lse_layout):
+    """With the axes of the statistics, (B, N, S) or (T, N)."""
+    return lse.swapaxes(-1, -2) if lse_layout in ("BSN", "NT") else lse
 
 
 @pytest.mark.parametrize("base", ["e", "2"])
@@ -51,7 +61,7 @@ def test_from_lse_multiplies_nothing_by_8(layout, lse_layout, dtype, base):
     attn_out = np.zeros(shape, dtype)
     state = AttentionState.from_lse(attn_out, lse, base=base, layout=layout, lse_layout=lse_layout)
     assert state.attn_out is attn_out
-    rows = lse.T if lse_layout == "NT" else lse
+    rows = in_order(lse, lse_layout)
     for stats in state[1:]:
         assert stats.shape == (*rows.shape, 8)
         assert stats.dtype == lse.dtype
@@ -63,11 +73,52 @@ def test_from_lse_multiplies_nothing_by_8(layout, lse_layout, dtype, base):
         np.testing.assert_array_equal(state.softmax_max, np.repeat(rows[..., None], 8, axis=-1))
         assert (state.softmax_sum == 1).all()
         assert state.softmax_sum.strides == (0,) * state.softmax_sum.ndim
-    back = state.lse(base=base, layout=layout)
-    np.testing.assert_array_equal(back, rows) if base == "e" else np.testing.assert_allclose(back, rows, 1e-6)
+    back = state.lse(base=base, layout=layout, lse_layout=lse_layout)
+    np.testing.assert_array_equal(back, lse) if base == "e" else np.testing.assert_allclose(back, lse, 1e-6)
     # As it is, it can be merged.
     merged = rau.merge_states([state, state], layout=layout)
     np.testing.assert_allclose(merged.lse(base=base, layout=layout), rows + (math.log(2) if base == "e" else 1), 1e-6)
+
+
+def test_where_the_shape_does_not_tell_the_name_does():
+    """T = N: a wrong name cannot be seen, so that without one the call is refused (test_state_errors.py)."""
+    lse = np.arange(9.0, dtype="float32").reshape(3, 3)
+    for lse_layout in ("TN", "NT"):
+        state = AttentionState.from_lse(np.zeros((3, 3, 4), "f4"), lse, base="e", layout="TND", lse_layout=lse_layout)
+        np.testing.assert_array_equal(state.softmax_max[..., 0], in_order(lse, lse_layout))
+    one = AttentionState.from_lse(np.zeros((1, 1, 4), "f4"), lse[:1, :1], base="e", layout="TND")
+    assert one.softmax_max.shape == (1, 1, 8)
+
+
+def peak(call):
+    """Bytes that a call has allocated at most, arrays of NumPy included; its second time, when all is loaded."""
+    call()
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_lanes_of_stride_0_are_copied_nowhere(base, backend):
+    """Not by from_lse, not by the validator, not by a backend: merged into `out`, they cost what whole lanes cost."""
+    shape, rows = (1, 16, 1 << 12, 8), 16 << 12
+    attn_out, lse = np.zeros(shape, np.float32), np.zeros((1, 1 << 12, 16), np.float32)
+    options = {"base": base, "layout": "BNSD", "lse_layout": "BSN"}
+    state = AttentionState.from_lse(attn_out, lse, **options)
+    whole = AttentionState(attn_out, *map(np.ascontiguousarray, state[1:]))
+    out = AttentionState(*map(np.empty_like, whole))
+    if base == "e":
+        assert peak(lambda: AttentionState.from_lse(attn_out, lse, **options)) < 4096 < rows
+    cost = {
+        name: peak(lambda states=states: rau.merge_states(states, layout="BNSD", out=out, backend=backend))
+        for name, states in (("views", [state] * 3), ("whole", [whole] * 3))
+    }
+    assert abs(cost["views"] - cost["whole"]) < rows, cost
+    if backend == "cython":
+        assert cost["views"] < 8192, cost
 
 
 @given(st.lists(finite, min_size=1, max_size=20))
@@ -111,6 +162,30 @@ def test_minus_infinity_is_the_empty_row(base, dtype):
     other = AttentionState.from_lse(np.full_like(attn_out, 3), np.zeros_like(lse), base=base, layout="TND")
     assert (rau.merge_states([state, other], layout="TND").attn_out[0] == 3).all()
     assert state.lse(base=base, layout="TND").tolist()[0] == [-INF]
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_plus_infinity_is_the_empty_row_on_request(base):
+    attn_out, lse = tokens([INF, -INF, NAN, 0.5])
+    before = lse.copy()
+    state = AttentionState.from_lse(attn_out, lse, base=base, layout="TND", inf_is_empty=True)
+    np.testing.assert_array_equal(lse, before)
+    np.testing.assert_array_equal(state.softmax_max[:2], -INF)
+    assert np.isnan(state.softmax_max[2]).all()
+    np.testing.assert_array_equal(state.lse(base=base, layout="TND")[:, 0], np.float32([-INF, -INF, NAN, 0.5]))
+    as_it_is = AttentionState.from_lse(attn_out, lse, base=base, layout="TND")
+    assert (as_it_is.softmax_max[0] == INF).all()
+
+
+@given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=20))
+def test_round_trip_of_float64(numbers):
+    attn_out, lse = tokens(numbers, "float64")
+    for base in ("e", "2"):
+        back = AttentionState.from_lse(attn_out, lse, base=base, layout="TND").lse(base=base, layout="TND")
+        if base == "e":
+            np.testing.assert_array_equal(back, lse)
+        else:
+            assert (np.abs(back - lse) <= 2.0**-51 * np.abs(lse)).all()
 
 
 def test_float64_keeps_its_precision():
@@ -265,7 +340,7 @@ def test_merging_parts_is_softmax_over_all_keys(layout, lse_layout, base, parts,
 
     def state(chosen):
         out, lse = attend(chosen)
-        if layout == "TND" and lse_layout != "NT":
+        if lse_layout == "BSN" or (layout == "TND" and lse_layout != "NT"):
             lse = lse.swapaxes(1, 2)
         out, lse = out.transpose(order).reshape(shape), lse.reshape(lse_shape)
         return out.astype("float32"), np.ascontiguousarray(lse, "float32")
@@ -276,4 +351,4 @@ def test_merging_parts_is_softmax_over_all_keys(layout, lse_layout, base, parts,
     merged = rau.merge_states(states, layout=layout, backend=backend)
     out, lse = state(np.arange(keys))
     np.testing.assert_allclose(merged.attn_out, out, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(merged.lse(**options), lse.T if lse_layout == "NT" else lse, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(merged.lse(**options, lse_layout=lse_layout), lse, rtol=0, atol=2e-6)

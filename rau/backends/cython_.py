@@ -21,7 +21,7 @@ class CythonBackend(Backend):
     """The fast one on every CPU: one streaming pass over the states, in threads."""
 
     name = "cython"
-    capabilities = Capabilities(array_types=HOST_ARRAYS)
+    capabilities = Capabilities(array_types=HOST_ARRAYS, halves=True)
 
     def __init__(self) -> None:
         try:
@@ -29,11 +29,10 @@ class CythonBackend(Backend):
         except ImportError as error:
             raise BackendUnavailableError(f"{MISSING} [{error}]") from error
         version = os.environ.get("RAU_SIMD", "")
-        if version:
-            try:
-                _core.use_simd(version)
-            except ValueError as error:
-                raise BackendUnavailableError(f"RAU_SIMD = {version!r}: {error}") from error
+        try:
+            _core.use_simd(version or _core.simd_versions()[-1])
+        except ValueError as error:
+            raise BackendUnavailableError(f"RAU_SIMD = {version!r}: {error}") from error
         self._merge = _core.merge
 
     def update(

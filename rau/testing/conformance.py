@@ -21,7 +21,9 @@ from rau.testing.algebra import laws
 from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
 from rau.testing.checks import check_case, described, excluded_by, run
+from rau.testing.interop import recipes
 from rau.testing.report import Report
+from rau.testing.streams import streams
 
 GENERATED = 400  # cases beside the named ones
 
@@ -114,7 +116,8 @@ def check_backend(
     Each case checks the values against the oracle (within the bound times ``capabilities.tolerance``), dtypes and shapes,
     equal lanes, array kind and device, that inputs are unchanged, that `out` is what comes back and nothing beside it is
     written, and that a second run with another number of threads gives the same bits. Beside the cases stand the laws of
-    merging, a wrong call (nothing may be written), and calls from several threads at once.
+    merging, every way in which other libraries hand out a state, a StreamingMerge over the backend in each layout, whole
+    and in parts, a wrong call (nothing may be written), and calls from several threads at once.
 
     Examples
     --------
@@ -180,7 +183,7 @@ def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*")
         case = _fitting(backend, case)
         if fnmatchcase(case.id, select):
             every.append(Check(case.id, partial(_case, backend, case), excluded_by(backend, case)))
-    for id, law, dtype, reason in laws(backend):
+    for id, law, dtype, reason in (*laws(backend), *recipes(backend), *streams(backend)):
         every.append(Check(id, partial(law, backend, dtype), [reason] if reason else []))
     every.append(Check("calls/wrong-call-writes-nothing", partial(_wrong_call, backend), []))
     several = [_ordinary(backend, f"calls/threads-{i}", 40 + i) for i in range(4)]

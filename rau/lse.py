@@ -1,0 +1,167 @@
+"""Log-sum-exp: the layouts in which kernels hand it out, and what it has to do with a state's statistics.
+
+Written once for NumPy arrays and torch tensors, which spell alike all that is used here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from rau.layouts import SUM, block_table, row_index
+
+LSE_LAYOUTS = {"BNS": "(B, N, S)", "BSN": "(B, S, N)", "TN": "(T, N)", "NT": "(N, T)"}
+_SWAPPED = ("BSN", "NT")  # the others have the axes of the statistics
+_LN2 = math.log(2.0)
+
+
+def lse_layouts(layout: str) -> tuple[str, ...]:
+    """Name the layouts of a log-sum-exp that go with a layout of attention; the first has the statistics' axes.
+
+    Parameters
+    ----------
+    layout : str
+        A key of :data:`rau.layouts.LAYOUTS`.
+
+    Returns
+    -------
+    tuple of str
+
+    Examples
+    --------
+    >>> lse_layouts("BSND"), lse_layouts("TND")
+    (('BNS', 'BSN'), ('TN', 'NT'))
+    """
+    return ("TN", "NT") if layout == "TND" else ("BNS", "BSN")
+
+
+def arranged(lse: Any, lse_layout: str) -> Any:
+    """See a log-sum-exp with the axes of the statistics, or with those of `lse_layout`; it is its own inverse.
+
+    Parameters
+    ----------
+    lse : array
+    lse_layout : str
+        A key of :data:`LSE_LAYOUTS`.
+
+    Returns
+    -------
+    array
+        A view.
+    """
+    return lse.mT if lse_layout in _SWAPPED else lse
+
+
+def statistics(lse: Any, base: str, inf_is_empty: bool) -> tuple[Any, Any]:
+    """Turn a log-sum-exp into a maximum and a sum of 8 lanes each.
+
+    Parameters
+    ----------
+    lse : array, float32 or float64
+        With the axes of the statistics.
+    base : {"e", "2"}
+    inf_is_empty : bool
+        +inf stands for -inf.
+
+    Returns
+    -------
+    maximum, total : array, shape (*lse.shape, 8)
+        Views of stride 0 along the lanes; for base "e" the maximum is one of `lse`, unless `inf_is_empty`.
+    """
+    xp = _library(lse)
+    if inf_is_empty:
+        lse = xp.where(lse == math.inf, -math.inf, lse)
+    maximum, total = lse, xp.ones((), dtype=lse.dtype, device=lse.device)
+    if base == "2":
+        natural = _cast(lse, xp.float64) * _LN2
+        maximum = _cast(natural, lse.dtype)
+        finite = xp.isfinite(natural)
+        lost = xp.where(finite, natural, 0.0) - _cast(xp.where(finite, maximum, 0.0), xp.float64)
+        lost = xp.where(abs(lost) <= 64, lost, 0.0)  # beyond 2**30 a step of float32 is too much for l
+        total = _cast(_exp(xp, lost), lse.dtype)
+    shape = (*lse.shape, 8)
+    return xp.broadcast_to(maximum[..., None], shape), xp.broadcast_to(total[..., None], shape)
+
+
+def log_sum_exp(maximum: Any, total: Any, base: str) -> Any:
+    """Turn rows' statistics into their log-sum-exp; computed in float64, rounded once.
+
+    Parameters
+    ----------
+    maximum, total : array, float32 or float64
+        Without lanes.
+    base : {"e", "2"}
+
+    Returns
+    -------
+    array, shape and dtype of `maximum`
+    """
+    xp = _library(maximum)
+    empty = (total == 0) | (maximum == -math.inf)
+    # Numbers that are not used are replaced before they are computed with: their gradients would be 0 * inf.
+    m = xp.where(empty, 0.0, _cast(maximum, xp.float64))
+    l = xp.where(empty, 1.0, _cast(total, xp.float64))  # noqa: E741
+    result = m + xp.log(l)
+    if base == "2":
+        result = result / _LN2
+    return _cast(xp.where(empty, -math.inf, result), maximum.dtype)
+
+
+def reordered(stats: Any, lengths: Any, to: str) -> Any:
+    """Do what :func:`rau.reorder_softmax` says, to arguments that have been checked.
+
+    Parameters
+    ----------
+    stats : array, shape (T, N, ...)
+    lengths : ndarray of int64, or for torch tensors also one of them on a device
+    to : {"TND", "SBH"}
+
+    Returns
+    -------
+    array, shape and dtype of `stats`
+    """
+    xp = _library(stats)
+    rows: Any
+    tokens, heads = stats.shape[:2]
+    # Where the statistics of rows in token-major order stand among packed ones.
+    if xp is np:
+        stats = np.asarray(stats)  # a subclass might index in its own way
+        row = (heads, 1, 1)  # strides of a (T, N, 1) array
+        rows = row_index(block_table("TND", True, (1, tokens, heads, 1), lengths, (row,) * 3), 0, SUM)
+    else:
+        from rau.backends.torch_ import packed_rows
+
+        rows = packed_rows(lengths, tokens, heads, stats.device)
+    flat: Any = stats.reshape(tokens * heads, *stats.shape[2:])
+    if to == "TND":
+        return flat[rows].reshape(stats.shape)
+    result = xp.empty_like(flat)
+    result[rows] = flat
+    return result.reshape(stats.shape)
+
+
+def _library(array: Any) -> Any:
+    """The library of an array: numpy or torch."""
+    if isinstance(array, np.ndarray):
+        return np
+    import torch
+
+    return torch
+
+
+def _cast(array: Any, dtype: Any) -> Any:
+    return array.astype(dtype, copy=False) if isinstance(array, np.ndarray) else array.to(dtype)
+
+
+def _exp(xp: Any, x: Any) -> Any:
+    """The exponential of rau, for the same bits from NumPy and torch, whose own differ."""
+    if xp is np:
+        from rau.backends import numpy_
+
+        return numpy_.exp_nonpositive(x)
+    from rau.backends import torch_
+
+    # What the maximum lost by rounding has no gradient: with it the two parts of one number would cancel.
+    return torch_.exp_nonpositive(x.detach())

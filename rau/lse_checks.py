@@ -1,0 +1,213 @@
+"""What is asked of an output and its log-sum-exp before one is made of the other, and the words of what is refused.
+
+Everything here can be traced by torch.compile: shapes are compared, no value is read and no table is grown.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rau.arrays import kind_of, not_an_array
+from rau.layouts import LAYOUTS
+from rau.lengths import NAME
+from rau.lse import LSE_LAYOUTS, lse_layouts
+from rau.rules import Report
+
+
+def check_base(report: Report, base: object) -> None:
+    """Check the base of the logarithm.
+
+    Parameters
+    ----------
+    report : Report
+    base : object
+    """
+    note = " Natural logarithms: FlashAttention, PyTorch, vLLM. Base 2: FlashInfer."
+    report.choice("base", "base", base, ("e", "2"), note)
+
+
+def check_layouts(report: Report, layout: object, lse_layout: object) -> bool:
+    """Check the names of a layout of attention and of one of its log-sum-exp.
+
+    Parameters
+    ----------
+    report : Report
+    layout : object
+    lse_layout : object
+        None stands for the first of :func:`lse_layouts`.
+
+    Returns
+    -------
+    bool
+        Whether both exist and go together.
+    """
+    known = report.choice("layout", "layout", layout, LAYOUTS)
+    names = lse_layouts(str(layout)) if known else tuple(LSE_LAYOUTS)
+    note = f' With layout "{layout}" lse is {" or ".join(map(LSE_LAYOUTS.__getitem__, names))}.' if known else ""
+    return (lse_layout is None or report.choice("lse-layout", "lse_layout", lse_layout, names, note)) and known
+
+
+class Described(NamedTuple):
+    """What the checks ask of an array.
+
+    Attributes
+    ----------
+    kind : {"numpy", "torch"}
+    dtype, device : str
+    """
+
+    kind: str
+    dtype: str
+    device: str
+
+
+def check_array(report: Report, name: str, array: Any, rule: str, dtypes: tuple[str, ...] = ()) -> Described | None:
+    """Check that something is a NumPy array or a torch tensor, of one of some dtypes.
+
+    Parameters
+    ----------
+    report : Report
+    name : str
+    array : object
+    rule : str
+        The one of its dtype.
+    dtypes : tuple of str, optional
+        Any, by default.
+
+    Returns
+    -------
+    Described or None
+        None where it is not.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        # Not through its kind: a compiler that traces this would guard the kinds' tables, which grow meanwhile.
+        its = Described("torch", str(array.dtype).removeprefix("torch."), str(array.device))
+    else:
+        kind = kind_of(array)
+        if kind is None:
+            report.add("array", not_an_array(name, array))
+            return None
+        if kind.name != "numpy":
+            how = f"{name}.asnumpy()" if kind.name == "mindspore" else f"numpy.asarray({name})"
+            report.add("array", f"{name} is a {kind.name} array; expected a NumPy one or a torch tensor. Convert it: {how}.")
+            return None
+        its = Described("numpy", kind.dtype(array), kind.device(array))
+    if dtypes and its.dtype not in dtypes:
+        expected = f"one of {', '.join(dtypes)}" if len(dtypes) > 1 else dtypes[0]
+        report.add(rule, f"{name} has dtype {its.dtype}; expected {expected}.")
+        return None
+    return its
+
+
+def check_alike(report: Report, name: str, its: Described, other_name: str, other: Described) -> None:
+    """Check that two arrays are of one kind, on one device.
+
+    Parameters
+    ----------
+    report : Report
+    name, other_name : str
+    its, other : Described
+    """
+    if its.kind != other.kind:
+        report.add("array-kind", f"{name} is a {its.kind} array and {other_name} a {other.kind} one; expected one kind "
+                   "for both. Convert one of them first.")  # fmt: skip
+    elif its.device != other.device:
+        report.add("array-device", f"{name} is on {its.device} and {other_name} on {other.device}; expected one device "
+                   "for both. Move one of them first.")  # fmt: skip
+
+
+def check_lengths_here(report: Report, lengths: Any, name: str, stats: Any) -> None:
+    """Refuse lengths on a device for statistics that are on the host.
+
+    Parameters
+    ----------
+    report : Report
+    lengths : ndarray or device array, or None
+    name : str
+        Of `stats`.
+    stats : array
+    """
+    if isinstance(stats, np.ndarray) and lengths is not None and not isinstance(lengths, np.ndarray):
+        report.add("array-device", f"{NAME} is not on the host and {name} is a NumPy array; expected both on the host. "
+                   f"Pass {NAME}.cpu().")  # fmt: skip
+
+
+def check_shapes(report: Report, attn_out: Any, lse: Any, layout: str, lse_layout: str | None) -> str:
+    """Check that an output and a log-sum-exp fit together, and that it is known which axis is which.
+
+    Parameters
+    ----------
+    report : Report
+    attn_out, lse : array
+    layout : str
+    lse_layout : str or None
+        A valid name.
+
+    Returns
+    -------
+    str
+        The name of the layout of `lse`.
+    """
+    axes, names = LAYOUTS[layout], lse_layouts(layout)
+    name = lse_layout or names[0]
+    shape, given = tuple(attn_out.shape), tuple(lse.shape)
+    form = LSE_LAYOUTS[name]
+    if len(shape) != axes.attn.count(",") + 1:
+        report.add("rank", f'attn_out has shape {shape}; layout "{layout}" expects {axes.attn}.')
+    elif len(given) != len(name):
+        known = f'lse_layout "{name}"' if lse_layout else f'layout "{layout}"'
+        hint = " Drop its last axis: lse[..., 0]." if given == (*given[: len(name)], 1) else ""
+        report.add("rank", f"lse has shape {given}; {known} expects {form}.{hint}")
+    else:
+        expected = {each: _expected(shape, given, layout, each) for each in names}
+        other = names[name == names[0]]
+        if given != expected[name]:
+            _say_shapes(report, shape, given, layout, name, expected)
+        elif layout == "TND" and lse_layout is None and given == expected[other] and given[0] > 1:
+            # Both orders are common, and taken for one another they give wrong numbers without a word.
+            report.add("lse-layout", f"lse has shape {given}: with T = N = {given[0]} it does not tell (T, N) from "
+                       '(N, T). Pass lse_layout="TN" (FlashInfer) or "NT" (vLLM, FlashAttention\'s varlen calls).')  # fmt: skip
+    return name
+
+
+def _expected(shape: tuple[int, ...], given: tuple[int, ...], layout: str, name: str) -> tuple[int, ...] | None:
+    """Shape of a log-sum-exp in a layout; None where H is no multiple of the heads that `given` would have."""
+    axes = LAYOUTS[layout]
+    tokens = shape[axes.attn_token]
+    if axes.attn_head is not None:
+        heads = shape[axes.attn_head]
+    else:
+        heads = given[name.index("N")]
+        if shape[-1] % heads if heads else shape[-1]:
+            return None
+    rows = (tokens, heads) if name in ("BSN", "TN") else (heads, tokens)
+    return rows if axes.attn_batch is None else (shape[axes.attn_batch], *rows)
+
+
+def _say_shapes(
+    report: Report,
+    shape: tuple[int, ...],
+    given: tuple[int, ...],
+    layout: str,
+    name: str,
+    expected: dict[str, tuple[int, ...] | None],
+) -> None:
+    """Note a log-sum-exp that does not fit, and what it seems to be."""
+    hint = ""
+    for other in expected:
+        if other != name and given == expected[other]:
+            hint = f' It looks like {LSE_LAYOUTS[other]}: pass lse_layout="{other}".'
+    wanted = expected[name]
+    if wanted is None:
+        heads = given[name.index("N")]
+        report.add("heads-divide-hidden", f"attn_out has H = {shape[-1]} and lse N = {heads} heads (shape {given}, read "
+                   f"as {LSE_LAYOUTS[name]}); expected H = N * D.{hint}")  # fmt: skip
+        return
+    if not hint and name == "BNS" and given[:-1] == wanted[:-1] and given[-1] > wanted[-1]:
+        hint = f" Some kernels pad it: pass lse[..., :{wanted[-1]}]."
+    report.add("shape-stats", f'lse has shape {given}; for attn_out of shape {shape} layout "{layout}" expects '
+               f"{LSE_LAYOUTS[name]} = {wanted}.{hint}")  # fmt: skip
