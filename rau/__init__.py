@@ -29,6 +29,7 @@ from rau.update import merge_states, ring_attention_update
 if TYPE_CHECKING:
     from rau import compat, registry, testing
     from rau.config import show_config
+    from rau.streaming import StreamingMerge
 
 __all__ = [
     "AttentionState",
@@ -39,6 +40,7 @@ __all__ = [
     "OptionError",
     "RauError",
     "ShapeError",
+    "StreamingMerge",
     "UnknownBackendError",
     "UnsupportedError",
     "__version__",
@@ -66,6 +68,10 @@ def __getattr__(name: str) -> Any:
         from rau.config import show_config
 
         return show_config
+    if name == "StreamingMerge":
+        from rau.streaming import StreamingMerge
+
+        return StreamingMerge
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

@@ -30,6 +30,7 @@ def bind(
     out: Sequence[Any] | None,
     profile: str,
     check: str,
+    half: str | None = None,
 ) -> tuple[Problem, Sequence[Sequence[Any]]]:
     """Check a call and describe it.
 
@@ -43,6 +44,8 @@ def bind(
         Gives the caller's name of array `field` of state `state`.
     actual_seq_qlen, layout, softmax_layout, out, profile, check
         As in :func:`rau.ring_attention_update`.
+    half : {"front", "back"}, optional
+        As in :class:`Problem`; here the first state and `out` are of the later state's shape all the same.
 
     Returns
     -------
@@ -56,7 +59,7 @@ def bind(
         With everything that is wrong with the call.
     """
     report = Report(call)
-    layout, limits = _check_options(report, layout, softmax_layout, profile, check)
+    layout, limits = check_options(report, layout, softmax_layout, profile, check)
     packed = layout == "TND" and softmax_layout == "SBH"
     into = out if out is not None and is_triple(report, out) else None
     kind = _check_arrays(report, states, names)
@@ -95,12 +98,12 @@ def bind(
         B=B, S=S, T=T, N=N, D=D, lanes=shapes[1][-1],
         dtype=dtype, cur_dtype=cur_dtype, stats_dtype=stats_dtype, shape=shapes[0], stats_shape=shapes[1],
         actual_seq_qlen=qlen, kind=kind.name, array_types=type_names(type(states[0][0])),
-        device=kind.device(states[0][0]), in_place=in_place, strides=strides,
+        device=kind.device(states[0][0]), in_place=in_place, strides=strides, half=half,
     )  # fmt: skip
     return problem, regular
 
 
-def _check_options(
+def check_options(
     report: Report, layout: str, softmax_layout: str, profile: str, check: str
 ) -> tuple[str, Profile]:
     """Check the names; return the layout, empty where there is no such, and the limits."""

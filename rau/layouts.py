@@ -15,7 +15,8 @@ then, for each of the K input states and last for the result, nine columns:
 ``SUM + 0..2``   the same three of ``softmax_sum``
 ===============  ===============================================================================
 
-All of them count elements, from the operand's first element; :func:`column` finds an operand's.
+All of them count elements, from the operand's first element; :func:`column` finds an operand's. Since each operand has
+entries of its own, halves of sequences can be merged into a state of whole ones where they are.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def block_table(
     lengths: tuple[int, int, int, int],
     cumulative: np.ndarray | None,
     strides: Sequence[Sequence[int]],
+    half: str | None = None,
 ) -> np.ndarray:
     """Make the table of blocks of one call.
 
@@ -138,10 +140,12 @@ def block_table(
     lengths : tuple of int
         (B, tokens of a batch entry or of the whole, N, D).
     cumulative : ndarray of int64, shape (sequences + 1,), or None
-        Cumulative sequence lengths; read only where `packed`.
+        Cumulative sequence lengths; read only where `packed`, and for a half.
     strides : sequence of sequences of int
         Strides in elements of attn_out, softmax_max, softmax_sum of each input state, then of the result:
         3 * (K + 1) entries.
+    half : {"front", "back"}, optional
+        In layout "TND": the first state and the result hold sequences twice as long, and this half of each is meant.
 
     Returns
     -------
@@ -158,7 +162,7 @@ def block_table(
             0, total[token], total[head],
         )  # fmt: skip
 
-    if not packed:
+    if not packed and half is None:
         if attn_batch is None or stats_batch is None or batch == 1:
             return np.array((line,), dtype=np.int64)
         table = np.empty((batch, len(line)), dtype=np.int64)
@@ -175,13 +179,16 @@ def block_table(
     table[:, TOKENS] = length
     for index, stride in enumerate(strides):
         first = 2 + 3 * index
-        if index % 3 == 0:
-            table[:, first] = start * stride[attn_token]
+        begin, own, skip = start, length, 0 * length  # a sequence's place in this array; how many of its tokens to pass over
+        if half is not None and index // 3 in (0, len(strides) // 3 - 1):
+            begin, own, skip = 2 * start, 2 * length, length * (half == "back")
+        if not packed or index % 3 == 0:
+            table[:, first] = (begin + skip) * stride[attn_token]
         else:
             row = stride[1] if heads != 1 else stride[0]  # as packed_row_stride has checked
-            table[:, first] = start * (heads * row)
+            table[:, first] = (begin * heads + skip) * row
             table[:, first + 1] = row
-            table[:, first + 2] = length * row
+            table[:, first + 2] = own * row
     return table
 
 

@@ -38,6 +38,9 @@ class Problem:
     device : str
     in_place : bool
         The result is written over an input.
+    half : {"front", "back"} or None
+        In TND, of an update in place: the first state, which is the result too, holds sequences twice as long, and this
+        half of each is meant. Lengths and shapes here are the later state's; where each row is, `blocks` tells.
     strides : tuple of tuples of int
         Strides in elements of each input's three arrays, then of the result's.
     blocks : ndarray of int64, shape (blocks, 2 + 9 * (K + 1)), or None
@@ -46,7 +49,7 @@ class Problem:
 
     __slots__ = (
         "B", "D", "K", "N", "S", "T", "_blocks", "_strides", "actual_seq_qlen", "array_types", "cur_dtype",
-        "device", "dtype", "in_place", "kind", "lanes", "layout", "profile", "shape", "softmax_layout",
+        "device", "dtype", "half", "in_place", "kind", "lanes", "layout", "profile", "shape", "softmax_layout",
         "stats_dtype", "stats_shape",
     )  # fmt: skip
 
@@ -74,6 +77,7 @@ class Problem:
         device: str,
         in_place: bool,
         strides: tuple[tuple[int, ...], ...] | None,
+        half: str | None = None,
     ) -> None:
         self.layout, self.softmax_layout, self.profile = layout, softmax_layout, profile
         self.K, self.B, self.S, self.T, self.N, self.D, self.lanes = K, B, S, T, N, D, lanes
@@ -81,7 +85,7 @@ class Problem:
         self.shape, self.stats_shape = shape, stats_shape
         self.actual_seq_qlen = actual_seq_qlen
         self.kind, self.array_types, self.device = kind, array_types, device
-        self.in_place = in_place
+        self.in_place, self.half = in_place, half
         self._strides = strides
         self._blocks: np.ndarray | None = None
 
@@ -99,18 +103,22 @@ class Problem:
 
     @property
     def blocks(self) -> np.ndarray | None:
-        if self._blocks is None and (isinstance(self.actual_seq_qlen, np.ndarray) or not self.packed):
+        anywhere = not self.packed and self.half is None  # it takes no lengths to find the rows
+        if self._blocks is None and (isinstance(self.actual_seq_qlen, np.ndarray) or anywhere):
             tokens = self.T if self.layout == "TND" else self.S
             assert tokens is not None
             lengths = (self.B, tokens, self.N, self.D)
-            self._blocks = block_table(self.layout, self.packed, lengths, self.actual_seq_qlen, self.strides)
+            self._blocks = block_table(
+                self.layout, self.packed, lengths, self.actual_seq_qlen, self.strides, self.half
+            )
         return self._blocks
 
     def __repr__(self) -> str:
         lengths = ", ".join(f"{name}={getattr(self, name)}" for name in "BSTND")
         order = f", softmax_layout={self.softmax_layout!r}" if self.layout == "TND" else ""
+        half = f", {self.half} halves" if self.half else ""
         dtype = self.dtype if self.dtype == self.cur_dtype else f"{self.cur_dtype} into {self.dtype}"
         return (
-            f"Problem(layout={self.layout!r}{order}, {lengths}, lanes={self.lanes}, {dtype}, "
+            f"Problem(layout={self.layout!r}{order}{half}, {lengths}, lanes={self.lanes}, {dtype}, "
             f"K={self.K}, kind={self.kind!r}, device={self.device!r}, profile={self.profile!r})"
         )

@@ -38,6 +38,9 @@ class Capabilities:
     lanes : tuple of int
     in_place : bool
         The result may be written over an input.
+    halves : bool
+        It takes problems with a `half`, as any that walks ``problem.blocks`` does. Of others StreamingMerge makes several
+        calls without.
     differentiable : bool
     deterministic : bool
         The same bits at every run and for any number of threads.
@@ -59,6 +62,7 @@ class Capabilities:
     softmax_layouts: tuple[str, ...] = ("TND", "SBH")
     lanes: tuple[int, ...] = (8, 1)
     in_place: bool = True
+    halves: bool = False
     differentiable: bool = False
     deterministic: bool = True
     max_heads: int | None = None
@@ -92,6 +96,8 @@ class Capabilities:
             reasons.append(f"{problem.lanes} lanes, of {' or '.join(map(str, self.lanes))}")
         if problem.in_place and not self.in_place:
             reasons.append("it does not write over its inputs")
+        if problem.half is not None and not self.halves:
+            reasons.append("it takes no halves of sequences")
         if self.max_heads is not None and problem.N > self.max_heads:
             reasons.append(f"N = {problem.N} > {self.max_heads}")
         if self.max_head_dim is not None and problem.D > self.max_head_dim:
@@ -129,7 +135,10 @@ class Capabilities:
         list of str
         """
         reasons = []
-        if not any(name in self.array_types for name in problem.array_types):
+        for name in problem.array_types:
+            if name in self.array_types:
+                break
+        else:
             reasons.append(f"{problem.array_types[0]} is none of {', '.join(self.array_types)}")
         if self.devices is not None and problem.device.partition(":")[0] not in self.devices:
             reasons.append(f"device {problem.device} is none of {', '.join(self.devices)}")

@@ -32,7 +32,9 @@ class CudaBackend(TorchBackend):
     """One streaming pass over the states; what the kernel does not do is left to ATen, with the same bits."""
 
     name = "cuda"
-    capabilities = Capabilities(array_types=("torch:Tensor",), devices=("cpu",) if INTERPRETED else ("cuda",))
+    capabilities = Capabilities(
+        array_types=("torch:Tensor",), devices=("cpu",) if INTERPRETED else ("cuda",), halves=True
+    )
 
     def __init__(self) -> None:
         try:
@@ -77,7 +79,7 @@ class CudaBackend(TorchBackend):
             torch.autograd.graph.increment_version(out)  # what autograd may have saved of it will be gone
         if problem.T * problem.N:
             with torch.cuda.device_of(first.attn_out), self._alone():
-                lengths = self._lengths(problem) if problem.packed else None
+                lengths = self._lengths(problem) if problem.packed or problem.half else None
                 arrays = [array for state in (*states, out) for array in state]
                 grid, arguments, options = self.launch(problem, arrays, lengths)
                 self._kernel.merge[grid](*arguments, **options)  # on the current stream
@@ -94,15 +96,15 @@ class CudaBackend(TorchBackend):
         arrays : sequence of 3 * (K + 1) Tensors
             Of the inputs, then of the result.
         lengths : Tensor of int64, or None
-            Cumulative sequence lengths where the statistics are packed.
+            Cumulative sequence lengths where the statistics are packed, or halves of sequences are meant.
 
         Returns
         -------
         grid : tuple of int
         arguments : tuple
         options : dict
-            These alone decide what is compiled: dtypes, states, lanes, whether all rows are aligned to 16 bytes. (And
-            whether there are lengths.) No length or stride does.
+            These alone decide what is compiled: dtypes, states, lanes, whether all rows are aligned to 16 bytes, whether
+            statistics are packed, and which half is meant. No length or stride does.
         """
         axes = row_axes(problem, self._rows)
         (outers, _), (middles, _), (inners, _) = axes
@@ -122,6 +124,7 @@ class CudaBackend(TorchBackend):
         options = {
             "K": problem.K, "FIRST": dtypes[problem.dtype], "LATER": dtypes[problem.cur_dtype],
             "STATS": dtypes[problem.stats_dtype], "LANES": problem.lanes, "ALIGNED": aligned,
+            "PACKED": problem.packed, "HALF": problem.half or "",
             "ROWS": self._rows, "BLOCK_D": width // ITEMSIZE[problem.dtype],
             "num_warps": 1, "num_stages": 1, "enable_fp_fusion": False,
         }  # fmt: skip
@@ -178,7 +181,7 @@ def row_axes(problem: Problem, rows: int) -> list[Axis]:
             batch, head, token = layout.stats_batch, stride[layout.stats_head], stride[layout.stats_token]
         table.append((0 if batch is None else stride[batch], head, token))
     by_batch, by_head, by_token = zip(*table, strict=True)
-    if problem.packed:
+    if problem.packed or problem.half:
         return [(1, by_batch), (problem.N, by_head), (problem.T, by_token)]
     if problem.S is None or problem.layout == "TND":
         axes = [(problem.T, by_token), (problem.N, by_head)]

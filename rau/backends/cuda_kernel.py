@@ -42,8 +42,8 @@ def _rows(array, dtype: tl.constexpr, ALIGNED: tl.constexpr, outer, middle, inne
 
 
 @triton.jit
-def _packed(lengths, sequences, steps, token, tokens, head, heads, valid):
-    """Places of rows among packed statistics; inside [0, tokens * heads) whatever the lengths are."""
+def _sequence(lengths, sequences, steps, token, valid):
+    """Start and length of each token's sequence; any numbers where the lengths are no cumulative ones."""
     low = tl.zeros_like(token)  # how many of the sequences + 1 numbers are at most `token`, by bisection
     high = low + (sequences + 1)
     step = steps * 0
@@ -56,8 +56,34 @@ def _packed(lengths, sequences, steps, token, tokens, head, heads, valid):
     sequence = tl.maximum(tl.minimum(low, sequences) - 1, 0)
     start = tl.load(lengths + sequence, mask=valid, other=0)
     length = tl.load(lengths + tl.minimum(sequence + 1, sequences), mask=valid, other=0) - start
-    place = start * heads + (token - start) + head * length
-    return tl.maximum(tl.minimum(place, tokens * heads - 1), 0)
+    return start, length
+
+
+@triton.jit
+def _inside(place, count):
+    """Places inside [0, count), so that no content of the lengths can reach other memory."""
+    return tl.maximum(tl.minimum(place, count - 1), 0)
+
+
+@triton.jit
+def _packed(lengths, sequences, steps, token, tokens, head, heads, valid):
+    """Places of rows among packed statistics."""
+    start, length = _sequence(lengths, sequences, steps, token, valid)
+    return _inside(start * heads + (token - start) + head * length, tokens * heads)
+
+
+@triton.jit
+def _halves(lengths, sequences, steps, token, tokens, head, heads, valid, HALF: tl.constexpr, PACKED: tl.constexpr):
+    """Places of rows in a state of sequences twice as long, whose half is meant: tokens, and rows of statistics."""
+    start, length = _sequence(lengths, sequences, steps, token, valid)
+    within = token - start
+    if HALF == "back":
+        within += length
+    own = _inside(2 * start + within, 2 * tokens)
+    place = own
+    if PACKED:
+        place = _inside(2 * start * heads + within + head * 2 * length, 2 * tokens * heads)
+    return own, place
 
 
 @triton.jit
@@ -135,7 +161,8 @@ def _narrow(values, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["lengths", "sequences", "steps", "middles", "inners", "tiles", "head_dim"])
 def merge(states, lengths, sequences: tl.int64, steps: tl.int64, middles: tl.int64, inners: tl.int64, tiles: tl.int64,
           head_dim: tl.int64, K: tl.constexpr, FIRST: tl.constexpr, LATER: tl.constexpr, STATS: tl.constexpr,
-          LANES: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+          LANES: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+          BLOCK_D: tl.constexpr):  # fmt: skip
     """Merge ROWS rows along the inner one of three axes; programs run over the middle one, its tiles, the outer one.
 
     Parameters
@@ -144,15 +171,17 @@ def merge(states, lengths, sequences: tl.int64, steps: tl.int64, middles: tl.int
         For each of the K states and for the result, for each of its three arrays: address and strides along the outer,
         middle and inner axis, in elements; each made a :func:`word`.
     lengths : pointer to int64, or None
-        Cumulative sequence lengths where statistics are packed: the inner axis is then tokens, the middle one heads.
+        Cumulative sequence lengths where statistics are packed, or halves meant: the inner axis is then tokens, the middle
+        one heads.
     sequences, steps : int64
         Number of sequences, and of steps that a bisection of the lengths takes.
     middles, inners, tiles : int64
         Lengths of the middle and the inner axis; tiles of ROWS along the inner one.
     head_dim : int64
-    K, FIRST, LATER, STATS, LANES, ALIGNED, ROWS, BLOCK_D
+    K, FIRST, LATER, STATS, LANES, ALIGNED, PACKED, HALF, ROWS, BLOCK_D
         States; dtypes of the first state and the result, of later states, of statistics; lanes; whether every row of
-        elements, and of 8 lanes in the result, stands at a multiple of 16 bytes; the tile.
+        elements, and of 8 lanes in the result, stands at a multiple of 16 bytes; whether statistics are packed; which half
+        of the first state and the result is meant, "" for all; the tile.
     """
     program = tl.program_id(0).to(tl.int64)
     middle = program % middles
@@ -161,22 +190,26 @@ def merge(states, lengths, sequences: tl.int64, steps: tl.int64, middles: tl.int
     inner = (tile % tiles) * ROWS + tl.arange(0, ROWS)
     valid = inner < inners
     place = inner
-    if lengths is not None:
+    if PACKED:
         place = _packed(lengths, sequences, steps, inner, inners, middle, middles, valid)
+    own, own_place = inner, place  # of the first state and the result
+    if HALF != "":
+        own, own_place = _halves(lengths, sequences, steps, inner, inners, middle, middles, valid, HALF, PACKED)
 
     maxima, sums = (), ()
     for k in tl.static_range(K):
-        lane_0 = _rows(states[k][1], STATS, False, outer, middle, place)
+        its_place = own_place if k == 0 else place
+        lane_0 = _rows(states[k][1], STATS, False, outer, middle, its_place)
         maxima += (tl.load(lane_0, mask=valid, other=0.0).to(tl.float64),)
-        lane_0 = _rows(states[k][2], STATS, False, outer, middle, place)
+        lane_0 = _rows(states[k][2], STATS, False, outer, middle, its_place)
         sums += (tl.load(lane_0, mask=valid, other=0.0).to(tl.float64),)
     weights, maximum, total = _weigh(maxima, sums, K, STATS)
 
     tl.debug_barrier()  # in place: every thread has read its statistics before any of them is overwritten
     lanes = tl.arange(0, LANES)[None, :]
-    to = _rows(states[K][1], STATS, ALIGNED and LANES > 1, outer, middle, place)[:, None] + lanes
+    to = _rows(states[K][1], STATS, ALIGNED and LANES > 1, outer, middle, own_place)[:, None] + lanes
     tl.store(to, tl.broadcast_to(maximum[:, None], (ROWS, LANES)), mask=valid[:, None])
-    to = _rows(states[K][2], STATS, ALIGNED and LANES > 1, outer, middle, place)[:, None] + lanes
+    to = _rows(states[K][2], STATS, ALIGNED and LANES > 1, outer, middle, own_place)[:, None] + lanes
     tl.store(to, tl.broadcast_to(total[:, None], (ROWS, LANES)), mask=valid[:, None])
 
     # A side of weight 0 is not read. In place of its elements stands -0.0, and so does its product with 0.0, which adds
@@ -187,11 +220,11 @@ def merge(states, lengths, sequences: tl.int64, steps: tl.int64, middles: tl.int
     absent = (sign * 0.0)[:, None]
     minus_zero = tl.full((1, 1), -1.0, tl.float32) * 0.0  # the literal -0.0 would become 0.0
 
-    first = _rows(states[0][0], FIRST, ALIGNED, outer, middle, inner)[:, None]
+    first = _rows(states[0][0], FIRST, ALIGNED, outer, middle, own)[:, None]
     later = ()
     for k in tl.static_range(1, K):
         later += (_rows(states[k][0], LATER, ALIGNED, outer, middle, inner)[:, None],)
-    target = _rows(states[K][0], FIRST, ALIGNED, outer, middle, inner)[:, None]
+    target = _rows(states[K][0], FIRST, ALIGNED, outer, middle, own)[:, None]
     if ALIGNED:
         head_dim = head_dim // 8 * 8  # says that it is a multiple: what a mask lets through is then too
     # One program for all of a row: another one could find its statistics overwritten.

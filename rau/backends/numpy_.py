@@ -185,7 +185,7 @@ class NumPyBackend(Backend):
     """Runs everywhere NumPy does; several times slower than the compiled core, with the same bits."""
 
     name = "numpy"
-    capabilities = Capabilities(array_types=HOST_ARRAYS)
+    capabilities = Capabilities(array_types=HOST_ARRAYS, halves=True)
 
     def update(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None

@@ -37,7 +37,7 @@ def wanted(states: Sequence[Sequence[Any]]) -> bool:
     bool
     """
     arrays = [array for state in states for array in state]
-    if not any([isinstance(array, Tensor) for array in arrays]):
+    if not isinstance(arrays[0], Tensor) and not any([isinstance(array, Tensor) for array in arrays]):
         return False
     if torch.compiler.is_compiling():
         return True

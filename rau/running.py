@@ -1,0 +1,187 @@
+"""The running state of a StreamingMerge: its arrays, and how any backend is brought to merge into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from rau import registry
+from rau.arrays import ForeignKind, NumPyKind, kind_of
+from rau.constraints import FIELDS, bind
+from rau.errors import UnsupportedError
+from rau.parts import halves
+from rau.problem import Problem
+from rau.rules import Report
+from rau.state import AttentionState
+
+UPDATE = "StreamingMerge.update"
+_HOST = NumPyKind()
+
+
+def of_part(state: int, field: int) -> str:
+    """Name an array of an update of some tokens."""
+    return FIELDS[field] if state else f"the running {FIELDS[field]} at `tokens`"
+
+
+class Running:
+    """Three arrays that begin as the empty state.
+
+    Parameters
+    ----------
+    problem : Problem
+        Of one state of the full shape.
+    like : triple of arrays
+        That state: where the arrays are to be, and of which kind.
+    backend : str or Backend or None
+        Who is asked for.
+
+    Attributes
+    ----------
+    state : AttentionState
+        float32, or float64; arrays of a plugin's own kind may be other ones after an update.
+    kind : Kind
+    asked : Problem
+        What each update asks the registry: to merge into such a state.
+    own_kind : bool
+        The arrays are of a plugin's own kind: nobody but its backend knows how to make them or what is in them.
+    """
+
+    def __init__(self, problem: Problem, like: Any, backend: Any) -> None:
+        kind = kind_of(like[0])
+        assert kind is not None  # the validator has seen to that
+        self.kind, self._backend = kind, backend
+        self.own_kind = isinstance(kind, ForeignKind)
+        dtype = problem.stats_dtype
+        fills = (problem.shape, 0.0), (problem.stats_shape, -np.inf), (problem.stats_shape, 0.0)
+        if self.own_kind:
+            chosen, _ = registry.select(problem, backend)
+            arrays = [chosen.asarray(np.full(shape, value, dtype)) for shape, value in fills]
+        else:
+            arrays = [kind.full(like[0], shape, dtype, value) for shape, value in fills]
+        self.state = AttentionState(*arrays)
+        self.asked, _ = bind(
+            UPDATE, (self.state, self.state), of_part, problem.actual_seq_qlen, problem.layout, problem.softmax_layout, None,
+            "portable", "metadata",
+        )  # fmt: skip
+        self.choose()  # who refuses does so before there is a state
+        self._extents = [kind.extent(array) for array in arrays]
+
+    def choose(self) -> tuple[Any, str]:
+        """Choose the backend, by what decides at this moment; the origin of the choice comes with it."""
+        return registry.select(self.asked, self._backend)
+
+    def refuse_overlap(self, partial: AttentionState) -> None:
+        """Refuse arrays taken from the state: they would be counted twice, and overwritten while they are read.
+
+        Parameters
+        ----------
+        partial : AttentionState
+            Not checked yet.
+
+        Raises
+        ------
+        ShapeError
+            If one shares memory with an array of the state.
+        """
+        for array, name in zip(partial, FIELDS, strict=True):
+            its = kind_of(array)
+            if its is None or its.name != self.kind.name:
+                continue  # about which there is more to say
+            low, high = its.extent(array)
+            if any([low < end and start < high for start, end in self._extents]) and any(
+                its.memory(array).overlaps(its.memory(mine)) for mine in self.state
+            ):
+                report = Report(UPDATE)
+                report.add("out-overlap", f"{name} shares memory with the running state; expected memory of its own. Pass a "
+                           "copy, or StreamingMerge.result().")  # fmt: skip
+                raise report.error()
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        """Return a copy of an array of this kind, rounded once."""
+        if not self.own_kind:
+            return self.kind.cast(array, dtype)
+        chosen, _ = self.choose()
+        return chosen.asarray(_HOST.cast(chosen.to_numpy(array), dtype))
+
+    def to_host(self, state: Iterable[Any]) -> AttentionState:
+        """Copy a state of arrays of a plugin's own kind to the host."""
+        chosen, _ = self.choose()
+        return AttentionState(*(np.array(chosen.to_numpy(array)) for array in state))
+
+    def merge(
+        self, problem: Problem, whole: AttentionState, places: AttentionState, cur: AttentionState, *, on_host: bool
+    ) -> None:
+        """Merge a partial state into some places of the state.
+
+        Parameters
+        ----------
+        problem : Problem
+            The update, in place.
+        whole : AttentionState
+            `state`, or what :meth:`to_host` made of it.
+        places : AttentionState
+            The part of `whole` that is meant; where the problem has a half, as many tokens.
+        cur : AttentionState
+            The partial state; on the host where `whole` is.
+        on_host : bool
+            These are NumPy arrays in place of a plugin's own.
+
+        Raises
+        ------
+        UnsupportedError
+            If the backend cannot do it; nothing is written then.
+        """
+        chosen, origin = self.choose()
+        registry.log_call(UPDATE, chosen, origin)
+        if on_host or registry.reasons_against(chosen, problem):
+            self._merge_adapted(chosen, problem, whole, places, cur, on_host)
+            return
+        prev = places if problem.half is None else whole
+        result = chosen.update(problem, prev, cur, prev)
+        if self.own_kind:
+            self.state = AttentionState(*result)
+
+    def _merge_adapted(
+        self, chosen: Any, problem: Problem, whole: AttentionState, places: AttentionState, cur: AttentionState, on_host: bool
+    ) -> None:
+        """Merge by a backend that does not take the call as it is, in calls that it takes; each is bound before any is made."""
+        takes, layout, lengths, half = chosen.capabilities, problem.layout, problem.actual_seq_qlen, problem.half
+        if problem.cur_dtype != problem.dtype and not takes.mixed:
+            wide = _HOST.cast(cur.attn_out, problem.dtype) if on_host else self.cast(cur.attn_out, problem.dtype)
+            cur = cur._replace(attn_out=wide)
+        pieces = iter([(places, cur)])
+        if half is not None and (on_host or not (takes.halves and takes.in_place)):
+            layout = next((name for name in ("BSND", "SBH", "BNSD") if name in takes.layouts), "")
+            missing = "" if layout else "layout with a batch axis, as which they could be given to it"
+            if not isinstance(lengths, np.ndarray):
+                missing = "lengths on the host, by which they could be given to it one by one"
+            if missing:
+                raise UnsupportedError(f'{UPDATE}: backend "{chosen.name}" takes no halves of TND sequences '
+                                       f"(Capabilities.halves), and there is no {missing}.")  # fmt: skip
+            pieces, lengths, half = halves(whole, cur, 2 * lengths, half, problem.packed, layout), None, None
+        calls = []
+        for places, cur in pieces:
+            prev = places
+            if on_host:
+                prev, cur = (
+                    AttentionState(*(chosen.asarray(np.ascontiguousarray(array)) for array in state)) for state in (prev, cur)
+                )
+            out = prev if takes.in_place else None
+            bound, states = bind(UPDATE, (prev, cur), of_part, lengths, layout, problem.softmax_layout, out, "portable",
+                                 "metadata", half)  # fmt: skip
+            reasons = registry.reasons_against(chosen, bound)
+            if reasons:
+                raise UnsupportedError(f'{UPDATE}: backend "{chosen.name}" does not take {bound!r}: {"; ".join(reasons)}.')
+            prev = prev if half is None else whole
+            calls.append((places, bound, prev, AttentionState(*states[1]), None if out is None else prev))
+        for places, bound, prev, cur, out in calls:
+            result = chosen.update(bound, prev, cur, out)
+            if self.own_kind and not on_host:
+                self.state = AttentionState(*result)
+            elif on_host or out is None:
+                for place, values in zip(places, self.to_host(result) if on_host else result, strict=True):
+                    place[...] = values
+        if on_host:
+            self.state = AttentionState(*map(chosen.asarray, whole))

@@ -1,0 +1,76 @@
+"""What merge_states takes: a sequence of states, or one state of stacked arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rau.arrays import described
+from rau.errors import ShapeError
+from rau.layouts import LAYOUTS
+from rau.state import AttentionState
+
+_EXPECTED = (
+    "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or one of arrays that are "
+    "stacked along a new first axis"
+)
+
+
+def as_states(states: Any, layout: Any) -> Sequence[Sequence[Any]]:
+    """Take the argument of merge_states apart, before anything looks inside the states.
+
+    Parameters
+    ----------
+    states : list or tuple of triples, or triple of arrays
+        As the caller gave it.
+    layout : str
+        How many axes an array of one state has.
+
+    Returns
+    -------
+    sequence of triples
+        At least one; views of stacked arrays.
+
+    Raises
+    ------
+    ShapeError
+        For anything else.
+    """
+    if isinstance(states, AttentionState) or (
+        isinstance(states, (list, tuple)) and len(states) == 3 and all(hasattr(part, "shape") for part in states)
+    ):
+        return _unstacked(states, layout)
+    if not isinstance(states, (list, tuple)) or not states:
+        raise _error(f"is {'empty' if isinstance(states, (list, tuple)) else described(states)}; {_EXPECTED}.")
+    for k, state in enumerate(states):
+        if not isinstance(state, (list, tuple)) or len(state) != 3:
+            several = isinstance(state, (list, tuple))
+            got = f"has {len(state)} items" if several else f"is {described(state)}"
+            hint = ""
+            if several and len(state) == 2:
+                hint = " A pair (out, lse) becomes a state by AttentionState.from_lse(out, lse, base=...)."
+            raise _error(f"states[{k}] {got}; {_EXPECTED}.{hint}", "")
+    return states
+
+
+def _unstacked(stacked: Sequence[Any], layout: Any) -> Sequence[Sequence[Any]]:
+    """See K states in the arrays of one, along the first axis."""
+    axes = LAYOUTS.get(layout) if isinstance(layout, str) else None
+    if axes is None or not all(hasattr(part, "shape") for part in stacked):
+        return [stacked]  # of which the validator has something to say
+    shapes = [tuple(part.shape) for part in stacked]
+    wanted = [1 + form.count(",") + 1 for form in (axes.attn, axes.stats, axes.stats)]
+    ranks = [len(shape) for shape in shapes]
+    if ranks == [rank - 1 for rank in wanted]:
+        raise _error(f"is one AttentionState; {_EXPECTED}: pass [state].")
+    if ranks != wanted or not shapes[0][0] == shapes[1][0] == shapes[2][0] >= 1:
+        forms = ", ".join(f"(K, {form.format(lanes=8)[1:]}" for form in (axes.attn, axes.stats, axes.stats))
+        raise _error(f'is one triple of arrays of shapes {", ".join(map(str, shapes))}; stacked, layout "{layout}" expects '
+                     f"{forms} with K >= 1.")  # fmt: skip
+    if not all(hasattr(part, "__getitem__") for part in stacked):
+        raise _error(f"is one triple of arrays that cannot be indexed; {_EXPECTED}.")
+    return [AttentionState(*(part[k] for part in stacked)) for k in range(shapes[0][0])]
+
+
+def _error(text: str, name: str = "states ") -> ShapeError:
+    return ShapeError(f"merge_states: [states] {name}{text}", ("states",))

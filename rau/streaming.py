@@ -1,0 +1,298 @@
+"""StreamingMerge: a running state that takes one partial state after another, in place."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from rau import remembered
+from rau.arrays import Kind, described
+from rau.constraints import FIELDS, bind, check_options
+from rau.errors import ConstraintError, UnsupportedError
+from rau.layouts import LAYOUTS
+from rau.lengths import bind_lengths
+from rau.outputs import Names
+from rau.parts import part, part_of
+from rau.problem import Problem
+from rau.rules import Report
+from rau.running import UPDATE, Running, of_part
+from rau.state import AttentionState
+
+_CLASS, _RESULT = "StreamingMerge", "StreamingMerge.result"
+_RESULTS = {"float32": ("float32", "float16", "bfloat16"), "float64": ("float64",)}  # of each running dtype
+
+
+def _of_like(state: int, field: int) -> str:
+    return f"like.{FIELDS[field]}"
+
+
+def _of_partial(state: int, field: int) -> str:
+    return FIELDS[field]
+
+
+def _of_whole(state: int, field: int) -> str:
+    return FIELDS[field] if state else f"the running {FIELDS[field]}"
+
+
+class StreamingMerge:
+    """A running attention state, fed one partial state at a time: the merge of a ring, with one rounding at its end.
+
+    It starts empty. Each :meth:`update` merges one partial state into it, in place; :meth:`result` rounds once. A chain
+    of 16-bit updates rounds at every hop, so that its error grows with the ring; this one's does not.
+
+    Parameters
+    ----------
+    layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
+        Layout of the attention outputs, as in :func:`ring_attention_update`.
+    actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
+        Cumulative sequence lengths in layout "TND": of all tokens, also where parts of them are updated. Required there,
+        save for token-major statistics in profile "portable", where None is one sequence. Copied, if on the host.
+    softmax_layout : {"TND", "SBH"}, default "TND"
+        Order of the statistics in layout "TND": token-major, or packed per sequence.
+    like : AttentionState, optional
+        A state of the full shape, where the first update will cover a part only. Its shapes, dtypes, array kind and
+        device are taken, and none of its values.
+    backend : str or Backend, optional
+        Who computes, chosen anew at each update. Default: `use_backend`, then the environment variable
+        ``RAU_BACKEND``, then the best at hand.
+    profile : {"portable", "mindspore", "cann-v2"}, default "portable"
+        Which limits each partial state has to keep. The running state is float32 in all of them.
+    check : {"metadata", "values", "document"}, default "metadata"
+        What is checked of each partial state, as in :func:`ring_attention_update`.
+
+    Raises
+    ------
+    ConstraintError
+        If an option does not exist, or `like` or `actual_seq_qlen` breaks a rule.
+
+    Notes
+    -----
+    The running state is of the kind and on the device of the first partial state's arrays: float32, or float64 where
+    they are. The first step allocates it. No later one allocates anything of its size or copies any of it, `tokens` or
+    not: the backend is given views and writes in place. What it needs for itself is its own affair: `cython` and `cuda`
+    need nothing, `numpy` and `torch` compute in temporaries. For a backend that does not merge 16 bits into float32,
+    partial states are widened; for one that does not write in place, results are copied.
+
+    The float32 state has the bits of a chain of :func:`ring_attention_update` with ``out=`` the running state, on every
+    backend of this package. Each of its n - 1 merges keeps within 3 * 2**-24 * (abs(w1*o1) + abs(w2*o2)) of the exact
+    merge of what it is given, and rounds the sum once: for n partial states it is off by at most
+    4 * (n - 1) * 2**-24 * sum(abs(w_i * o_i)) to first order, plus the subnormal terms, whatever the partials' dtype.
+
+    A whole ring can be captured into a CUDA graph, from the making of the StreamingMerge to its result; a replay starts
+    from the empty state then. `actual_seq_qlen` has to be on the device for that. Nobody reads it there: with sequences of
+    odd lengths, halves are undefined, though nothing outside the arrays is touched.
+
+    Examples
+    --------
+    >>> import numpy as np, rau
+    >>> rng = np.random.default_rng(0)
+    >>> def partial(tokens):
+    ...     stats = [np.repeat(rng.random((1, 2, tokens, 1), np.float32), 8, axis=-1) for _ in range(2)]
+    ...     return rau.AttentionState(rng.standard_normal((tokens, 1, 2 * 4)).astype(np.float16), *stats)
+    >>> ring = rau.StreamingMerge()
+    >>> first, second, third = partial(6), partial(6), partial(3)
+    >>> ring.update(*first)
+    >>> ring.update(*second)
+    >>> ring.update(*third, tokens="back")  # tokens 3 to 5 alone see these keys
+    >>> merged = ring.result(np.float16)
+    >>> merged.attn_out.shape, merged.attn_out.dtype, merged.softmax_sum.dtype
+    ((6, 1, 8), dtype('float16'), dtype('float32'))
+    >>> both = rau.merge_states([first, second])
+    >>> bool(np.allclose(merged.attn_out[:3], both.attn_out[:3], atol=1e-3))
+    True
+    """
+
+    def __init__(
+        self,
+        layout: str = "SBH",
+        *,
+        actual_seq_qlen: Any = None,
+        softmax_layout: str = "TND",
+        like: Any = None,
+        backend: Any = None,
+        profile: str = "portable",
+        check: str = "metadata",
+    ) -> None:
+        report = Report(_CLASS)
+        _, limits = check_options(report, layout, softmax_layout, profile, check)
+        report.raise_if_broken()
+        lengths = None
+        self._packed = layout == "TND" and softmax_layout == "SBH"
+        if layout == "TND":
+            lengths, _, _ = bind_lengths(report, actual_seq_qlen, None, self._packed, limits.vendor)
+            report.raise_if_broken()
+        self._layout, self._softmax_layout = layout, softmax_layout
+        self._lengths = lengths.copy() if isinstance(lengths, np.ndarray) else lengths
+        self._backend, self._profile, self._check = backend, profile, check
+        self._running: Running | None = None
+        if like is not None:
+            if not isinstance(like, (tuple, list)) or len(like) != 3:
+                report.add("states", f"like is {described(like)}; expected an AttentionState of the full shape.")
+                raise report.error()
+            _refuse_gradients(_CLASS, like)
+            self._running = self._start(_CLASS, like, _of_like, "metadata")
+
+    @property
+    def running(self) -> AttentionState | None:
+        """The running state itself, which later updates change; None before there is one. :meth:`result` copies."""
+        return None if self._running is None else self._running.state
+
+    def update(self, attn_out: Any, softmax_max: Any, softmax_sum: Any, *, tokens: slice | str | None = None) -> None:
+        """Merge one partial state into the running state, in place.
+
+        Parameters
+        ----------
+        attn_out : array, float16, bfloat16 or float32
+            Attention output over some keys, in the layout; float64 where the first one was. It need not be contiguous
+            and is not kept.
+        softmax_max, softmax_sum : array, float32 (float64 with a float64 output)
+            Its statistics: (B, N, S, 8), or (T, N, 8) in "TND"; or 1 lane, as the first ones.
+        tokens : slice or {"front", "back"}, optional
+            Which tokens the partial state is about; all by default. A slice along the token axis, in the layouts SBH,
+            BSND and BNSD. "front" and "back" are the first and the second half of every sequence, in all layouts and both
+            orders of the statistics: a partial state of T / 2 tokens, its sequences half as long, one after another.
+
+        Raises
+        ------
+        ConstraintError
+            If something does not fit, before anything is written. ShapeError for a first update that does not cover all
+            tokens where `like` was not given, for a half of a sequence of odd length, for arrays of other shapes, and for
+            a partial state that shares memory with the running one.
+        UnsupportedError
+            If an input requires grad or is traced by torch; if the backend asked for cannot run this.
+
+        Notes
+        -----
+        Tokens that no partial state has covered are empty rows: output 0, max -inf, sum 0. `cython`, `numpy` and `cuda`
+        merge the halves of any number of sequences in one call. Other backends are given views of runs of sequences that
+        are as long as each other, in a layout with a batch axis; parts of a plugin's own arrays go by way of the host.
+        """
+        partial = AttentionState(attn_out, softmax_max, softmax_sum)
+        _refuse_gradients(UPDATE, partial)
+        if isinstance(tokens, slice) and tokens.start is tokens.stop is tokens.step is None:
+            tokens = None
+        checked = self._profile == "portable" and self._check == "metadata"
+        running = self._running
+        if running is None:
+            if tokens is not None:
+                raise _broken(UPDATE, "first-update", f"tokens = {tokens!r} in the first update, which tells the shape of the "
+                              "whole; expected an update of all tokens. Or give StreamingMerge(like=...) a state of the "
+                              "full shape.")  # fmt: skip
+            running = self._start(UPDATE, partial, _of_partial, self._check)
+            checked = True
+        running.refuse_overlap(partial)
+
+        on_host = running.own_kind and tokens is not None
+        whole = running.to_host(running.state) if on_host else running.state
+        places, lengths, half, names = whole, self._lengths, None, _of_whole
+        if tokens is not None:
+            places, lengths, half = self._places(running.kind, whole, tokens)
+            names = of_part
+        if on_host:
+            self._bind((partial,), None, _of_partial, lengths)
+            partial = running.to_host(partial)
+        signature = remembered.signature(
+            UPDATE, (places, partial), self._layout, self._softmax_layout, places, "portable", "metadata"
+        )
+        problem = None if signature is None else remembered.recall(signature)
+        if problem is None:
+            problem, states = self._bind((places, partial), places, names, lengths, half=half)
+            if signature is not None:
+                remembered.remember(signature, problem, states, places)
+            partial = AttentionState(*states[1])
+        if not checked:
+            self._bind((partial,), None, _of_partial, lengths, self._profile, self._check)
+        running.merge(problem, whole, places, partial, on_host=on_host)
+        self._running = running
+
+    def result(self, dtype: Any = None) -> AttentionState:
+        """Return a copy of the running state, its output rounded once to nearest even.
+
+        Parameters
+        ----------
+        dtype : str or dtype, optional
+            float16, bfloat16 or float32, by name or as NumPy's or the framework's dtype; float64 where the partial states
+            are. By default the running state's, which rounds nothing.
+
+        Returns
+        -------
+        AttentionState
+            New arrays, which later updates do not change; the statistics in float32 (float64).
+
+        Raises
+        ------
+        ShapeError
+            Before the first update, where `like` was not given. With `like` the state is empty then.
+        DTypeError
+            For any other dtype.
+        """
+        running = self._running
+        if running is None:
+            raise _broken(_RESULT, "first-update", "there is no state yet; expected an update before. Or give "
+                          "StreamingMerge(like=...) a state of the full shape, for an empty result.")  # fmt: skip
+        own = running.asked.dtype
+        wanted = own if dtype is None else _dtype_name(dtype)
+        if wanted not in _RESULTS[own]:
+            raise _broken(_RESULT, "dtype-attn", f"dtype = {dtype!r}; the running state is {own}, expected one of "
+                          f"{', '.join(_RESULTS[own])}.")  # fmt: skip
+        attn_out, *stats = running.state
+        return AttentionState(running.cast(attn_out, wanted), *(running.cast(part, own) for part in stats))
+
+    def _start(self, call: str, like: Any, names: Names, check: str) -> Running:
+        problem, _ = bind(call, (like,), names, self._lengths, self._layout, self._softmax_layout, None, self._profile, check)
+        return Running(problem, like, self._backend)
+
+    def _bind(
+        self, states: Any, out: Any, names: Names, lengths: Any, profile: str = "portable", check: str = "metadata",
+        half: str | None = None,
+    ) -> tuple[Problem, Any]:  # fmt: skip
+        return bind(UPDATE, states, names, lengths, self._layout, self._softmax_layout, out, profile, check, half)
+
+    def _places(self, kind: Kind, whole: AttentionState, tokens: Any) -> tuple[AttentionState, Any, str | None]:
+        """Find the part of the running state that some tokens are.
+
+        Returns views of them, the partial state's cumulative lengths and, in layout "TND", the half. The halves of
+        sequences are no view; the first tokens, as many, have to stand for them (see Problem.half).
+        """
+        if kind.name == "mindspore":
+            raise UnsupportedError(f"{UPDATE}: tokens = {tokens!r} with MindSpore tensors, whose slices may be copies; "
+                                   "expected NumPy arrays, torch tensors or arrays of a plugin's own.")  # fmt: skip
+        lengths, length = self._lengths, whole.attn_out.shape[LAYOUTS[self._layout].attn_token]
+        on_device = lengths is not None and not isinstance(lengths, np.ndarray)  # and not read: no odd length is noticed
+        where = part_of(UPDATE, tokens, self._layout, length, np.zeros(1, np.int64) if on_device else lengths)
+        if isinstance(where, slice):
+            return part(whole, self._layout, where), None, None
+        lengths = np.array((0, length)) if lengths is None else lengths
+        return part(whole, "TND", slice(0, length // 2)), lengths // 2, where
+
+
+def _broken(call: str, rule: str, message: str) -> ConstraintError:
+    report = Report(call)
+    report.add(rule, message)
+    return report.error()
+
+
+def _refuse_gradients(call: str, partial: Any) -> None:
+    if "torch" not in sys.modules:
+        return
+    from rau.backends import torch_op
+
+    if torch_op.wanted((partial,)):
+        raise UnsupportedError(
+            f"{call}: an input requires grad, or torch traces or transforms the call (compile, export, functorch), or a "
+            "tensor is of a type of its own; a state that is written in place has no gradient and no place in a graph. Use "
+            "rau.merge_states, which has both, or call under torch.no_grad() outside of tracing."
+        )
+
+
+def _dtype_name(dtype: Any) -> str:
+    """Name a dtype: torch's and MindSpore's end in their name, NumPy's and ml_dtypes' types have one."""
+    name = str(dtype).rpartition(".")[2].lower()
+    if name in ("float16", "bfloat16", "float32", "float64"):
+        return name
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return ""
