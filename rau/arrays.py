@@ -6,6 +6,7 @@ are recognised by name, so that nothing is imported to find out.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,12 +14,16 @@ import numpy as np
 from rau.errors import DTypeError
 
 try:
-    from rau._core import address
-except ImportError:  # not compiled: the same number, more slowly
+    from rau._core import address, signature
+except ImportError:  # not compiled: the same number, more slowly, and every call takes the validator
 
     def address(array: np.ndarray) -> int:
         """Return the address of an array's first element."""
         return array.__array_interface__["data"][0]
+
+    def signature(arrays: Sequence[Any], inputs: int) -> bytes | None:
+        """Describe no call."""
+        return None
 
 
 _NUMPY_NAMES: dict[np.dtype, str] = {}
@@ -131,6 +136,15 @@ class Kind(Protocol):
     def to_numpy(self, array: Any) -> np.ndarray:
         """Return the values as a NumPy array, on the host."""
 
+    def signature(self, arrays: Sequence[Any], inputs: int) -> Hashable | None:
+        """Describe the arrays of a call, the last ones to write into, for :mod:`rau.remembered`; None: not plain."""
+
+    def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
+        """Return a new array beside `like`, on its device, every element of it `value`."""
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        """Return a C-contiguous copy, each element rounded once to nearest even."""
+
 
 class NumPyKind:
     """NumPy arrays; bfloat16 as ml_dtypes has it, recognised by its name."""
@@ -179,6 +193,24 @@ class NumPyKind:
     def to_numpy(self, array: np.ndarray) -> np.ndarray:
         return array
 
+    def signature(self, arrays: Sequence[Any], inputs: int) -> bytes | None:
+        return signature(arrays, inputs)
+
+    def full(self, like: np.ndarray, shape: tuple[int, ...], dtype: str, value: float) -> np.ndarray:
+        return np.full(shape, value, dtype) if value else np.zeros(shape, dtype)  # zeros cost nothing until touched
+
+    def cast(self, array: np.ndarray, dtype: str) -> np.ndarray:
+        if dtype == "bfloat16":
+            try:
+                import ml_dtypes
+            except ImportError as error:
+                raise DTypeError(
+                    "[dtype-attn] NumPy has bfloat16 by ml_dtypes alone: pip install ml_dtypes", ("dtype-attn",)
+                ) from error
+            dtype = ml_dtypes.bfloat16
+        with np.errstate(over="ignore"):
+            return array.astype(dtype, order="C")
+
 
 class ForeignKind:
     """Arrays of a plugin's own type: only shape, dtype and device are asked for, by attribute.
@@ -216,6 +248,15 @@ class ForeignKind:
 
     def regular_copy(self, array: Any) -> Any:
         return array
+
+    def signature(self, arrays: Sequence[Any], inputs: int) -> None:
+        return None
+
+    def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
+        raise NotImplementedError("its backend makes such arrays")
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        raise NotImplementedError("its backend makes such arrays")
 
     def to_numpy(self, array: Any) -> np.ndarray:
         cause = None

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from rau.arrays import Memory
+
+try:
+    from rau._core import tensor_signature
+except ImportError:  # not compiled: every call takes the validator
+
+    def tensor_signature(arrays: Sequence[Any], inputs: int, plain: type) -> list[Any] | None:
+        """Describe no call."""
+        return None
+
 
 _DTYPES: dict[Any, str] = {}
 _DEVICES: dict[Any, str] = {}
@@ -35,13 +45,13 @@ class TorchKind:
         return array.device.type == "cpu" and type(array) is sys.modules["torch"].Tensor
 
     def contiguous(self, array: Any) -> bool:
-        return array.is_contiguous()
+        return array.is_contiguous() and not array.is_neg()
 
-    def strides(self, array: Any) -> tuple[int, ...]:
-        return array.stride()
+    def strides(self, array: Any) -> tuple[int, ...] | None:
+        return None if array.is_neg() else array.stride()
 
     def writable(self, array: Any) -> bool:
-        return True
+        return not array.is_neg()  # a lazily negated view: its memory holds the numbers with the other sign
 
     def extent(self, array: Any) -> tuple[int, int]:
         if array.is_contiguous():
@@ -55,10 +65,25 @@ class TorchKind:
         return Memory(array.data_ptr(), tuple(array.shape), strides, itemsize)
 
     def regular_copy(self, array: Any) -> Any:
-        return array.contiguous()
+        return array.resolve_neg().contiguous()
 
     def to_numpy(self, array: Any) -> np.ndarray:
         return array.detach().cpu().numpy()
+
+    def signature(self, arrays: Sequence[Any], inputs: int) -> Hashable | None:
+        described = tensor_signature(arrays, inputs, sys.modules["torch"].Tensor)
+        return None if described is None else tuple(described)
+
+    def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
+        torch = sys.modules["torch"]
+        if like.device.type == "cpu":
+            # NumPy asks the system for huge pages, and torch does not.
+            return torch.from_numpy(np.full(shape, value, dtype) if value else np.zeros(shape, dtype))
+        return torch.full(shape, value, dtype=getattr(torch, dtype), device=like.device)
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        torch = sys.modules["torch"]
+        return array.to(getattr(torch, dtype), memory_format=torch.contiguous_format, copy=True)
 
 
 class MindSporeKind(TorchKind):
@@ -70,6 +95,9 @@ class MindSporeKind(TorchKind):
 
     name = "mindspore"
 
+    def signature(self, arrays: Sequence[Any], inputs: int) -> None:
+        return None
+
     def dtype(self, array: Any) -> str:
         return str(array.dtype).lower()  # "Float32", "BFloat16"
 
@@ -79,8 +107,27 @@ class MindSporeKind(TorchKind):
     def readable(self, array: Any) -> bool:
         return self.device(array) == "cpu"
 
+    def contiguous(self, array: Any) -> bool:
+        return array.is_contiguous()
+
     def strides(self, array: Any) -> tuple[int, ...]:
         return tuple(array.stride())
 
+    def writable(self, array: Any) -> bool:
+        return True
+
+    def regular_copy(self, array: Any) -> Any:
+        return array.contiguous()
+
     def to_numpy(self, array: Any) -> np.ndarray:
         return array.asnumpy()
+
+    def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
+        mindspore = sys.modules["mindspore"]
+        if self.device(like) == "cpu":
+            return mindspore.Tensor.from_numpy(np.full(shape, value, dtype))
+        return mindspore.ops.full(shape, value, dtype=getattr(mindspore, dtype))
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        copy = array.copy()
+        return copy if self.dtype(array) == dtype else copy.astype(getattr(sys.modules["mindspore"], dtype))

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rau import registry
-from rau.arrays import described
+from rau import registry, remembered
 from rau.constraints import FIELDS, bind
-from rau.errors import ShapeError, UnsupportedError
+from rau.errors import UnsupportedError
+from rau.several import as_states
 from rau.state import AttentionState
 
 
@@ -124,8 +124,9 @@ def ring_attention_update(
     >>> bool(np.allclose(merged.attn_out, part(scores, values)[0], rtol=1e-6))
     True
     """
-    states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
-    return _call("ring_attention_update", states, actual_seq_qlen, layout, softmax_layout, out, backend, profile, check)
+    prev = AttentionState(prev_attn_out, prev_softmax_max, prev_softmax_sum)
+    cur = AttentionState(cur_attn_out, cur_softmax_max, cur_softmax_sum)
+    return _call("ring_attention_update", (prev, cur), actual_seq_qlen, layout, softmax_layout, out, backend, profile, check)
 
 
 def merge_states(
@@ -143,8 +144,9 @@ def merge_states(
 
     Parameters
     ----------
-    states : list or tuple of AttentionState
-        At least one. All have the first one's shapes; later outputs may be 16-bit where the first is float32.
+    states : list or tuple of AttentionState, or AttentionState
+        At least one. All have the first one's shapes; later outputs may be 16-bit where the first is float32. Or a single
+        triple whose three arrays hold K states along a new first axis: (K, S, B, H) and (K, B, N, S, 8), for example.
     actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
         As in :func:`ring_attention_update`; the profile is "portable" by default, since no vendor offers this.
 
@@ -173,7 +175,7 @@ def merge_states(
     >>> rau.merge_states(parts).attn_out.item()
     7.0
     """
-    states = _as_states(states)
+    states = as_states(states, layout)
     return _call("merge_states", states, actual_seq_qlen, layout, softmax_layout, out, backend, profile, check)
 
 
@@ -222,11 +224,16 @@ def run(
     -------
     AttentionState
     """
-    problem, regular = bind(call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, out, profile, check)
+    signature = remembered.signature(call, states, layout, softmax_layout, out, profile, check)
+    problem = None if signature is None else remembered.recall(signature)
+    if problem is None:
+        problem, states = bind(call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, out, profile, check)
+        if signature is not None:
+            remembered.remember(signature, problem, states, out)
     chosen, origin = registry.select(problem, backend)
     registry.log_call(call, chosen, origin)
-    target = None if out is None else AttentionState(*out)
-    bound = [AttentionState(*state) for state in regular]
+    target = None if out is None else _state(out)
+    bound = [_state(state) for state in states]
     if call == "ring_attention_update":
         return chosen.update(problem, *bound, target)
     if not hasattr(chosen, "merge"):
@@ -234,20 +241,5 @@ def run(
     return chosen.merge(problem, bound, target)
 
 
-def _as_states(states: Any) -> Sequence[Sequence[Any]]:
-    """Refuse what is no sequence of triples, before anything looks inside."""
-    expected = "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum)"
-    if isinstance(states, AttentionState):
-        raise ShapeError(f"merge_states: [states] states is one AttentionState; {expected}: pass [state].", ("states",))
-    if not isinstance(states, (list, tuple)) or not states:
-        got = "empty" if isinstance(states, (list, tuple)) else described(states)
-        raise ShapeError(f"merge_states: [states] states is {got}; {expected}.", ("states",))
-    for k, state in enumerate(states):
-        if not isinstance(state, (list, tuple)) or len(state) != 3:
-            several = isinstance(state, (list, tuple))
-            got = f"has {len(state)} items" if several else f"is {described(state)}"
-            hint = ""
-            if several and len(state) == 2:
-                hint = " A pair (out, lse) becomes a state by AttentionState.from_lse(out, lse, base=...)."
-            raise ShapeError(f"merge_states: [states] states[{k}] {got}; {expected}.{hint}", ("states",))
-    return states
+def _state(triple: Sequence[Any]) -> AttentionState:
+    return triple if type(triple) is AttentionState else AttentionState(*triple)

@@ -50,6 +50,19 @@ def test_values_under_the_interpreter():
     assert run.returncode == 0 and " passed" in run.stdout and "skipped" not in run.stdout, run.stdout + run.stderr
 
 
+def test_one_script_whose_backend_alone_changes():
+    """examples/same_bits.py, as its docstring runs it; on a GPU --device changes too."""
+    script = str(HERE.parent / "examples" / "same_bits.py")
+    runs = {
+        "unasked": python(script), "cython": python(script, "--backend", "cython"),
+        "torch": python(script, "--backend", "torch"),
+        "cuda": python(script, "--backend", "cuda", TRITON_INTERPRET="1"),
+    }  # fmt: skip
+    for name, run in runs.items():
+        assert run.returncode == 0, name + run.stderr
+        assert run.stdout == runs["cython"].stdout and len(set(run.stdout.split("\n"))) == 10, name + run.stdout
+
+
 # ---- selection ----------------------------------------------------------------------------------------------------
 
 STATUS = "import rau; print({status.name: status.reason for status in rau.registry.status()}['cuda'])"

@@ -88,6 +88,45 @@ def test_mixed_kinds_are_refused():
         rau.ring_attention_update(*prev, cur.attn_out.numpy(), *cur[1:])
 
 
+def test_a_call_like_the_last_one_but_for_one_thing():
+    """Calls that have passed are recognised when they come again; these are not the same ones."""
+    prev, cur, out = (state(dtype=torch.float32, lanes=8, seed=seed) for seed in range(3))
+
+    def same(one, other):
+        return all(map(torch.equal, one, other))
+
+    expected = rau.ring_attention_update(*prev, *cur)
+    for _ in range(2):
+        assert same(rau.ring_attention_update(*prev, *cur, out=out), expected)
+    turned = prev.attn_out.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not turned.is_contiguous() and same(rau.ring_attention_update(turned, *prev[1:], *cur), expected)
+    wrong = {
+        "dtype-match": {"cur": (cur.attn_out.view(torch.int32), *cur[1:])},
+        "array-device": {"cur": (cur.attn_out.to("meta"), *cur[1:])},
+        "out-overlap": {"out": (out.attn_out, out.softmax_max, out.softmax_max)},
+        "out-shape": {"out": (out.attn_out[:-1], *out[1:])},
+    }
+    for rule, change in wrong.items():
+        given = {"cur": cur, "out": out} | change
+        with pytest.raises(rau.ConstraintError) as error:
+            rau.ring_attention_update(*prev, *given["cur"], out=given["out"])
+        assert rule in error.value.rules, rule
+    rau.ring_attention_update(*prev, *cur, out=prev)
+    assert same(prev, expected)
+
+
+def test_lazily_negated_views():
+    """The memory of such a view holds its numbers with the other sign."""
+    prev, cur = (state(dtype=torch.float32, lanes=8, seed=seed) for seed in range(2))
+    expected = rau.ring_attention_update(*prev, *cur)
+    view = torch._neg_view(-prev.attn_out)
+    for backend in ("cython", "numpy", "torch"):
+        result = rau.ring_attention_update(view, *prev[1:], *cur, backend=backend)
+        assert all(map(torch.equal, result, expected))
+    with pytest.raises(rau.ShapeError, match="out.attn_out is read-only"):
+        rau.ring_attention_update(*prev, *cur, out=prev._replace(attn_out=view))
+
+
 def test_overlapping_outputs_are_refused():
     prev, cur = state(lanes=8, dtype=torch.float32), state(lanes=8, dtype=torch.float32)
     flat = torch.zeros(prev.attn_out.numel() + 1)
