@@ -1,0 +1,36 @@
+"""What a call costs beside its bytes, and what importing rau costs."""
+
+import rau
+
+from .workload import core, states
+
+
+class SmallestCall:
+    """16 tokens, 8 heads of 64: all default checks, the backend chosen anew each time."""
+
+    params = [["NumPy", "torch"], ["out=", "fresh"]]
+    param_names = ["arrays", "how"]
+
+    def setup(self, arrays, how):
+        core()
+        made, _ = states(("SBH", "TND", (16, 1), 8, 64), "float32")
+        if arrays == "torch":
+            try:
+                import torch
+            except ImportError as error:
+                raise NotImplementedError("torch is not installed") from error
+            made = [rau.AttentionState(*map(torch.from_numpy, state)) for state in made]
+        prev, cur, out = made
+        self.inputs, self.out = (*prev, *cur), out if how == "out=" else None
+
+    def time_update(self, arrays, how):
+        rau.ring_attention_update(*self.inputs, out=self.out)
+
+
+class Import:
+    """Beyond NumPy, in a fresh interpreter."""
+
+    number = 1
+
+    def timeraw_import(self):
+        return "import rau", "import numpy"

@@ -1,0 +1,97 @@
+"""Figures that hold on a noisy machine: what is compared is measured in turn, in one process.
+
+All are such that less is better, as asv takes it.
+"""
+
+import rau
+
+from .workload import BACKENDS, DTYPES, LARGE, EachBackend, core
+
+try:
+    from rau.cli import measure, peers, probes, survey, workload
+except ImportError:  # a commit without them
+    measure = None
+
+_TOKENS = 8192 if LARGE else 1024
+_SECONDS = 4.0 if LARGE else 1.0
+_COMPOSITES = ["torch eager", "torch eager, as commonly written", "torch.compile"]
+
+
+class Measured:
+    """Roof, compiled core and, in float32, composites in turn; measured once for all the benchmarks below."""
+
+    timeout = 240
+
+    def setup_cache(self):
+        found = {}
+        if measure is None or not rau.registry.status()[0].available:
+            return found
+        try:
+            composites = peers.Peers(compiled=LARGE)  # compiling takes long
+        except ImportError:
+            composites = None
+        backend, threads = rau.registry.get("cython"), rau.get_num_threads()
+        size = workload.LARGE._replace(lengths=(_TOKENS,)).fitted(workload.available_memory() // 2)
+        for dtype in workload.dtypes():
+            beside = composites if dtype == "float32" else None
+            seconds = 3 * _SECONDS if beside else _SECONDS
+            group = survey.measure(size, dtype, seconds, [backend], threads, beside, lambda *what: None)
+            found |= {(row.how, dtype): 1 / row.share.median for row in group.rows}
+            found |= {(how, row.name): 1 / slower for row in group.peers for how, slower in row.slower.items()}
+        return found
+
+    def setup(self, found, *key):
+        if key not in found:
+            raise NotImplementedError("not to be had here: no core, no torch, no ml_dtypes, or RAU_BENCH_LARGE is not set")
+
+
+class Roof(Measured):
+    """Time of an update by that of a triad that moves as many bytes: 1 by its share of the roof."""
+
+    params = [["out=", "in place"], DTYPES]
+    param_names = ["how", "dtype"]
+    unit = "triads"
+
+    def track_by_triad(self, found, how, dtype):
+        return found[how, dtype]
+
+
+class Composites(Measured):
+    """Time of an update by that of torch's composite."""
+
+    params = [["out=", "fresh"], _COMPOSITES]
+    param_names = ["how", "composite"]
+    unit = "composites"
+
+    def track_by_composite(self, found, how, composite):
+        return found[how, composite]
+
+
+class Accuracy(EachBackend):
+    """Worst error by its bound: more than the backend's tolerance, which is 1 for all of ours on a CPU, is wrong."""
+
+    params = [BACKENDS]
+    param_names = ["backend"]
+    unit = "of the bound"
+
+    def setup(self, missing, backend):
+        if measure is None:
+            raise NotImplementedError("this commit has no rau.cli.probes")
+        self.backend = self.load(missing, backend)
+
+    def track_worst(self, missing, backend):
+        return max(probes.accuracy(self.backend)["share"].values())
+
+
+class Sequences:
+    """10,000 sequences of one token by one sequence of 10,000, packed."""
+
+    unit = "times"
+
+    def setup(self):
+        if measure is None:
+            raise NotImplementedError("this commit has no rau.cli.probes")
+        core()
+
+    def track_short_by_long(self):
+        return probes.sequences(rau.get_num_threads(), 10_000, _SECONDS)["ratio"]
