@@ -18,6 +18,9 @@ cdef extern from "_rows.h" nogil:
         Py_ssize_t token
         Py_ssize_t head
 
+    ctypedef struct rau_line:
+        pass
+
     ctypedef struct rau_tile:
         Py_ssize_t states
         Py_ssize_t tokens
@@ -25,11 +28,13 @@ cdef extern from "_rows.h" nogil:
         Py_ssize_t head_dim
         Py_ssize_t lanes
         int stream
+        Py_ssize_t ahead
         const rau_plane *attn
         const rau_plane *max
         const rau_plane *sum
         void *weights
         double *numbers
+        rau_line *lines
         const char **sources
         double *shares
 
@@ -44,13 +49,14 @@ cdef extern from "_rows.h" nogil:
         pass
 
     int rau_versions(const rau_version *found[3])
+    int rau_rows_ahead()
     rau_kernel rau_rows_kernel(const rau_version *version, int first, int later)
     rau_fenv rau_fenv_set()
     void rau_fenv_restore(rau_fenv old)
     void rau_fence()
     void rau_watch_forks()
     int rau_forked
-    int RAU_F32, RAU_F16, RAU_BF16, RAU_F64, RAU_RUN, RAU_OPENMP
+    int RAU_F32, RAU_F16, RAU_BF16, RAU_F64, RAU_GROUP, RAU_OPENMP
     const char *RAU_COMPILER
     const char *RAU_COMPILE_FLAGS
 
@@ -312,8 +318,9 @@ def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, P
     rows = call.tile_tokens * call.tile_heads
     call.scratch_bytes = (
         _round_up(states * rows * weight_item)
-        + _round_up(2 * states * RAU_RUN * sizeof(double))
+        + _round_up(2 * states * RAU_GROUP * sizeof(double))
         + _round_up(3 * (states + 1) * sizeof(rau_plane))
+        + _round_up((2 * states + 2) * sizeof(rau_line))
         + _round_up(states * sizeof(char *))
         + _round_up(states * sizeof(double))
     )
@@ -351,12 +358,15 @@ cdef void _work(const Call *call, Py_ssize_t part) noexcept nogil:
     cdef char *at = <char *>((<uintptr_t>call.scratch + 63) // 64 * 64) + part * call.scratch_bytes
     rows = call.tile_tokens * call.tile_heads
     tile.states, tile.head_dim, tile.lanes, tile.stream = call.states, call.head_dim, call.lanes, call.stream
+    tile.ahead = rau_rows_ahead()
     tile.weights = at
     at += _round_up(call.states * rows * call.stats_item)
     tile.numbers = <double *>at
-    at += _round_up(2 * call.states * RAU_RUN * sizeof(double))
+    at += _round_up(2 * call.states * RAU_GROUP * sizeof(double))
     cdef rau_plane *planes = <rau_plane *>at
     at += _round_up(3 * (call.states + 1) * sizeof(rau_plane))
+    tile.lines = <rau_line *>at
+    at += _round_up((2 * call.states + 2) * sizeof(rau_line))
     tile.sources = <const char **>at
     at += _round_up(call.states * sizeof(char *))
     tile.shares = <double *>at

@@ -42,8 +42,8 @@
 enum rau_format { RAU_F32, RAU_F16, RAU_BF16, RAU_F64 };
 
 enum {
-    RAU_RUN = 8,  /* rows weighed at a time, at most */
-    RAU_AHEAD = 4 /* rows prefetched ahead */
+    RAU_GROUP = 16, /* rows weighed at a time, at most */
+    RAU_RUN = 64    /* rows ahead of which statistics are prefetched */
 };
 
 typedef struct { /* where the rows of one array of one tile lie; strides in bytes */
@@ -51,15 +51,22 @@ typedef struct { /* where the rows of one array of one tile lie; strides in byte
     ptrdiff_t token, head;
 } rau_plane;
 
+typedef struct { /* where some rows of one array are */
+    char *at;
+    ptrdiff_t step;
+} rau_line;
+
 typedef struct {
     ptrdiff_t states, tokens, heads, head_dim, lanes;
-    int stream;                   /* write attn_out around the cache */
+    int stream;                   /* write the result around the cache */
+    ptrdiff_t ahead;              /* rows to prefetch ahead; 0: none */
     const rau_plane *attn;        /* states + 1 planes each: the inputs, then the result */
     const rau_plane *max;
     const rau_plane *sum;
     void *weights;                /* [states][tokens * heads], float, or double where statistics are */
     ptrdiff_t weight_token, weight_head; /* set by weigh, in elements */
-    double *numbers;              /* scratch, aligned: [2 * states][RAU_RUN] */
+    double *numbers;              /* scratch, aligned: [2 * states][RAU_GROUP] */
+    rau_line *lines;              /* scratch: [2 * states + 2] */
     const char **sources;         /* scratch: [states] */
     double *shares;               /* scratch: [states] */
 } rau_tile;
@@ -125,6 +132,16 @@ static int rau_versions(const rau_version *found[3]) {
         found[count++] = &rau_version_avx512;
 #endif
     return count;
+}
+
+/* Rows to prefetch ahead. Intel's processors gain from it, AMD's lose: theirs follow long rows by themselves. */
+static int rau_rows_ahead(void) {
+#ifdef RAU_VERSIONS
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") ? 4 : 0;
+#else
+    return 0;
+#endif
 }
 
 static rau_kernel rau_rows_kernel(const rau_version *version, int first, int later) {
