@@ -83,8 +83,8 @@ cdef struct Call:
     Py_ssize_t workers
 
 cdef enum:
-    TILE_TOKENS = 256        # each head's statistics run on for 8 KiB
-    TILE_WEIGHTS = 1 << 17   # bytes of weights in a tile: they stay in the second-level cache
+    TILE_TOKENS = 1024       # each head's statistics run on for 32 KiB
+    TILE_WEIGHTS = 1 << 18   # bytes of weights in a tile: they stay in the second-level cache
     STREAM_BYTES = 1 << 23   # an output larger than this leaves the cache before anybody reads it
     WORKER_BYTES = 1 << 18   # less than this is not worth another thread
 
@@ -304,7 +304,7 @@ def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, P
 
     rows = max(TILE_WEIGHTS // (weight_item * states), 1)
     call.tile_heads = min(heads, rows)
-    call.tile_tokens = min(max(rows // call.tile_heads, 1), TILE_TOKENS)
+    call.tile_tokens = min(max(rows // call.tile_heads, 1), TILE_TOKENS, tokens)
 
     row_bytes = head_dim * (2 * call.first_item + (states - 1) * call.later_item)
     row_bytes += 2 * (states + 1) * lanes * call.stats_item
