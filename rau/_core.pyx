@@ -7,8 +7,10 @@ Everything has been checked before: nothing here looks at an argument again.
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free, getenv, malloc
 from libc.string cimport memcmp, memset
+
+import os
 
 from numpy import ndarray as _ndarray
 
@@ -130,6 +132,13 @@ def build():
         "flags": RAU_COMPILE_FLAGS.decode(),
         "openmp": bool(RAU_OPENMP),
     }
+
+
+def environment(str name):
+    """An environment variable as the process has it now, or None; os.environ takes ten times as long to say None."""
+    cdef bytes key = name.encode()
+    cdef const char *value = getenv(key)
+    return None if value == NULL else os.fsdecode(value)
 
 
 cdef struct ArrayInterface:  # NumPy's __array_struct__ protocol
@@ -274,7 +283,7 @@ def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, P
     ----------
     table : int64, shape (blocks, 2 + 9 * (K + 1))
         The block table, see rau.layouts.
-    arrays : tuple of 3 * (K + 1) ndarrays or addresses
+    arrays : tuple of 3 * (K + 1) ndarrays, or tensors with a data_ptr
         attn_out, softmax_max, softmax_sum of each input, then of the result.
     dtype, cur_dtype : str
         Of the first state and the result; of the later states.
@@ -330,7 +339,8 @@ def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, P
         if call.scratch == NULL or call.arrays == NULL:
             raise MemoryError("rau: no memory for the scratch of a merge")
         for i in range(3 * (states + 1)):
-            call.arrays[i] = <char *><uintptr_t>arrays[i] if isinstance(arrays[i], int) else data_of(arrays[i])
+            array = arrays[i]
+            call.arrays[i] = data_of(array) if isinstance(array, _ndarray) else <char *><uintptr_t>array.data_ptr()
         with nogil:
             if call.workers == 1:  # enters no parallel region, which would start OpenMP's threads
                 _work(&call, 0)

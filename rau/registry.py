@@ -31,6 +31,15 @@ from rau.loading import (
 )
 from rau.problem import Problem
 
+try:
+    from rau._core import environment
+except ImportError:  # not compiled: the same, more slowly
+
+    def environment(name: str) -> str | None:
+        """Read an environment variable."""
+        return os.environ.get(name)
+
+
 __all__ = [
     "Status", "array_types", "blocked", "capabilities", "get", "names", "provisionally", "refresh", "register",
     "select", "status", "use_backend",
@@ -128,7 +137,7 @@ def requested(backend: Any = None) -> tuple[Any, str]:
     inner = _requested.get()
     if inner is not None:
         return inner[0], "use_backend"
-    name = os.environ.get("RAU_BACKEND")
+    name = environment("RAU_BACKEND")
     if name:
         return name, "RAU_BACKEND"
     return None, "automatic"

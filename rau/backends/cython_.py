@@ -44,10 +44,8 @@ class CythonBackend(Backend):
         if out is None:
             out = fresh(problem, states[0])
         arrays = tuple([array for state in (*states, out) for array in state])
-        if problem.kind != "numpy":
-            if problem.kind == "mindspore":
-                arrays = tuple(map(settled, arrays))
-            arrays = tuple([array.data_ptr() for array in arrays])
+        if problem.kind == "mindspore":
+            arrays = tuple(map(settled, arrays))
         blocks = problem.blocks
         assert blocks is not None  # host arrays have their lengths on the host
         self._merge(blocks, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, problem.lanes,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from rau import update
 from rau.backends.torch_ import Geometry, merge_rows, weigh
@@ -45,9 +46,11 @@ def wanted(states: Sequence[Sequence[Any]]) -> bool:
         return True
     gradients = torch.is_grad_enabled()
     for array in arrays:
-        if isinstance(array, Tensor) and (
-            type(array) not in (Tensor, torch.nn.Parameter) or (gradients and array.requires_grad)
-        ):
+        cls = type(array)
+        if cls is Tensor or cls is Parameter:
+            if gradients and array.requires_grad:
+                return True
+        elif isinstance(array, Tensor):
             return True
     return False
 
