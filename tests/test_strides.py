@@ -298,9 +298,9 @@ def next_rows(array):
     return array[:-1], array[1:]
 
 
-def steeper(array):
-    """Another view from the same address on, whose last rows are elsewhere."""
-    return as_strided(array, (8, 2, 8), (64, 96, 4))
+def turned(array):
+    """Another view of the same memory from the same address on, whose rows come in another order."""
+    return as_strided(array, (8, 2, 8), (32, 256, 4))
 
 
 OVERLAPS = {
@@ -311,7 +311,7 @@ OVERLAPS = {
     "outputs that overlap by a row": lambda prev, cur: [prev[0], *next_rows(np.zeros((9, 2, 8), "f4"))],
     "itself": lambda prev, cur: [as_strided(np.zeros(64, "f4"), (8, 2, 8), (32, 0, 4)), prev[1], prev[2]],
     "itself by half a row": lambda prev, cur: [as_strided(np.zeros(99, "f4"), (8, 2, 8), (48, 16, 4)), *prev[1:]],
-    "the same address and other strides": lambda prev, cur: [prev[0], steeper(cur[1]), prev[2]],
+    "the same address and other strides": lambda prev, cur: [prev[0], turned(cur[1]), prev[2]],
     "itself by a step": lambda prev, cur: [as_strided(np.zeros(99, "f4"), (8, 2, 8), (32, 32, 4)), prev[1], prev[2]],
 }
 
