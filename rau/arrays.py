@@ -6,6 +6,7 @@ are recognised by name, so that nothing is imported to find out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +33,34 @@ _TYPE_NAMES: dict[type, tuple[str, ...]] = {}
 _MOST_WORK: Any = 1_000_000
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def aligned(shape: tuple[int, ...], dtype: Any, make: Any = np.empty) -> np.ndarray:
+    """Allocate a large array whose first element stands at a multiple of 64 bytes.
+
+    NumPy's own stand at 16 modulo 64, and vectors of 64 bytes that cross cache lines are stored more slowly.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    dtype : dtype
+    make : {numpy.empty, numpy.zeros}
+
+    Returns
+    -------
+    ndarray
+        C-contiguous; a view of memory that it keeps.
+
+    Examples
+    --------
+    >>> address(aligned((3, 5), np.float32)) % 64
+    0
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = make(size + 64, np.uint8)
+    start = -address(memory) % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class Memory(NamedTuple):
@@ -196,8 +225,11 @@ class NumPyKind:
     def signature(self, arrays: Sequence[Any], inputs: int) -> bytes | None:
         return signature(arrays, inputs)
 
-    def full(self, like: np.ndarray, shape: tuple[int, ...], dtype: str, value: float) -> np.ndarray:
-        return np.full(shape, value, dtype) if value else np.zeros(shape, dtype)  # zeros cost nothing until touched
+    def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> np.ndarray:
+        array = aligned(shape, dtype, np.zeros)  # zeros cost nothing until touched
+        if value:
+            array.fill(value)
+        return array
 
     def cast(self, array: np.ndarray, dtype: str) -> np.ndarray:
         if dtype == "bfloat16":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import Memory
+from rau.arrays import Memory, NumPyKind
 
 try:
     from rau._core import tensor_signature
@@ -19,6 +19,7 @@ except ImportError:  # not compiled: every call takes the validator
         return None
 
 
+_HOST = NumPyKind()
 _DTYPES: dict[Any, str] = {}
 _DEVICES: dict[Any, str] = {}
 
@@ -78,7 +79,7 @@ class TorchKind:
         torch = sys.modules["torch"]
         if like.device.type == "cpu":
             # NumPy asks the system for huge pages, and torch does not.
-            return torch.from_numpy(np.full(shape, value, dtype) if value else np.zeros(shape, dtype))
+            return torch.from_numpy(_HOST.full(None, shape, dtype, value))
         return torch.full(shape, value, dtype=getattr(torch, dtype), device=like.device)
 
     def cast(self, array: Any, dtype: str) -> Any:
@@ -125,7 +126,7 @@ class MindSporeKind(TorchKind):
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
         mindspore = sys.modules["mindspore"]
         if self.device(like) == "cpu":
-            return mindspore.Tensor.from_numpy(np.full(shape, value, dtype))
+            return mindspore.Tensor.from_numpy(_HOST.full(None, shape, dtype, value))
         return mindspore.ops.full(shape, value, dtype=getattr(mindspore, dtype))
 
     def cast(self, array: Any, dtype: str) -> Any:

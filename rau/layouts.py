@@ -172,24 +172,26 @@ def block_table(
         return table
 
     assert cumulative is not None  # the validator requires it here
-    start = cumulative[:-1]
-    length = np.diff(cumulative)
-    table = np.empty((len(start), len(line)), dtype=np.int64)
-    table[:] = line
-    table[:, TOKENS] = length
+    start, length = cumulative[:-1], np.diff(cumulative)
+    columns = np.empty((len(line), len(start)), dtype=np.int64)  # by columns, which are fast to fill
+    columns[:] = np.array(line)[:, None]
+    columns[TOKENS] = length
     for index, stride in enumerate(strides):
         first = 2 + 3 * index
-        begin, own, skip = start, length, 0 * length  # a sequence's place in this array; how many of its tokens to pass over
+        begin, own, skip = start, length, None  # of each sequence in this array; how many of its tokens to pass over
         if half is not None and index // 3 in (0, len(strides) // 3 - 1):
-            begin, own, skip = 2 * start, 2 * length, length * (half == "back")
-        if not packed or index % 3 == 0:
-            table[:, first] = (begin + skip) * stride[attn_token]
-        else:
+            begin, own, skip = 2 * start, 2 * length, length if half == "back" else None
+        if packed and index % 3:
             row = stride[1] if heads != 1 else stride[0]  # as packed_row_stride has checked
-            table[:, first] = (begin * heads + skip) * row
-            table[:, first + 1] = row
-            table[:, first + 2] = own * row
-    return table
+            columns[first + 1] = row
+            np.multiply(own, row, out=columns[first + 2])
+            tokens_apart, apart = heads * row, row
+        else:
+            tokens_apart = apart = stride[attn_token]
+        np.multiply(begin, tokens_apart, out=columns[first])
+        if skip is not None:
+            columns[first] += skip * apart
+    return np.ascontiguousarray(columns.T)
 
 
 def row_index(table: np.ndarray, operand: int, part: int) -> np.ndarray:

@@ -117,7 +117,7 @@ def test_ratio_is_by_the_rounds_of_both():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_cores_roof_computes_what_it_says(threads, around, length):
     roof = importlib.import_module("rau._core").roof
-    a, b, to = (measure._aligned(4 * (length + 16)) for _ in range(3))
+    a, b, to = (measure._ones(4 * (length + 16)) for _ in range(3))
     a[:], b[:], to[:] = np.arange(length + 16), 3, -1
     roof(to[:length], a[:length], b[:length], around, threads)
     np.testing.assert_array_equal(to[:length], a[:length] + 1.5)

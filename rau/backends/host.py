@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import Memory, kind_of
+from rau.arrays import Memory, aligned, kind_of
 from rau.backends import AttentionState, Problem
 from rau.errors import UnsupportedError
 
+_LARGE = 1 << 18  # elements: a smaller array stays in the cache, where its place does not matter
 HOST_ARRAYS = ("numpy:ndarray", "torch:Tensor", "mindspore.common.tensor:Tensor")
 
 
@@ -30,19 +31,20 @@ def fresh(problem: Problem, like: AttentionState) -> AttentionState:
     -------
     AttentionState
     """
+    empty = aligned if problem.T * problem.N * problem.D > _LARGE else np.empty
     if problem.kind == "numpy":
         return AttentionState(
-            np.empty(problem.shape, like.attn_out.dtype),
-            np.empty(problem.stats_shape, like.softmax_max.dtype),
-            np.empty(problem.stats_shape, like.softmax_sum.dtype),
+            empty(problem.shape, like.attn_out.dtype),
+            empty(problem.stats_shape, like.softmax_max.dtype),
+            empty(problem.stats_shape, like.softmax_sum.dtype),
         )
     library = sys.modules[problem.kind]
     from_numpy = library.Tensor.from_numpy if problem.kind == "mindspore" else library.from_numpy
     if problem.dtype == "bfloat16":  # which NumPy does not have
-        attn_out = from_numpy(np.empty(problem.shape, np.uint16)).view(library.bfloat16)
+        attn_out = from_numpy(empty(problem.shape, np.uint16)).view(library.bfloat16)
     else:
-        attn_out = from_numpy(np.empty(problem.shape, problem.dtype))
-    stats = (from_numpy(np.empty(problem.stats_shape, problem.stats_dtype)) for _ in range(2))
+        attn_out = from_numpy(empty(problem.shape, problem.dtype))
+    stats = (from_numpy(empty(problem.stats_shape, problem.stats_dtype)) for _ in range(2))
     return AttentionState(attn_out, *stats)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.arrays import aligned
 from rau.threads import get_num_threads, set_num_threads
 
 _TURN = 5e-4  # seconds: a shorter call is repeated within its turn
@@ -140,7 +141,7 @@ class Roof:
 
     def __init__(self, bytes_: int, threads: int) -> None:
         self.bytes = bytes_ // 4 * 4
-        a, b, to = (_aligned(self.bytes) for _ in range(3))
+        a, b, to = (_ones(self.bytes) for _ in range(3))
         try:
             from rau._core import roof
         except ImportError:
@@ -189,10 +190,8 @@ def device_copy(backend: Any, bytes_: int) -> Callable[[], object] | None:
     return copy
 
 
-def _aligned(bytes_: int) -> np.ndarray:
-    """Float32 ones at an address that is a multiple of 64, every page touched; on huge pages where NumPy gets them."""
-    memory = np.empty(bytes_ + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    array = memory[start : start + bytes_].view(np.float32)
+def _ones(bytes_: int) -> np.ndarray:
+    """Float32 ones, aligned to 64 bytes, every page touched; on huge pages where NumPy gets them."""
+    array = aligned((bytes_ // 4,), np.float32)
     array[:] = 1
     return array

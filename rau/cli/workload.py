@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.arrays import aligned
 from rau.state import AttentionState
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -102,7 +103,7 @@ def lacking(dtype: str) -> str:
 
 
 def states(size: Size, dtype: str, count: int, seed: int = 0) -> list[AttentionState]:
-    """Make states of random numbers, as NumPy arrays.
+    """Make states of random numbers, as NumPy arrays, aligned to 64 bytes as those that rau allocates.
 
     Parameters
     ----------
@@ -130,8 +131,11 @@ def states(size: Size, dtype: str, count: int, seed: int = 0) -> list[AttentionS
         pattern = random.standard_normal(min(_PATTERN, rows * head_dim), dtype=np.float32).astype(kind)
         maximum = random.standard_normal(rows, dtype=np.float32)
         total = random.uniform(1, 9, rows).astype(np.float32)
-        lanes = (np.repeat(part, 8).reshape(stats_shape) for part in (maximum, total))
-        made.append(AttentionState(np.resize(pattern, attn_shape), *lanes))
+        state = AttentionState(aligned(attn_shape, kind), aligned(stats_shape, "f4"), aligned(stats_shape, "f4"))
+        state.attn_out[...] = np.resize(pattern, attn_shape)
+        state.softmax_max.reshape(rows, 8)[...] = maximum[:, None]
+        state.softmax_sum.reshape(rows, 8)[...] = total[:, None]
+        made.append(state)
     return made
 
 
