@@ -13,7 +13,9 @@ def address(array: np.ndarray) -> int: ...
 def signature(arrays: Sequence[Any], inputs: int) -> bytes | None: ...
 def tensor_signature(arrays: Sequence[Any], inputs: int, plain: type) -> list[Any] | None: ...
 def merge(
-    table: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    terms: np.ndarray,
     arrays: tuple[Any, ...],
     dtype: str,
     cur_dtype: str,

@@ -63,7 +63,9 @@ cdef extern from "_rows.h" nogil:
     const char *RAU_COMPILE_FLAGS
 
 cdef struct Call:
-    const int64_t *table
+    const int64_t *starts    # of each block, and lengths: see rau.layouts.BlockTerms
+    const int64_t *lengths
+    const int64_t *terms
     Py_ssize_t blocks
     Py_ssize_t columns
     Py_ssize_t states
@@ -275,14 +277,14 @@ def tensor_signature(arrays, Py_ssize_t inputs, plain):
     return described
 
 
-def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, Py_ssize_t heads, Py_ssize_t head_dim,
+def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:, ::1] terms, tuple arrays, str dtype, str cur_dtype, Py_ssize_t heads, Py_ssize_t head_dim,
           Py_ssize_t lanes, bint in_place, Py_ssize_t threads):
     """Merge K states.
 
     Parameters
     ----------
-    table : int64, shape (blocks, 2 + 9 * (K + 1))
-        The block table, see rau.layouts.
+    starts, lengths, terms : int64, shapes (blocks,), (blocks,), (3, 2 + 9 * (K + 1))
+        The blocks: a rau.layouts.BlockTerms.
     arrays : tuple of 3 * (K + 1) ndarrays, or tensors with a data_ptr
         attn_out, softmax_max, softmax_sum of each input, then of the result.
     dtype, cur_dtype : str
@@ -298,12 +300,14 @@ def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, P
     cdef Py_ssize_t states = len(arrays) // 3 - 1
     cdef int64_t tokens = 0
 
-    call.blocks, call.columns = table.shape[0], table.shape[1]
+    call.blocks, call.columns = starts.shape[0], terms.shape[1]
+    if call.blocks == 0:
+        return
+    call.starts, call.lengths, call.terms = &starts[0], &lengths[0], &terms[0, 0]
     for i in range(call.blocks):
-        tokens += table[i, 0]
+        tokens += _entry(&call, i, 0)
     if tokens == 0 or heads == 0:
         return
-    call.table = &table[0, 0]
     call.tokens, call.states, call.heads, call.head_dim, call.lanes = tokens, states, heads, head_dim, lanes
     call.first_item, call.later_item = _ITEMS[dtype], _ITEMS[cur_dtype]
     cdef bint wide = dtype == "float64"
@@ -330,6 +334,7 @@ def merge(const int64_t[:, ::1] table, tuple arrays, str dtype, str cur_dtype, P
         + _round_up(2 * states * RAU_GROUP * sizeof(double))
         + _round_up(3 * (states + 1) * sizeof(rau_plane))
         + _round_up((2 * states + 2) * sizeof(rau_line))
+        + _round_up(call.columns * sizeof(int64_t))
         + _round_up(states * sizeof(char *))
         + _round_up(states * sizeof(double))
     )
@@ -356,12 +361,18 @@ cdef inline Py_ssize_t _round_up(Py_ssize_t bytes_) noexcept nogil:
     return (bytes_ + 63) // 64 * 64
 
 
+cdef inline int64_t _entry(const Call *call, Py_ssize_t block, Py_ssize_t column) noexcept nogil:
+    """An entry of the block table."""
+    cdef const int64_t *term = call.terms + column
+    return term[0] + call.starts[block] * term[call.columns] + call.lengths[block] * term[2 * call.columns]
+
+
 cdef void _work(const Call *call, Py_ssize_t part) noexcept nogil:
     """One worker's share: an equal part of all the tokens, wherever the blocks' borders are."""
     cdef Py_ssize_t low = call.tokens * part // call.workers
     cdef Py_ssize_t high = call.tokens * (part + 1) // call.workers
-    cdef Py_ssize_t seen = 0, b, t, h, first, last, rows
-    cdef const int64_t *line
+    cdef Py_ssize_t seen = 0, b, t, h, first, last, rows, tokens, i
+    cdef int64_t *line
     cdef rau_tile tile
     cdef rau_fenv old = rau_fenv_set()
 
@@ -377,17 +388,22 @@ cdef void _work(const Call *call, Py_ssize_t part) noexcept nogil:
     at += _round_up(3 * (call.states + 1) * sizeof(rau_plane))
     tile.lines = <rau_line *>at
     at += _round_up((2 * call.states + 2) * sizeof(rau_line))
+    line = <int64_t *>at
+    at += _round_up(call.columns * sizeof(int64_t))
     tile.sources = <const char **>at
     at += _round_up(call.states * sizeof(char *))
     tile.shares = <double *>at
     tile.attn, tile.max, tile.sum = planes, planes + call.states + 1, planes + 2 * (call.states + 1)
 
     for b in range(call.blocks):
-        line = call.table + b * call.columns
+        tokens = _entry(call, b, 0)
         first = max(low - seen, 0)
-        last = min(high - seen, line[0])
-        seen += line[0]
+        last = min(high - seen, tokens)
+        seen += tokens
         t = first
+        if t < last:
+            for i in range(call.columns):
+                line[i] = _entry(call, b, i)
         while t < last:
             tile.tokens = min(call.tile_tokens, last - t)
             h = 0

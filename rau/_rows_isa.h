@@ -459,38 +459,61 @@ RAU_INLINE RAU_TARGET void RAU_NAME(store_unit)(char *to, UNIT unit, int around,
 
 /* ---- rows: one pass over the elements -------------------------------------------------------------------- */
 
-/* A row of the result from its `used` sources, element by element in one pass. The first source's format is `lead`, the
-   others' `later`, the result's `format`. */
+/* Some elements of a row of the result, from as many of each of its sources. The first source's format is `lead`, the others'
+   `later`, the result's `format`. */
+RAU_INLINE RAU_TARGET UNIT RAU_NAME(merge_unit)(
+    const char *const *sources, const float *shares, const ptrdiff_t used, ptrdiff_t first, const int lead, const int later,
+    const int format) {
+    UNIT sum = {0};
+    for (ptrdiff_t k = 0; k < used; k++) {
+        const int its = k ? later : lead;
+        UNIT unit = RAU_NAME(load_unit)(sources[k] + first * RAU_ITEM(its), its, lead == RAU_BF16 && format == RAU_BF16);
+        unit.a *= shares[k];
+        unit.b *= shares[k];
+        sum.a = k ? sum.a + unit.a : unit.a;
+        sum.b = k ? sum.b + unit.b : unit.b;
+    }
+    return sum;
+}
+
+/* A row shorter than a unit passes through memory of our own. */
+static RAU_TARGET void RAU_NAME(merge_short_row)(
+    char *to, const char *const *sources, const float *shares, const ptrdiff_t used, ptrdiff_t head_dim, const int lead,
+    const int later, const int format) {
+    char piece[sizeof(UNIT)];
+    const char *at = piece;
+    UNIT sum = {0};
+    for (ptrdiff_t k = 0; k < used; k++) {
+        const int its = k ? later : lead;
+        const float one = 1.0f;
+        memset(piece, 0, sizeof piece);
+        memcpy(piece, sources[k], head_dim * RAU_ITEM(its));
+        UNIT unit = RAU_NAME(merge_unit)(&at, &one, 1, 0, its, its, format);
+        sum.a = k ? sum.a + unit.a * shares[k] : unit.a * shares[k];
+        sum.b = k ? sum.b + unit.b * shares[k] : unit.b * shares[k];
+    }
+    RAU_NAME(store_unit)(piece, sum, 0, format);
+    memcpy(to, piece, head_dim * RAU_ITEM(format));
+}
+
+/* A row of the result, in one pass. */
 RAU_INLINE RAU_TARGET void RAU_NAME(merge_row)(
     char *to, const char *const *sources, const float *shares, const ptrdiff_t used, ptrdiff_t head_dim, int around,
     const int lead, const int later, const int format) {
-    const int paired = lead == RAU_BF16 && format == RAU_BF16;
-    char piece[sizeof(UNIT)], *target;
-    for (ptrdiff_t j = 0; j < head_dim; j += UNIT_IN) {
-        const ptrdiff_t rest = head_dim - j; /* the end of a row passes through a piece of memory of our own */
-        UNIT sum = {0};
-        for (ptrdiff_t k = 0; k < used; k++) {
-            const int its = k ? later : lead;
-            const char *at = sources[k] + j * RAU_ITEM(its);
-            if (rest < UNIT_IN) {
-                memset(piece, 0, sizeof piece);
-                memcpy(piece, at, rest * RAU_ITEM(its));
-                at = piece;
-            }
-            UNIT unit = RAU_NAME(load_unit)(at, its, paired);
-            unit.a *= shares[k];
-            unit.b *= shares[k];
-            sum.a = k ? sum.a + unit.a : unit.a;
-            sum.b = k ? sum.b + unit.b : unit.b;
-        }
-        target = to + j * RAU_ITEM(format);
-        if (rest < UNIT_IN) {
-            RAU_NAME(store_unit)(piece, sum, 0, format);
-            memcpy(target, piece, rest * RAU_ITEM(format));
-        } else {
-            RAU_NAME(store_unit)(target, sum, around, format);
-        }
+    const ptrdiff_t end = head_dim - UNIT_IN;
+    if (end < 0) {
+        RAU_NAME(merge_short_row)(to, sources, shares, used, head_dim, lead, later, format);
+        return;
     }
+    UNIT last = {0};
+    const int ragged = head_dim % UNIT_IN != 0;
+    /* A row of a broken number of units ends with one that overlaps the one before. It is merged first: once that is stored,
+       and the result stands on a source, its elements are not there any more. */
+    if (ragged) last = RAU_NAME(merge_unit)(sources, shares, used, end, lead, later, format);
+    for (ptrdiff_t j = 0; j <= end; j += UNIT_IN)
+        RAU_NAME(store_unit)(
+            to + j * RAU_ITEM(format), RAU_NAME(merge_unit)(sources, shares, used, j, lead, later, format), around, format);
+    if (ragged) RAU_NAME(store_unit)(to + end * RAU_ITEM(format), last, 0, format);
 }
 
 /* The rows of a tile run along the axis on which those of the result are closer together. */

@@ -121,15 +121,49 @@ def packed_row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | Non
     return None
 
 
-def block_table(
+class BlockTerms(NamedTuple):
+    """A block table in short: every entry is linear in where its block starts and how long it is.
+
+    Ten thousand blocks take ten thousand starts and lengths, and not thirty times as many entries.
+
+    Attributes
+    ----------
+    starts, lengths : ndarray of int64, shape (blocks,)
+    terms : ndarray of int64, shape (3, 2 + 9 * (K + 1))
+        An entry is ``terms[0] + start * terms[1] + length * terms[2]``, in each column.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    terms: np.ndarray
+
+    def table(self) -> np.ndarray:
+        """Write the block table out.
+
+        Returns
+        -------
+        ndarray of int64, shape (blocks, 2 + 9 * (K + 1))
+        """
+        constant, by_start, by_length = self.terms
+        columns = np.repeat(constant[:, None], len(self.starts), axis=1)  # by columns, which are fast to fill
+        for factors, numbers in ((by_start, self.starts), (by_length, self.lengths)):
+            for column in factors.nonzero()[0]:
+                columns[column] += numbers * factors[column]
+        return np.ascontiguousarray(columns.T)
+
+
+_NONE = np.zeros(1, dtype=np.int64)
+
+
+def block_terms(
     layout: str,
     packed: bool,
     lengths: tuple[int, int, int, int],
     cumulative: np.ndarray | None,
     strides: Sequence[Sequence[int]],
     half: str | None = None,
-) -> np.ndarray:
-    """Make the table of blocks of one call.
+) -> BlockTerms:
+    """Describe the blocks of one call.
 
     Parameters
     ----------
@@ -149,7 +183,13 @@ def block_table(
 
     Returns
     -------
-    ndarray of int64, shape (blocks, 2 + 9 * (K + 1))
+    BlockTerms
+
+    Examples
+    --------
+    >>> two_sequences = block_terms("TND", True, (2, 3, 1, 4), np.array([0, 1, 3]), [(4, 4, 1), (8, 8, 1), (8, 8, 1)])
+    >>> two_sequences.table()[:, TOKENS]
+    array([1, 2])
     """
     _, _, attn_batch, attn_token, attn_head, stats_batch, token, head = LAYOUTS[layout]
     batch, tokens, heads, head_dim = lengths
@@ -163,35 +203,30 @@ def block_table(
         )  # fmt: skip
 
     if not packed and half is None:
+        terms = np.zeros((3, len(line)), dtype=np.int64)
+        terms[0] = line
         if attn_batch is None or stats_batch is None or batch == 1:
-            return np.array((line,), dtype=np.int64)
-        table = np.empty((batch, len(line)), dtype=np.int64)
-        table[:] = line
-        steps = [stride[stats_batch if index % 3 else attn_batch] for index, stride in enumerate(strides)]
-        table[:, 2::3] = np.arange(batch)[:, None] * np.array(steps, dtype=np.int64)
-        return table
+            return BlockTerms(_NONE, _NONE, terms)
+        terms[1, 2::3] = [stride[stats_batch if index % 3 else attn_batch] for index, stride in enumerate(strides)]
+        return BlockTerms(np.arange(batch), np.zeros(batch, dtype=np.int64), terms)
 
     assert cumulative is not None  # the validator requires it here
-    start, length = cumulative[:-1], np.diff(cumulative)
-    columns = np.empty((len(line), len(start)), dtype=np.int64)  # by columns, which are fast to fill
-    columns[:] = np.array(line)[:, None]
-    columns[TOKENS] = length
+    by_start, by_length = [0] * len(line), [0] * len(line)
+    line[TOKENS], by_length[TOKENS] = 0, 1
     for index, stride in enumerate(strides):
         first = 2 + 3 * index
-        begin, own, skip = start, length, None  # of each sequence in this array; how many of its tokens to pass over
-        if half is not None and index // 3 in (0, len(strides) // 3 - 1):
-            begin, own, skip = 2 * start, 2 * length, length if half == "back" else None
+        whole = half is not None and index // 3 in (0, len(strides) // 3 - 1)
+        times = 2 if whole else 1  # as long as the others
         if packed and index % 3:
             row = stride[1] if heads != 1 else stride[0]  # as packed_row_stride has checked
-            columns[first + 1] = row
-            np.multiply(own, row, out=columns[first + 2])
-            tokens_apart, apart = heads * row, row
+            line[first + 1], line[first + 2], by_length[first + 2] = row, 0, times * row
+            by_start[first] = times * heads * row
         else:
-            tokens_apart = apart = stride[attn_token]
-        np.multiply(begin, tokens_apart, out=columns[first])
-        if skip is not None:
-            columns[first] += skip * apart
-    return np.ascontiguousarray(columns.T)
+            row = stride[attn_token]
+            by_start[first] = times * row
+        if whole and half == "back":
+            by_length[first] = row
+    return BlockTerms(cumulative[:-1], np.diff(cumulative), np.array((line, by_start, by_length), dtype=np.int64))
 
 
 def row_index(table: np.ndarray, operand: int, part: int) -> np.ndarray:
@@ -211,8 +246,8 @@ def row_index(table: np.ndarray, operand: int, part: int) -> np.ndarray:
 
     Examples
     --------
-    >>> table = block_table("TND", False, (1, 2, 2, 4), None, [(8, 4, 1), (16, 8, 1), (16, 8, 1)] * 2)
-    >>> row_index(table, 0, ATTN)
+    >>> blocks = block_terms("TND", False, (1, 2, 2, 4), None, [(8, 4, 1), (16, 8, 1), (16, 8, 1)] * 2)
+    >>> row_index(blocks.table(), 0, ATTN)
     array([ 0,  4,  8, 12])
     """
     heads = table[:, HEADS]

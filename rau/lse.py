@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rau.layouts import SUM, block_table, row_index
+from rau.layouts import SUM, block_terms, row_index
 
 LSE_LAYOUTS = {"BNS": "(B, N, S)", "BSN": "(B, S, N)", "TN": "(T, N)", "NT": "(N, T)"}
 _SWAPPED = ("BSN", "NT")  # the others have the axes of the statistics
@@ -129,7 +129,7 @@ def reordered(stats: Any, lengths: Any, to: str) -> Any:
     if xp is np:
         stats = np.asarray(stats)  # a subclass might index in its own way
         row = (heads, 1, 1)  # strides of a (T, N, 1) array
-        rows = row_index(block_table("TND", True, (1, tokens, heads, 1), lengths, (row,) * 3), 0, SUM)
+        rows = row_index(block_terms("TND", True, (1, tokens, heads, 1), lengths, (row,) * 3).table(), 0, SUM)
     else:
         from rau.backends.torch_ import packed_rows
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rau.layouts import block_table, contiguous_strides
+from rau.layouts import BlockTerms, block_terms, contiguous_strides
 
 
 class Problem:
@@ -48,7 +48,7 @@ class Problem:
     """
 
     __slots__ = (
-        "B", "D", "K", "N", "S", "T", "_blocks", "_strides", "actual_seq_qlen", "array_types", "cur_dtype",
+        "B", "D", "K", "N", "S", "T", "_blocks", "_strides", "_terms", "actual_seq_qlen", "array_types", "cur_dtype",
         "device", "dtype", "half", "in_place", "kind", "lanes", "layout", "profile", "shape", "softmax_layout",
         "stats_dtype", "stats_shape",
     )  # fmt: skip
@@ -87,6 +87,7 @@ class Problem:
         self.kind, self.array_types, self.device = kind, array_types, device
         self.in_place, self.half = in_place, half
         self._strides = strides
+        self._terms: BlockTerms | None = None
         self._blocks: np.ndarray | None = None
 
     @property
@@ -102,15 +103,20 @@ class Problem:
         return self._strides
 
     @property
-    def blocks(self) -> np.ndarray | None:
+    def block_terms(self) -> BlockTerms | None:
+        """The block table in short; None where that is."""
         anywhere = not self.packed and self.half is None  # it takes no lengths to find the rows
-        if self._blocks is None and (isinstance(self.actual_seq_qlen, np.ndarray) or anywhere):
+        if self._terms is None and (isinstance(self.actual_seq_qlen, np.ndarray) or anywhere):
             tokens = self.T if self.layout == "TND" else self.S
             assert tokens is not None
             lengths = (self.B, tokens, self.N, self.D)
-            self._blocks = block_table(
-                self.layout, self.packed, lengths, self.actual_seq_qlen, self.strides, self.half
-            )
+            self._terms = block_terms(self.layout, self.packed, lengths, self.actual_seq_qlen, self.strides, self.half)
+        return self._terms
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        if self._blocks is None and self.block_terms is not None:
+            self._blocks = self.block_terms.table()
         return self._blocks
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ from rau.layouts import (
     MAX,
     SUM,
     TOKENS,
-    block_table,
+    block_terms,
     column,
     contiguous_strides,
     packed_row_stride,
@@ -160,13 +160,13 @@ def test_a_fresh_result_is_contiguous(call):
 def test_a_table_written_out():
     """Packed, two heads, sequences of 2, 0 and 1 tokens, D = 5, as design and contract have it."""
     strides = [(10, 5, 1), (16, 8, 1), (16, 8, 1)] * 2
-    table = block_table("TND", True, (3, 3, 2, 5), np.array([0, 2, 2, 3]), strides)
+    table = block_terms("TND", True, (3, 3, 2, 5), np.array([0, 2, 2, 3]), strides).table()
     assert table.tolist() == [
         [2, 2, *[0, 10, 5, 0, 8, 16, 0, 8, 16] * 2],
         [0, 2, *[20, 10, 5, 32, 8, 0, 32, 8, 0] * 2],
         [1, 2, *[20, 10, 5, 32, 8, 8, 32, 8, 8] * 2],
     ]
-    table = block_table("SBH", False, (2, 3, 2, 5), None, [(20, 10, 1), (48, 24, 8, 1), (48, 24, 8, 1)] * 2)
+    table = block_terms("SBH", False, (2, 3, 2, 5), None, [(20, 10, 1), (48, 24, 8, 1), (48, 24, 8, 1)] * 2).table()
     assert table.tolist() == [
         [3, 2, *[0, 20, 5, 0, 8, 24, 0, 8, 24] * 2],
         [3, 2, *[10, 20, 5, 48, 8, 24, 48, 8, 24] * 2],
@@ -180,9 +180,9 @@ def test_no_rows_at_all(layout):
     for lengths in ((0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4)):
         if layout == "TND" and lengths[0] != 2:
             continue
-        assert row_index(block_table(layout, False, lengths, None, strides), 0, ATTN).tolist() == []
+        assert row_index(block_terms(layout, False, lengths, None, strides).table(), 0, ATTN).tolist() == []
     if layout == "TND":
-        assert len(block_table("TND", True, (0, 0, 2, 4), np.array([0]), strides)) == 0
+        assert len(block_terms("TND", True, (0, 0, 2, 4), np.array([0]), strides).table()) == 0
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4))

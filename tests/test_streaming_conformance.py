@@ -72,9 +72,9 @@ class PartialsOffsets(Halves):
 
 
 def parts_table(problem, lengths, strides, half):
-    from rau.layouts import block_table
+    from rau.layouts import block_terms
 
-    return block_table(problem.layout, problem.packed, lengths, problem.actual_seq_qlen, strides, half)
+    return block_terms(problem.layout, problem.packed, lengths, problem.actual_seq_qlen, strides, half).table()
 
 
 @pytest.mark.parametrize("mutant", [AlwaysFront, Swapped, PartialsHeadStride, PartialsOffsets])

@@ -46,8 +46,8 @@ class CythonBackend(Backend):
         arrays = tuple([array for state in (*states, out) for array in state])
         if problem.kind == "mindspore":
             arrays = tuple(map(settled, arrays))
-        blocks = problem.blocks
+        blocks = problem.block_terms
         assert blocks is not None  # host arrays have their lengths on the host
-        self._merge(blocks, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, problem.lanes,
+        self._merge(*blocks, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, problem.lanes,
                     problem.in_place, get_num_threads())  # fmt: skip
         return out
