@@ -51,7 +51,7 @@ def arranged(lse: Any, lse_layout: str) -> Any:
     array
         A view.
     """
-    return lse.mT if lse_layout in _SWAPPED else lse
+    return lse.swapaxes(-1, -2) if lse_layout in _SWAPPED else lse
 
 
 def statistics(lse: Any, base: str, inf_is_empty: bool) -> tuple[Any, Any]:
@@ -73,7 +73,7 @@ def statistics(lse: Any, base: str, inf_is_empty: bool) -> tuple[Any, Any]:
     xp = _library(lse)
     if inf_is_empty:
         lse = xp.where(lse == math.inf, -math.inf, lse)
-    maximum, total = lse, xp.ones((), dtype=lse.dtype, device=lse.device)
+    maximum, total = lse, np.ones((), lse.dtype) if xp is np else xp.ones((), dtype=lse.dtype, device=lse.device)
     if base == "2":
         natural = _cast(lse, xp.float64) * _LN2
         maximum = _cast(natural, lse.dtype)
