@@ -245,7 +245,9 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
             shares[i] = SELECT(EQUAL(shares[i], zero), one, other);
         }
     } else {
-        for (ptrdiff_t k = 0; k < states; k++) RAU_NAME(exp_nonpositive)(shares + k * vectors, vectors);
+        ptrdiff_t k = 0;
+        for (; k + 4 <= states * vectors; k += 4) RAU_NAME(exp_nonpositive)(shares + k, 4);
+        for (; k < states * vectors; k++) RAU_NAME(exp_nonpositive)(shares + k, 1);
     }
     for (ptrdiff_t k = 0; k < states; k++)
         for (int v = 0; v < vectors; v++) {
@@ -513,7 +515,8 @@ RAU_INLINE RAU_TARGET void RAU_NAME(merge_row)(
     for (ptrdiff_t j = 0; j <= end; j += UNIT_IN)
         RAU_NAME(store_unit)(
             to + j * RAU_ITEM(format), RAU_NAME(merge_unit)(sources, shares, used, j, lead, later, format), around, format);
-    if (ragged) RAU_NAME(store_unit)(to + end * RAU_ITEM(format), last, 0, format);
+    to += end * RAU_ITEM(format);
+    if (ragged) RAU_NAME(store_unit)(to, last, RAU_NAME(way)(to, around), format);
 }
 
 /* The rows of a tile run along the axis on which those of the result are closer together. */
