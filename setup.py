@@ -104,7 +104,7 @@ setup(
         Extension(
             "rau._core",
             ["rau/_core.pyx"],
-            depends=["rau/_roof.h", "rau/_rows.h", "rau/_rows_isa.h"],
+            depends=["rau/_roof.h", "rau/_rows.h", "rau/_rows_isa.h", "rau/_rows_weigh.h", "rau/_rows_merge.h"],
             include_dirs=["rau"],  # the generated C lies elsewhere
             optional=not REQUIRE_CORE,
         )

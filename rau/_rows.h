@@ -3,7 +3,8 @@
    A tile is a rectangle of tokens x heads of one block. It is merged in two phases: `weigh` turns the
    statistics of its K states into one weight for each state and row, and writes the result's statistics;
    `rows` then streams the rows once. The arithmetic is that of backends/numpy_.py, bit for bit: IEEE
-   operations only, in one order, never fused. _rows_isa.h holds the code, compiled once for each version. */
+   operations only, in one order, never fused. _rows_isa.h holds the code, compiled once for each version:
+   _rows_weigh.h the first phase, _rows_merge.h the second. */
 
 #ifndef RAU_ROWS_H
 #define RAU_ROWS_H
@@ -30,13 +31,9 @@
 #if defined(__GNUC__)
 #define RAU_INLINE static inline __attribute__((always_inline))
 #define RAU_PREFETCH(address) __builtin_prefetch((address), 0, 3)
-#define RAU_ALIGNED(name) name __attribute__((aligned(64)))
-#define RAU_RESTRICT __restrict__
 #else
 #define RAU_INLINE static inline
 #define RAU_PREFETCH(address) ((void)0)
-#define RAU_ALIGNED(name) name
-#define RAU_RESTRICT
 #endif
 
 enum rau_format { RAU_F32, RAU_F16, RAU_BF16, RAU_F64 };

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import Memory, NumPyKind
+from rau.arrays import NumPyKind
+from rau.memory import Memory
 
 try:
     from rau._core import tensor_signature

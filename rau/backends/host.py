@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import Memory, aligned, kind_of
+from rau.arrays import kind_of
 from rau.backends import AttentionState, Problem
 from rau.errors import UnsupportedError
+from rau.memory import Memory, aligned
 
 _LARGE = 1 << 18  # elements: a smaller array stays in the cache, where its place does not matter
 HOST_ARRAYS = ("numpy:ndarray", "torch:Tensor", "mindspore.common.tensor:Tensor")

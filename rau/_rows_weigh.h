@@ -1,0 +1,263 @@
+/* Statistics into weights, for the version at hand: a part of _rows_isa.h. */
+
+/* The exponential of x <= 0 or NaN, in place of x: see rau/backends/exponential.py. It is one long chain of dependent
+   operations, so the chains of `count` vectors go side by side. */
+RAU_INLINE RAU_TARGET void RAU_NAME(exp_nonpositive)(DOUBLES *x, const int count) {
+    static const double coefficients[] = {
+        1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0,
+        1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 1.0 / 2.0, 1.0, 1.0,
+    };
+    const DOUBLES zero = {0}, round = ALL(0x1.8p52), least = ALL(-708.0);
+    DOUBLES shifted[4], r[4], p[4];
+    for (int i = 0; i < count; i++) {
+        const DOUBLES safe = SELECT(GREATER(least, x[i]), zero, x[i]);
+        shifted[i] = safe * 0x1.71547652b82fep+0 + round;
+        const DOUBLES k = shifted[i] - round;
+        r[i] = (safe - k * 0x1.62e42feep-1) - k * 0x1.a39ef35793c76p-33;
+        p[i] = ALL(1.0 / 479001600.0);
+    }
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 12
+#endif
+    for (int j = 0; j < 12; j++)
+        for (int i = 0; i < count; i++) p[i] = p[i] * r[i] + coefficients[j];
+    for (int i = 0; i < count; i++) {
+        /* The low bits of `shifted` hold k: made an exponent, they are 2^k. */
+        const DOUBLES power = RAU_NAME(doubles_of)((RAU_NAME(longs_of)(shifted[i]) + 1023) << 52);
+        const DOUBLES result = SELECT(GREATER(least, x[i]), zero, p[i] * power);
+        x[i] = SELECT(IS_NAN(x[i]), x[i], result);
+    }
+}
+
+#if RAU_BYTES == 64
+#define EACH_ROW(of) {of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)}
+#elif RAU_BYTES == 32
+#define EACH_ROW(of) {of(0), of(1), of(2), of(3)}
+#elif RAU_BYTES == 16
+#define EACH_ROW(of) {of(0), of(1)}
+#else
+#define EACH_ROW(of) {of(0)}
+#endif
+
+/* Lane 0 of `count` rows, `step` bytes apart; the first one stands for those beyond. */
+RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(load_rows)(const char *at, ptrdiff_t step, ptrdiff_t count, const int wide) {
+#define AT(j) (at + ((j) < count ? (j) * step : 0))
+#define DOUBLE_AT(j) *(const double *)AT(j)
+#define FLOAT_AT(j) *(const float *)AT(j)
+    if (wide) {
+        DOUBLES rows = EACH_ROW(DOUBLE_AT);
+        return rows;
+    }
+#if RAU_BYTES == 64
+    if (step == 32 && count == 8) { /* Whole rows of 8 lanes: a load takes one number from each of two, nothing else is touched. */
+        const float *from = (const float *)at;
+        __m512 pairs = _mm512_maskz_loadu_ps(0x0101, from);
+        pairs = _mm512_mask_loadu_ps(pairs, 0x0202, from + 15);
+        pairs = _mm512_mask_loadu_ps(pairs, 0x0404, from + 30);
+        pairs = _mm512_mask_loadu_ps(pairs, 0x0808, from + 45);
+        pairs = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 0, 0, 0, 0, 0, 0, 0, 0), pairs);
+        return (DOUBLES)_mm512_cvtps_pd(_mm512_castps512_ps256(pairs));
+    }
+#endif
+    HALF_FLOATS rows = EACH_ROW(FLOAT_AT);
+    return CONVERT(DOUBLES, rows);
+#undef AT
+#undef DOUBLE_AT
+#undef FLOAT_AT
+}
+
+/* Write a number into all lanes of each of `count` rows. */
+RAU_INLINE RAU_TARGET void RAU_NAME(store_rows)(
+    char *to, ptrdiff_t step, ptrdiff_t count, ptrdiff_t lanes, DOUBLES rows, int stream, const int wide) {
+    if (wide) {
+        double numbers[sizeof(DOUBLES) / sizeof(double)];
+        memcpy(numbers, &rows, sizeof numbers);
+        for (ptrdiff_t j = 0; j < count; j++, to += step)
+            for (ptrdiff_t lane = 0; lane < lanes; lane++) ((double *)to)[lane] = numbers[j];
+        return;
+    }
+    const HALF_FLOATS narrow = CONVERT(HALF_FLOATS, rows);
+#if RAU_BYTES == 64
+    if (step == 32 && count == 8 && lanes == 8) {
+        const __m512 all = _mm512_castps256_ps512((__m256)narrow);
+        const __m512i second = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+        const int around = RAU_NAME(way)(to, stream) == RAU_BYTES;
+        for (int pair = 0; pair < 4; pair++, to += 64) {
+            const __m512 both = _mm512_permutexvar_ps(_mm512_add_epi32(second, _mm512_set1_epi32(2 * pair)), all);
+            if (around) _mm512_stream_ps((float *)to, both);
+            else _mm512_storeu_ps(to, both);
+        }
+        return;
+    }
+#endif
+    float numbers[sizeof(DOUBLES) / sizeof(double)];
+    memcpy(numbers, &narrow, sizeof numbers);
+#if defined(RAU_X86) && RAU_BYTES >= 32
+    if (lanes == 8 && stream && ((uintptr_t)to | (uintptr_t)step) % 32 == 0) {
+        for (ptrdiff_t j = 0; j < count; j++, to += step) _mm256_stream_ps((float *)to, _mm256_set1_ps(numbers[j]));
+        return;
+    }
+#else
+    (void)stream;
+#endif
+    for (ptrdiff_t j = 0; j < count; j++, to += step)
+        if (lanes == 8)
+            for (int lane = 0; lane < 8; lane++) ((float *)to)[lane] = numbers[j];
+        else
+            for (ptrdiff_t lane = 0; lane < lanes; lane++) ((float *)to)[lane] = numbers[j];
+}
+
+RAU_INLINE RAU_TARGET void RAU_NAME(prefetch)(const char *row, ptrdiff_t bytes) {
+    for (ptrdiff_t j = 0; j < bytes && j < 1024; j += 64) RAU_PREFETCH(row + j);
+}
+
+/* Merge the statistics of `count` rows, as many as `vectors` vectors hold or fewer. `lines` are where they are in the maxima
+   and the sums of the states, then of the result; the weights of a state follow `gap` bytes after those of the one before. */
+RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
+    const rau_line *lines, const ptrdiff_t states, const ptrdiff_t step, const int vectors, ptrdiff_t count, char *weights,
+    ptrdiff_t gap, DOUBLES *numbers, ptrdiff_t lanes, int stream, const int wide) {
+    const DOUBLES zero = {0}, infinity = ALL(INFINITY), one = ALL(1.0);
+    DOUBLES of_two[8], *shares = states == 2 ? of_two : numbers, *sums = shares + states * vectors;
+    DOUBLES max[2] = {-infinity, -infinity}, sum[2] = {zero, zero}, live[2] = {zero, zero}, alone[2] = {zero, zero};
+#define STEP(line) (step ? step : lines[line].step)
+#define AT(line) (lines[line].at + v * DOUBLES_IN * STEP(line))
+    /* All inputs of these rows are read before anything is written: the result may stand on an input. */
+    for (ptrdiff_t k = 0; k < states; k++)
+        for (int v = 0; v < vectors; v++) {
+            RAU_NAME(prefetch)(AT(k) + RAU_RUN * STEP(k), DOUBLES_IN * STEP(k));
+            RAU_NAME(prefetch)(AT(states + k) + RAU_RUN * STEP(states + k), DOUBLES_IN * STEP(states + k));
+            DOUBLES m = RAU_NAME(load_rows)(AT(k), STEP(k), count, wide);
+            DOUBLES l = RAU_NAME(load_rows)(AT(states + k), STEP(states + k), count, wide);
+            /* An empty side is (-inf, 0) from here on, whatever stood there. */
+            const MASK empty = EQUAL(l, zero) | EQUAL(m, -infinity);
+            m = SELECT(empty, -infinity, m);
+            l = SELECT(empty, zero, l);
+            max[v] = SELECT(GREATER(m, max[v]) | IS_NAN(m), m, max[v]); /* a NaN stays: nothing is larger */
+            live[v] += SELECT(empty, zero, one);
+            alone[v] = SELECT(empty, alone[v], l);
+            shares[k * vectors + v] = m;
+            sums[k * vectors + v] = l;
+        }
+    for (ptrdiff_t k = 0; k < states; k++)
+        for (int v = 0; v < vectors; v++) shares[k * vectors + v] -= max[v];
+    if (states == 2) { /* One side is at the maximum, and the exponential of 0 is 1: one of them is enough. */
+        DOUBLES exponential[2];
+        for (int v = 0; v < vectors; v++) exponential[v] = SELECT(EQUAL(shares[v], zero), shares[vectors + v], shares[v]);
+        RAU_NAME(exp_nonpositive)(exponential, vectors);
+        for (int i = 0; i < 2 * vectors; i++) {
+            const DOUBLES other = SELECT(IS_NAN(shares[i]), shares[i], exponential[i % vectors]);
+            shares[i] = SELECT(EQUAL(shares[i], zero), one, other);
+        }
+    } else {
+        ptrdiff_t k = 0;
+        for (; k + 4 <= states * vectors; k += 4) RAU_NAME(exp_nonpositive)(shares + k, 4);
+        for (; k < states * vectors; k++) RAU_NAME(exp_nonpositive)(shares + k, 1);
+    }
+    for (ptrdiff_t k = 0; k < states; k++)
+        for (int v = 0; v < vectors; v++) {
+            const DOUBLES total = sums[k * vectors + v], share = total * shares[k * vectors + v];
+            shares[k * vectors + v] = SELECT(EQUAL(total, zero), zero, share);
+            sum[v] += shares[k * vectors + v];
+        }
+    for (int v = 0; v < vectors; v++) {
+        DOUBLES divisor = sum[v];
+        if (wide) { /* Finite sums may add up beyond float64; scaled by a power of two their shares are still right. */
+            const MASK huge = EQUAL(divisor, infinity) | EQUAL(divisor, -infinity);
+            DOUBLES scaled = zero;
+            for (ptrdiff_t k = 0; k < states; k++) {
+                const DOUBLES small = shares[k * vectors + v] * 0x1p-64;
+                scaled += small;
+                shares[k * vectors + v] = SELECT(huge, small, shares[k * vectors + v]);
+            }
+            divisor = SELECT(huge, scaled, divisor);
+        }
+        const MASK single = EQUAL(live[v], one); /* a single live side comes back as it is */
+        char *to = weights + v * DOUBLES_IN * (wide ? sizeof(double) : sizeof(float));
+        for (ptrdiff_t k = 0; k < states; k++, to += gap) {
+            DOUBLES weight = SELECT(single, one, shares[k * vectors + v] / divisor);
+            weight = SELECT(EQUAL(sums[k * vectors + v], zero), zero, weight);
+            if (wide) {
+                memcpy(to, &weight, count * sizeof(double));
+            } else {
+                const HALF_FLOATS narrow = CONVERT(HALF_FLOATS, weight);
+                memcpy(to, &narrow, count * sizeof(float));
+            }
+        }
+        sum[v] = SELECT(single, alone[v], sum[v]);
+    }
+    for (int v = 0; v < vectors; v++) {
+        RAU_NAME(store_rows)(AT(2 * states), STEP(2 * states), count, lanes, max[v], stream, wide);
+        RAU_NAME(store_rows)(AT(2 * states + 1), STEP(2 * states + 1), count, lanes, sum[v], stream, wide);
+    }
+#undef AT
+#undef STEP
+}
+
+/* Weigh a tile whose rows lie `step` bytes apart along the inner axis, in all arrays; 0: each has a step of its own. */
+RAU_INLINE RAU_TARGET void RAU_NAME(weigh_along)(
+    const rau_tile *tile, const ptrdiff_t states, const ptrdiff_t step, const int along_heads, ptrdiff_t outer,
+    ptrdiff_t inner, const int wide) {
+    rau_line of_two[6], *lines = states == 2 ? of_two : tile->lines;
+    const ptrdiff_t item = wide ? sizeof(double) : sizeof(float), gap = tile->tokens * tile->heads * item;
+    const ptrdiff_t lanes = tile->lanes;
+    const int stream = tile->stream;
+    DOUBLES *numbers = (DOUBLES *)tile->numbers;
+    char *weights = (char *)tile->weights;
+    for (ptrdiff_t o = 0; o < outer; o++) {
+        for (ptrdiff_t j = 0; j < 2 * states + 2; j++) {
+            const rau_plane plane = j < states ? tile->max[j] : j < 2 * states ? tile->sum[j - states]
+                                  : j == 2 * states ? tile->max[states] : tile->sum[states];
+            lines[j].at = plane.base + o * (along_heads ? plane.token : plane.head);
+            lines[j].step = along_heads ? plane.head : plane.token;
+        }
+        ptrdiff_t rest = inner;
+#define WEIGH_ROWS(step, vectors, count) \
+    RAU_NAME(weigh_rows)(lines, states, step, vectors, count, weights, gap, numbers, lanes, stream, wide)
+#define GO_ON(rows) \
+    rest -= (rows), weights += (rows) * item; \
+    for (ptrdiff_t j = 0; j < 2 * states + 2; j++) lines[j].at += (rows) * (step ? step : lines[j].step)
+        while (states == 2 && rest >= 2 * DOUBLES_IN) {
+            WEIGH_ROWS(step, 2, DOUBLES_IN);
+            GO_ON(2 * DOUBLES_IN);
+        }
+        while (rest >= DOUBLES_IN) {
+            WEIGH_ROWS(step, 1, DOUBLES_IN);
+            GO_ON(DOUBLES_IN);
+        }
+        if (rest) {
+            WEIGH_ROWS(0, 1, rest);
+            weights += rest * item;
+        }
+#undef WEIGH_ROWS
+#undef GO_ON
+    }
+}
+
+RAU_INLINE RAU_TARGET void RAU_NAME(weigh)(rau_tile *tile, const int wide) {
+    const ptrdiff_t states = tile->states, row = tile->lanes * (wide ? sizeof(double) : sizeof(float));
+    /* Run along the axis whose rows are closer together. */
+    const rau_plane *result = &tile->max[states];
+    const int along_heads = tile->tokens == 1 || (tile->heads > 1 && result->head < result->token);
+    ptrdiff_t inner = along_heads ? tile->heads : tile->tokens;
+    ptrdiff_t outer = along_heads ? tile->tokens : tile->heads;
+    tile->weight_token = along_heads ? inner : 1;
+    tile->weight_head = along_heads ? 1 : inner;
+    int one = 1, dense = 1;
+    for (ptrdiff_t k = 0; k <= states; k++) {
+        const rau_plane *max = &tile->max[k], *sum = &tile->sum[k];
+        const ptrdiff_t along_max = along_heads ? max->head : max->token, across_max = along_heads ? max->token : max->head;
+        const ptrdiff_t along_sum = along_heads ? sum->head : sum->token, across_sum = along_heads ? sum->token : sum->head;
+        one &= across_max == inner * along_max && across_sum == inner * along_sum;
+        dense &= along_max == row && along_sum == row;
+    }
+    if (one) { /* The other axis goes on at the end of this one: they are walked as one. Short axes would make short runs. */
+        inner *= outer;
+        outer = 1;
+    }
+    if (states == 2 && dense && row == 32 && !wide) RAU_NAME(weigh_along)(tile, 2, 32, along_heads, outer, inner, wide);
+    else if (states == 2) RAU_NAME(weigh_along)(tile, 2, 0, along_heads, outer, inner, wide);
+    else RAU_NAME(weigh_along)(tile, states, 0, along_heads, outer, inner, wide);
+}
+
+static RAU_TARGET void RAU_NAME(weigh_f32)(rau_tile *tile) { RAU_NAME(weigh)(tile, 0); }
+static RAU_TARGET void RAU_NAME(weigh_f64)(rau_tile *tile) { RAU_NAME(weigh)(tile, 1); }
