@@ -35,6 +35,8 @@ cdef extern from "_rows.h" nogil:
         const rau_plane *max
         const rau_plane *sum
         void *weights
+        Py_ssize_t weight_token
+        Py_ssize_t weight_head
         double *numbers
         rau_line *lines
         const char **sources
@@ -52,6 +54,7 @@ cdef extern from "_rows.h" nogil:
 
     int rau_versions(const rau_version *found[3])
     int rau_rows_ahead()
+    Py_ssize_t rau_most_weights(Py_ssize_t rows)
     rau_kernel rau_rows_kernel(const rau_version *version, int first, int later)
     rau_fenv rau_fenv_set()
     void rau_fenv_restore(rau_fenv old)
@@ -83,7 +86,7 @@ cdef struct Call:
     rau_kernel weigh
     rau_kernel rows
     char *scratch            # one piece for each worker
-    Py_ssize_t scratch_bytes
+    Py_ssize_t weights_bytes, scratch_bytes
     Py_ssize_t workers
 
 cdef enum:
@@ -328,13 +331,12 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
         call.workers = 1
 
     # Each worker's scratch: weights, the rows' numbers, planes, pointers and shares.
-    rows = call.tile_tokens * call.tile_heads
+    call.weights_bytes = _round_up(states * rau_most_weights(call.tile_tokens * call.tile_heads) * weight_item)
     call.scratch_bytes = (
-        _round_up(states * rows * weight_item)
+        call.weights_bytes
         + _round_up(2 * states * RAU_GROUP * sizeof(double))
         + _round_up(3 * (states + 1) * sizeof(rau_plane))
         + _round_up((2 * states + 2) * sizeof(rau_line))
-        + _round_up(call.columns * sizeof(int64_t))
         + _round_up(states * sizeof(char *))
         + _round_up(states * sizeof(double))
     )
@@ -371,75 +373,129 @@ cdef void _work(const Call *call, Py_ssize_t part) noexcept nogil:
     """One worker's share: an equal part of all the tokens, wherever the blocks' borders are."""
     cdef Py_ssize_t low = call.tokens * part // call.workers
     cdef Py_ssize_t high = call.tokens * (part + 1) // call.workers
-    cdef Py_ssize_t seen = 0, b, t, h, first, last, rows, tokens, i
-    cdef int64_t *line
+    cdef Py_ssize_t seen = 0, b = 0, t, h, first, last, tokens, blocks
     cdef rau_tile tile
     cdef rau_fenv old = rau_fenv_set()
 
     cdef char *at = <char *>((<uintptr_t>call.scratch + 63) // 64 * 64) + part * call.scratch_bytes
-    rows = call.tile_tokens * call.tile_heads
     tile.states, tile.head_dim, tile.lanes, tile.stream = call.states, call.head_dim, call.lanes, call.stream
     tile.ahead = rau_rows_ahead()
     tile.weights = at
-    at += _round_up(call.states * rows * call.stats_item)
+    at += call.weights_bytes
     tile.numbers = <double *>at
     at += _round_up(2 * call.states * RAU_GROUP * sizeof(double))
     cdef rau_plane *planes = <rau_plane *>at
     at += _round_up(3 * (call.states + 1) * sizeof(rau_plane))
     tile.lines = <rau_line *>at
     at += _round_up((2 * call.states + 2) * sizeof(rau_line))
-    line = <int64_t *>at
-    at += _round_up(call.columns * sizeof(int64_t))
     tile.sources = <const char **>at
     at += _round_up(call.states * sizeof(char *))
     tile.shares = <double *>at
     tile.attn, tile.max, tile.sum = planes, planes + call.states + 1, planes + 2 * (call.states + 1)
 
-    for b in range(call.blocks):
+    while b < call.blocks and seen < high:
         tokens = _entry(call, b, 0)
-        first = max(low - seen, 0)
-        last = min(high - seen, tokens)
-        seen += tokens
+        first, last = max(low - seen, 0), min(high - seen, tokens)
+        if call.blocks > 1 and first == 0:
+            blocks = _run(call, planes, b, min(call.tile_tokens, high - seen))
+            if blocks > 1:
+                seen += _merge_run(call, &tile, planes, b, blocks)
+                b += blocks
+                continue
         t = first
-        if t < last:
-            for i in range(call.columns):
-                line[i] = _entry(call, b, i)
         while t < last:
             tile.tokens = min(call.tile_tokens, last - t)
             h = 0
             while h < call.heads:
                 tile.heads = min(call.tile_heads, call.heads - h)
-                _place(call, line, planes, t, h)
+                _place(call, planes, b, t, h, 3)
                 call.weigh(&tile)
                 if call.head_dim:
                     call.rows(&tile)
                 h += tile.heads
             t += tile.tokens
-        if seen >= high:
-            break
+        seen += tokens
+        b += 1
     if call.stream:
         rau_fence()
     rau_fenv_restore(old)
 
 
-cdef inline void _place(const Call *call, const int64_t *line, rau_plane *planes, Py_ssize_t t, Py_ssize_t h) noexcept nogil:
-    """Where the tile that starts at token t and head h of a block lies, in every array."""
-    cdef Py_ssize_t operand, part, item, token, head
-    cdef const int64_t *entry = line + 2
+cdef Py_ssize_t _run(const Call *call, rau_plane *planes, Py_ssize_t first, Py_ssize_t most) noexcept nogil:
+    """How many blocks, of so many tokens together at most, have statistics that are one run in every array.
+
+    As packed sequences and batch entries often have. The planes then say where the run starts; its steps are `token`.
+    """
+    cdef Py_ssize_t block = first, rows = 0, tokens, operand, part, row
+    cdef rau_plane plane
+    cdef rau_plane *start
+    while block < call.blocks and call.tile_heads == call.heads:
+        tokens = _entry(call, block, 0)
+        most -= tokens
+        if most < 0:
+            break
+        for operand in range(call.states + 1):
+            for part in range(1, 3):
+                plane = _plane(call, block, operand, part)
+                start = planes + part * (call.states + 1) + operand
+                if block == first:
+                    start[0] = plane
+                row = start.token
+                if plane.base != start.base + rows * row:
+                    return block - first
+                if (tokens > 1 and plane.token != row) or (call.heads > 1 and plane.head != tokens * row):
+                    return block - first
+        rows += tokens * call.heads
+        block += 1
+    return block - first
+
+
+cdef Py_ssize_t _merge_run(const Call *call, rau_tile *tile, rau_plane *planes, Py_ssize_t first, Py_ssize_t blocks) noexcept nogil:
+    """Merge blocks whose statistics are one run, weighing them as one. Returns how many tokens they have."""
+    cdef Py_ssize_t block, tokens = 0
+    cdef char *weights = <char *>tile.weights
+    for block in range(first, first + blocks):
+        tokens += _entry(call, block, 0)
+    if tokens == 0:
+        return 0
+    tile.tokens, tile.heads = tokens * call.heads, 1
+    call.weigh(tile)
+    tile.heads, tile.weight_token = call.heads, 1
+    if call.head_dim:
+        for block in range(first, first + blocks):
+            tile.tokens = tile.weight_head = _entry(call, block, 0)
+            if tile.tokens:
+                _place(call, planes, block, 0, 0, 1)
+                call.rows(tile)
+            tile.weights = <char *>tile.weights + tile.tokens * tile.heads * call.stats_item
+    tile.weights = weights
+    return tokens
+
+
+cdef inline rau_plane _plane(const Call *call, Py_ssize_t block, Py_ssize_t operand, Py_ssize_t part) noexcept nogil:
+    """Where a block lies in an operand's attn_out, softmax_max or softmax_sum."""
+    cdef Py_ssize_t array = 3 * operand + part, column = 2 + 3 * array, item
+    cdef rau_plane plane
+    if part:
+        item = call.stats_item
+    elif operand == 0 or operand == call.states:
+        item = call.first_item
+    else:
+        item = call.later_item
+    plane.base = call.arrays[array] + _entry(call, block, column) * item
+    plane.token, plane.head = _entry(call, block, column + 1) * item, _entry(call, block, column + 2) * item
+    return plane
+
+
+cdef inline void _place(const Call *call, rau_plane *planes, Py_ssize_t block, Py_ssize_t t, Py_ssize_t h, Py_ssize_t parts) noexcept nogil:
+    """Place the tile that starts at token t and head h of a block: its planes in all three arrays, or in attn_out alone."""
+    cdef Py_ssize_t operand, part
     cdef rau_plane *plane
     for operand in range(call.states + 1):
-        for part in range(3):
-            if part:
-                item = call.stats_item
-            elif operand == 0 or operand == call.states:
-                item = call.first_item
-            else:
-                item = call.later_item
-            token, head = entry[1] * item, entry[2] * item
+        for part in range(parts):
             plane = planes + part * (call.states + 1) + operand
-            plane.base = call.arrays[3 * operand + part] + entry[0] * item + t * token + h * head
-            plane.token, plane.head = token, head
-            entry += 3
+            plane[0] = _plane(call, block, operand, part)
+            plane.base += t * plane.token + h * plane.head
 
 
 rau_watch_forks()

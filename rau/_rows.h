@@ -40,7 +40,8 @@ enum rau_format { RAU_F32, RAU_F16, RAU_BF16, RAU_F64 };
 
 enum {
     RAU_GROUP = 16, /* rows weighed at a time, at most */
-    RAU_RUN = 64    /* rows ahead of which statistics are prefetched */
+    RAU_RUN = 64,   /* rows ahead of which statistics are prefetched */
+    RAU_LONG = 128  /* rows: runs of so many or more have their weights padded, each by a cache line */
 };
 
 typedef struct { /* where the rows of one array of one tile lie; strides in bytes */
@@ -60,8 +61,8 @@ typedef struct {
     const rau_plane *attn;        /* states + 1 planes each: the inputs, then the result */
     const rau_plane *max;
     const rau_plane *sum;
-    void *weights;                /* [states][tokens * heads], float, or double where statistics are */
-    ptrdiff_t weight_token, weight_head; /* set by weigh, in elements */
+    void *weights;                /* [states][heads][tokens] or [states][tokens][heads], float, or double where statistics are */
+    ptrdiff_t weight_state, weight_token, weight_head; /* set by weigh, in elements */
     double *numbers;              /* scratch, aligned: [2 * states][RAU_GROUP] */
     rau_line *lines;              /* scratch: [2 * states + 2] */
     const char **sources;         /* scratch: [states] */
@@ -76,6 +77,9 @@ typedef struct { /* one instruction-set version */
     rau_kernel rows_f32, rows_f16, rows_bf16, rows_f64;
     rau_kernel rows_f32_f16, rows_f32_bf16; /* a float32 first state, 16-bit later ones */
 } rau_version;
+
+/* Weights of a state that a tile of some rows may take, padding included: a cache line after RAU_LONG rows or more. */
+static ptrdiff_t rau_most_weights(ptrdiff_t rows) { return rows + rows / RAU_LONG * (64 / (ptrdiff_t)sizeof(float)); }
 
 #define RAU_ITEM(format) ((format) == RAU_F32 ? 4 : 2) /* bytes; float64 has kernels of its own */
 #define RAU_STRING_(name) #name

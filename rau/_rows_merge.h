@@ -184,7 +184,7 @@ RAU_INLINE RAU_TARGET RAU_NAME(walk) RAU_NAME(walk_of)(const rau_tile *tile) {
 RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_two)(const rau_tile *tile, const int format, const int later) {
     const RAU_NAME(walk) walk = RAU_NAME(walk_of)(tile);
     const rau_plane *attn = tile->attn;
-    const ptrdiff_t head_dim = tile->head_dim, count = tile->tokens * tile->heads, ahead = tile->ahead;
+    const ptrdiff_t head_dim = tile->head_dim, state = tile->weight_state, ahead = tile->ahead;
     const ptrdiff_t bytes = head_dim * RAU_ITEM(format), later_bytes = head_dim * RAU_ITEM(later);
     const ptrdiff_t step_a = ALONG(attn[0]), step_b = ALONG(attn[1]), step_to = ALONG(attn[2]);
     const ptrdiff_t step_weight = walk.by_token ? tile->weight_token : tile->weight_head;
@@ -197,7 +197,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_two)(const rau_tile *tile, const int
                 RAU_NAME(prefetch)(a + ahead * step_a, bytes);
                 RAU_NAME(prefetch)(b + ahead * step_b, later_bytes);
             }
-            const float shares[2] = {weights[0], weights[count]};
+            const float shares[2] = {weights[0], weights[state]};
             const char *sources[2] = {a, b};
             const int around = RAU_NAME(way)(to, tile->stream);
             /* A state without a weight is not read; NaN is a weight too. */
@@ -220,7 +220,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_two)(const rau_tile *tile, const int
 RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_many)(rau_tile *tile, const int format, const int later) {
     const RAU_NAME(walk) walk = RAU_NAME(walk_of)(tile);
     const rau_plane *attn = tile->attn, *result = &attn[tile->states];
-    const ptrdiff_t head_dim = tile->head_dim, count = tile->tokens * tile->heads, ahead = tile->ahead;
+    const ptrdiff_t head_dim = tile->head_dim, state = tile->weight_state, ahead = tile->ahead;
     const ptrdiff_t bytes = head_dim * RAU_ITEM(format), later_bytes = head_dim * RAU_ITEM(later);
     float *shares = (float *)tile->shares;
     for (ptrdiff_t o = 0; o < walk.outer; o++)
@@ -232,7 +232,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_many)(rau_tile *tile, const int form
             for (ptrdiff_t k = 0; k < tile->states; k++) {
                 const char *at = attn[k].base + t * attn[k].token + h * attn[k].head;
                 if (ahead && i + ahead < walk.inner) RAU_NAME(prefetch)(at + ahead * ALONG(attn[k]), k ? later_bytes : bytes);
-                const float weight = weights[k * count];
+                const float weight = weights[k * state];
                 if (weight != 0.0f) {
                     tile->sources[used] = at;
                     shares[used++] = weight;
@@ -262,7 +262,7 @@ static RAU_TARGET void RAU_NAME(rows_f32_f16)(rau_tile *tile) { RAU_NAME(rows)(t
 static RAU_TARGET void RAU_NAME(rows_f32_bf16)(rau_tile *tile) { RAU_NAME(rows)(tile, RAU_F32, RAU_BF16); }
 
 static RAU_TARGET void RAU_NAME(rows_f64)(rau_tile *tile) {
-    const ptrdiff_t head_dim = tile->head_dim, count = tile->tokens * tile->heads;
+    const ptrdiff_t head_dim = tile->head_dim, state = tile->weight_state;
     const rau_plane *result = &tile->attn[tile->states];
     for (ptrdiff_t t = 0; t < tile->tokens; t++)
         for (ptrdiff_t h = 0; h < tile->heads; h++) {
@@ -270,9 +270,9 @@ static RAU_TARGET void RAU_NAME(rows_f64)(rau_tile *tile) {
             double *to = (double *)(result->base + t * result->token + h * result->head);
             ptrdiff_t used = 0;
             for (ptrdiff_t k = 0; k < tile->states; k++)
-                if (weights[k * count] != 0.0) {
+                if (weights[k * state] != 0.0) {
                     tile->sources[used] = tile->attn[k].base + t * tile->attn[k].token + h * tile->attn[k].head;
-                    tile->shares[used++] = weights[k * count];
+                    tile->shares[used++] = weights[k * state];
                 }
             ptrdiff_t j = 0;
             const int around = RAU_NAME(way)((const char *)to, tile->stream);

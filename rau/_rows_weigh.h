@@ -49,13 +49,12 @@ RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(load_rows)(const char *at, ptrdiff_t step
         return rows;
     }
 #if RAU_BYTES == 64
-    if (step == 32 && count == 8) { /* Whole rows of 8 lanes: a load takes one number from each of two, nothing else is touched. */
+    if (step == 32 && count == 8) { /* Whole rows of 8 lanes: a load has two of them. */
         const float *from = (const float *)at;
-        __m512 pairs = _mm512_maskz_loadu_ps(0x0101, from);
-        pairs = _mm512_mask_loadu_ps(pairs, 0x0202, from + 15);
-        pairs = _mm512_mask_loadu_ps(pairs, 0x0404, from + 30);
-        pairs = _mm512_mask_loadu_ps(pairs, 0x0808, from + 45);
-        pairs = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 0, 0, 0, 0, 0, 0, 0, 0), pairs);
+        const __m512i firsts = _mm512_setr_epi32(0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24);
+        const __m512 low = _mm512_permutex2var_ps(_mm512_loadu_ps(from), firsts, _mm512_loadu_ps(from + 16));
+        const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(from + 32), firsts, _mm512_loadu_ps(from + 48));
+        const __m512 pairs = _mm512_mask_mov_ps(low, 0xf0, high);
         return (DOUBLES)_mm512_cvtps_pd(_mm512_castps512_ps256(pairs));
     }
 #endif
@@ -124,8 +123,6 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
     /* All inputs of these rows are read before anything is written: the result may stand on an input. */
     for (ptrdiff_t k = 0; k < states; k++)
         for (int v = 0; v < vectors; v++) {
-            RAU_NAME(prefetch)(AT(k) + RAU_RUN * STEP(k), DOUBLES_IN * STEP(k));
-            RAU_NAME(prefetch)(AT(states + k) + RAU_RUN * STEP(states + k), DOUBLES_IN * STEP(states + k));
             DOUBLES m = RAU_NAME(load_rows)(AT(k), STEP(k), count, wide);
             DOUBLES l = RAU_NAME(load_rows)(AT(states + k), STEP(states + k), count, wide);
             /* An empty side is (-inf, 0) from here on, whatever stood there. */
@@ -193,17 +190,48 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
 #undef STEP
 }
 
+/* The rows to be prefetched next, and by how many they are ahead of those that are weighed. */
+typedef struct {
+    ptrdiff_t outer, inner, lead;
+} RAU_NAME(upcoming);
+
+/* Keep the statistics of RAU_RUN rows on their way. At the end of a run go on with the start of the next one: what lies
+   behind the end is not wanted soon, and nobody else fetches the start. Behind the last run lies what the next tile needs. */
+RAU_INLINE RAU_TARGET void RAU_NAME(prefetch_statistics)(
+    const rau_tile *tile, const ptrdiff_t states, const ptrdiff_t step, const int along_heads, ptrdiff_t outer,
+    ptrdiff_t inner, RAU_NAME(upcoming) *next) {
+    while (next->lead < RAU_RUN) {
+        const ptrdiff_t left = next->outer == outer - 1 ? RAU_GROUP : inner - next->inner;
+        const ptrdiff_t rows = left < RAU_GROUP ? left : RAU_GROUP;
+        for (ptrdiff_t k = 0; k < 2 * states; k++) {
+            const rau_plane *plane = k < states ? &tile->max[k] : &tile->sum[k - states];
+            const ptrdiff_t along = step ? step : along_heads ? plane->head : plane->token;
+            const ptrdiff_t in_line = along > 0 && along < 64 ? 64 / along : 1;
+            const char *at = plane->base + next->outer * (along_heads ? plane->token : plane->head) + next->inner * along;
+            for (ptrdiff_t i = 0; i < rows; i += in_line) RAU_PREFETCH(at + i * along);
+        }
+        next->lead += rows;
+        next->inner += rows;
+        if (next->inner == inner && next->outer < outer - 1) {
+            next->inner = 0;
+            next->outer++;
+        }
+    }
+}
+
 /* Weigh a tile whose rows lie `step` bytes apart along the inner axis, in all arrays; 0: each has a step of its own. */
 RAU_INLINE RAU_TARGET void RAU_NAME(weigh_along)(
     const rau_tile *tile, const ptrdiff_t states, const ptrdiff_t step, const int along_heads, ptrdiff_t outer,
     ptrdiff_t inner, const int wide) {
     rau_line of_two[6], *lines = states == 2 ? of_two : tile->lines;
-    const ptrdiff_t item = wide ? sizeof(double) : sizeof(float), gap = tile->tokens * tile->heads * item;
+    const ptrdiff_t item = wide ? sizeof(double) : sizeof(float), gap = tile->weight_state * item;
+    const ptrdiff_t next_run = (along_heads ? tile->weight_token : tile->weight_head) * item;
     const ptrdiff_t lanes = tile->lanes;
     const int stream = tile->stream;
     DOUBLES *numbers = (DOUBLES *)tile->numbers;
-    char *weights = (char *)tile->weights;
+    RAU_NAME(upcoming) next = {0, 0, 0};
     for (ptrdiff_t o = 0; o < outer; o++) {
+        char *weights = (char *)tile->weights + o * next_run;
         for (ptrdiff_t j = 0; j < 2 * states + 2; j++) {
             const rau_plane plane = j < states ? tile->max[j] : j < 2 * states ? tile->sum[j - states]
                                   : j == 2 * states ? tile->max[states] : tile->sum[states];
@@ -211,25 +239,21 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_along)(
             lines[j].step = along_heads ? plane.head : plane.token;
         }
         ptrdiff_t rest = inner;
-#define WEIGH_ROWS(step, vectors, count) \
-    RAU_NAME(weigh_rows)(lines, states, step, vectors, count, weights, gap, numbers, lanes, stream, wide)
-#define GO_ON(rows) \
-    rest -= (rows), weights += (rows) * item; \
+#define WEIGH_ROWS(apart, vectors, rows, count) \
+    RAU_NAME(prefetch_statistics)(tile, states, step, along_heads, outer, inner, &next); \
+    RAU_NAME(weigh_rows)(lines, states, apart, vectors, count, weights, gap, numbers, lanes, stream, wide); \
+    next.lead -= (rows), rest -= (rows), weights += (rows) * item; \
     for (ptrdiff_t j = 0; j < 2 * states + 2; j++) lines[j].at += (rows) * (step ? step : lines[j].step)
         while (states == 2 && rest >= 2 * DOUBLES_IN) {
-            WEIGH_ROWS(step, 2, DOUBLES_IN);
-            GO_ON(2 * DOUBLES_IN);
+            WEIGH_ROWS(step, 2, 2 * DOUBLES_IN, DOUBLES_IN);
         }
         while (rest >= DOUBLES_IN) {
-            WEIGH_ROWS(step, 1, DOUBLES_IN);
-            GO_ON(DOUBLES_IN);
+            WEIGH_ROWS(step, 1, DOUBLES_IN, DOUBLES_IN);
         }
         if (rest) {
-            WEIGH_ROWS(0, 1, rest);
-            weights += rest * item;
+            WEIGH_ROWS(0, 1, rest, rest);
         }
 #undef WEIGH_ROWS
-#undef GO_ON
     }
 }
 
@@ -240,8 +264,6 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh)(rau_tile *tile, const int wide) {
     const int along_heads = tile->tokens == 1 || (tile->heads > 1 && result->head < result->token);
     ptrdiff_t inner = along_heads ? tile->heads : tile->tokens;
     ptrdiff_t outer = along_heads ? tile->tokens : tile->heads;
-    tile->weight_token = along_heads ? inner : 1;
-    tile->weight_head = along_heads ? 1 : inner;
     int one = 1, dense = 1;
     for (ptrdiff_t k = 0; k <= states; k++) {
         const rau_plane *max = &tile->max[k], *sum = &tile->sum[k];
@@ -250,7 +272,13 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh)(rau_tile *tile, const int wide) {
         one &= across_max == inner * along_max && across_sum == inner * along_sum;
         dense &= along_max == row && along_sum == row;
     }
-    if (one) { /* The other axis goes on at the end of this one: they are walked as one. Short axes would make short runs. */
+    /* Runs of weights that start a power of two apart would share a few sets of the cache. */
+    const ptrdiff_t item = wide ? sizeof(double) : sizeof(float);
+    const ptrdiff_t run = inner < RAU_LONG ? inner : inner + 64 / item;
+    tile->weight_token = along_heads ? run : 1;
+    tile->weight_head = along_heads ? 1 : run;
+    tile->weight_state = outer * run;
+    if (one && run == inner) { /* The other axis goes on at the end of this one: short runs are walked as one. */
         inner *= outer;
         outer = 1;
     }
