@@ -39,9 +39,11 @@
 enum rau_format { RAU_F32, RAU_F16, RAU_BF16, RAU_F64 };
 
 enum {
-    RAU_GROUP = 16, /* rows weighed at a time, at most */
-    RAU_RUN = 64,   /* rows ahead of which statistics are prefetched */
-    RAU_LONG = 128  /* rows: runs of so many or more have their weights padded, each by a cache line */
+    RAU_GROUP = 16,       /* rows weighed at a time, at most */
+    RAU_RUN = 64,         /* rows ahead of which statistics are prefetched */
+    RAU_LONG = 128,       /* rows: runs of so many or more have their weights padded, each by a cache line */
+    RAU_SHORT_RUN = 8192, /* bytes: shorter runs of rows are prefetched across their ends */
+    RAU_APART = 8         /* rows ahead of which rows with gaps between them are prefetched */
 };
 
 typedef struct { /* where the rows of one array of one tile lie; strides in bytes */
@@ -57,7 +59,7 @@ typedef struct { /* where some rows of one array are */
 typedef struct {
     ptrdiff_t states, tokens, heads, head_dim, lanes;
     int stream;                   /* write the result around the cache */
-    ptrdiff_t ahead;              /* rows to prefetch ahead; 0: none */
+    ptrdiff_t ahead;              /* contiguous rows to prefetch ahead; 0: none */
     const rau_plane *attn;        /* states + 1 planes each: the inputs, then the result */
     const rau_plane *max;
     const rau_plane *sum;
@@ -135,7 +137,7 @@ static int rau_versions(const rau_version *found[3]) {
     return count;
 }
 
-/* Rows to prefetch ahead. Intel's processors gain from it, AMD's lose: theirs follow long rows by themselves. */
+/* Contiguous rows to prefetch ahead. Intel's processors gain from it, AMD's lose: theirs follow long rows by themselves. */
 static int rau_rows_ahead(void) {
 #ifdef RAU_VERSIONS
     __builtin_cpu_init();

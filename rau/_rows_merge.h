@@ -180,12 +180,23 @@ RAU_INLINE RAU_TARGET RAU_NAME(walk) RAU_NAME(walk_of)(const rau_tile *tile) {
 #define ALONG(plane) (walk.by_token ? (plane).token : (plane).head)
 #define ACROSS(plane) (walk.by_token ? (plane).head : (plane).token)
 
+/* How many bytes ahead of a row to prefetch; 0: leave it to the processor. It follows what is contiguous by itself, though
+   Intel's not as far ahead as pays. Where short runs of rows do not go on in the next one, fetch the same row of that. */
+RAU_INLINE RAU_TARGET ptrdiff_t RAU_NAME(ahead_of)(
+    const rau_plane *plane, const RAU_NAME(walk) walk, ptrdiff_t contiguous, ptrdiff_t bytes) {
+    const ptrdiff_t along = ALONG(*plane), across = ACROSS(*plane);
+    if (walk.outer > 1 && across != walk.inner * along && walk.inner * bytes <= RAU_SHORT_RUN) return across;
+    return (along == bytes ? contiguous : RAU_APART) * along;
+}
+
 /* Two states: the case that matters. */
 RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_two)(const rau_tile *tile, const int format, const int later) {
     const RAU_NAME(walk) walk = RAU_NAME(walk_of)(tile);
     const rau_plane *attn = tile->attn;
-    const ptrdiff_t head_dim = tile->head_dim, state = tile->weight_state, ahead = tile->ahead;
+    const ptrdiff_t head_dim = tile->head_dim, state = tile->weight_state;
     const ptrdiff_t bytes = head_dim * RAU_ITEM(format), later_bytes = head_dim * RAU_ITEM(later);
+    const ptrdiff_t ahead_a = RAU_NAME(ahead_of)(&attn[0], walk, tile->ahead, bytes);
+    const ptrdiff_t ahead_b = RAU_NAME(ahead_of)(&attn[1], walk, tile->ahead, later_bytes);
     const ptrdiff_t step_a = ALONG(attn[0]), step_b = ALONG(attn[1]), step_to = ALONG(attn[2]);
     const ptrdiff_t step_weight = walk.by_token ? tile->weight_token : tile->weight_head;
     for (ptrdiff_t o = 0; o < walk.outer; o++) {
@@ -193,10 +204,8 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_two)(const rau_tile *tile, const int
         char *to = attn[2].base + o * ACROSS(attn[2]);
         const float *weights = (const float *)tile->weights + o * (walk.by_token ? tile->weight_head : tile->weight_token);
         for (ptrdiff_t i = 0; i < walk.inner; i++) {
-            if (ahead && i + ahead < walk.inner) {
-                RAU_NAME(prefetch)(a + ahead * step_a, bytes);
-                RAU_NAME(prefetch)(b + ahead * step_b, later_bytes);
-            }
+            if (ahead_a) RAU_NAME(prefetch)(a + ahead_a, bytes);
+            if (ahead_b) RAU_NAME(prefetch)(b + ahead_b, later_bytes);
             const float shares[2] = {weights[0], weights[state]};
             const char *sources[2] = {a, b};
             const int around = RAU_NAME(way)(to, tile->stream);
@@ -220,7 +229,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_two)(const rau_tile *tile, const int
 RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_many)(rau_tile *tile, const int format, const int later) {
     const RAU_NAME(walk) walk = RAU_NAME(walk_of)(tile);
     const rau_plane *attn = tile->attn, *result = &attn[tile->states];
-    const ptrdiff_t head_dim = tile->head_dim, state = tile->weight_state, ahead = tile->ahead;
+    const ptrdiff_t head_dim = tile->head_dim, state = tile->weight_state;
     const ptrdiff_t bytes = head_dim * RAU_ITEM(format), later_bytes = head_dim * RAU_ITEM(later);
     float *shares = (float *)tile->shares;
     for (ptrdiff_t o = 0; o < walk.outer; o++)
@@ -231,7 +240,8 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_many)(rau_tile *tile, const int form
             int first_used = 0;
             for (ptrdiff_t k = 0; k < tile->states; k++) {
                 const char *at = attn[k].base + t * attn[k].token + h * attn[k].head;
-                if (ahead && i + ahead < walk.inner) RAU_NAME(prefetch)(at + ahead * ALONG(attn[k]), k ? later_bytes : bytes);
+                const ptrdiff_t ahead = RAU_NAME(ahead_of)(&attn[k], walk, tile->ahead, k ? later_bytes : bytes);
+                if (ahead) RAU_NAME(prefetch)(at + ahead, k ? later_bytes : bytes);
                 const float weight = weights[k * state];
                 if (weight != 0.0f) {
                     tile->sources[used] = at;
