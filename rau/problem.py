@@ -45,12 +45,14 @@ class Problem:
         Strides in elements of each input's three arrays, then of the result's.
     blocks : ndarray of int64, shape (blocks, 2 + 9 * (K + 1)), or None
         The block table, see :mod:`rau.layouts`; None where the lengths live on a device.
+    taken_by : Backend or None
+        The last one found to take it: a problem that is met again need not be judged again.
     """
 
     __slots__ = (
         "B", "D", "K", "N", "S", "T", "_blocks", "_strides", "_terms", "actual_seq_qlen", "array_types", "cur_dtype",
         "device", "dtype", "half", "in_place", "kind", "lanes", "layout", "profile", "shape", "softmax_layout",
-        "stats_dtype", "stats_shape",
+        "stats_dtype", "stats_shape", "taken_by",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +91,7 @@ class Problem:
         self._strides = strides
         self._terms: BlockTerms | None = None
         self._blocks: np.ndarray | None = None
+        self.taken_by: Any = None
 
     @property
     def packed(self) -> bool:

@@ -172,7 +172,8 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
                 continue
             entry = load(name)
             if entry.failure is None:
-                if not reasons_against(entry.instance, problem):
+                if problem.taken_by is entry.instance or not reasons_against(entry.instance, problem):
+                    problem.taken_by = entry.instance
                     return entry.instance, origin
             elif name == "cython":
                 _warn_core_missing(entry)

@@ -13,6 +13,8 @@ from rau.errors import UnsupportedError
 from rau.memory import Memory, aligned
 
 _LARGE = 1 << 18  # elements: a smaller array stays in the cache, where its place does not matter
+_DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
+_DTYPES["bfloat16"] = np.dtype("uint16")  # NumPy has none of its own
 HOST_ARRAYS = ("numpy:ndarray", "torch:Tensor", "mindspore.common.tensor:Tensor")
 
 
@@ -41,12 +43,13 @@ def fresh(problem: Problem, like: AttentionState) -> AttentionState:
         )
     library = sys.modules[problem.kind]
     from_numpy = library.Tensor.from_numpy if problem.kind == "mindspore" else library.from_numpy
-    if problem.dtype == "bfloat16":  # which NumPy does not have
-        attn_out = from_numpy(empty(problem.shape, np.uint16)).view(library.bfloat16)
-    else:
-        attn_out = from_numpy(empty(problem.shape, problem.dtype))
-    stats = (from_numpy(empty(problem.stats_shape, problem.stats_dtype)) for _ in range(2))
-    return AttentionState(attn_out, *stats)
+    stats_dtype, stats_shape = _DTYPES[problem.stats_dtype], problem.stats_shape
+    attn_out = from_numpy(empty(problem.shape, _DTYPES[problem.dtype]))
+    if problem.dtype == "bfloat16":
+        attn_out = attn_out.view(library.bfloat16)
+    return AttentionState(
+        attn_out, from_numpy(empty(stats_shape, stats_dtype)), from_numpy(empty(stats_shape, stats_dtype))
+    )
 
 
 def settled(array: Any) -> Any:
