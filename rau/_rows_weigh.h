@@ -49,11 +49,11 @@ RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(load_rows)(const char *at, ptrdiff_t step
         return rows;
     }
 #if RAU_BYTES == 64
-    if (step == 32 && count == 8) { /* Whole rows of 8 lanes: a load has two of them. */
+    if (step == 32 && count == 8) { /* A load has two rows; the last takes no more than lane 0, behind which may be nothing. */
         const float *from = (const float *)at;
         const __m512i firsts = _mm512_setr_epi32(0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24);
         const __m512 low = _mm512_permutex2var_ps(_mm512_loadu_ps(from), firsts, _mm512_loadu_ps(from + 16));
-        const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(from + 32), firsts, _mm512_loadu_ps(from + 48));
+        const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(from + 32), firsts, _mm512_maskz_loadu_ps(0x0101, from + 48));
         const __m512 pairs = _mm512_mask_mov_ps(low, 0xf0, high);
         return (DOUBLES)_mm512_cvtps_pd(_mm512_castps512_ps256(pairs));
     }

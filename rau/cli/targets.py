@@ -38,7 +38,7 @@ class Scale(NamedTuple):
     """
 
     tokens: int = 8192
-    seconds: float = 2.0
+    seconds: float = 3.0
     processes: int = 5
     compiled: bool = True
 
