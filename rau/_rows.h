@@ -40,7 +40,7 @@ enum rau_format { RAU_F32, RAU_F16, RAU_BF16, RAU_F64 };
 
 enum {
     RAU_GROUP = 16,       /* rows weighed at a time, at most */
-    RAU_RUN = 64,         /* rows ahead of which statistics are prefetched */
+    RAU_RUN = 96,         /* rows ahead of which statistics are prefetched */
     RAU_LONG = 128,       /* rows: runs of so many or more have their weights padded, each by a cache line */
     RAU_SHORT_RUN = 8192, /* bytes: shorter runs of rows are prefetched across their ends */
     RAU_APART = 8         /* rows ahead of which rows with gaps between them are prefetched */

@@ -110,16 +110,52 @@ RAU_INLINE RAU_TARGET void RAU_NAME(prefetch)(const char *row, ptrdiff_t bytes) 
     for (ptrdiff_t j = 0; j < bytes && j < 1024; j += 64) RAU_PREFETCH(row + j);
 }
 
+/* A walk over the statistics of a tile, and the rows of it that are to be prefetched next: `lead` rows after those at hand. */
+typedef struct {
+    const rau_tile *tile;
+    ptrdiff_t states, step, outer_rows, inner_rows;
+    int along_heads;
+    ptrdiff_t outer, inner, lead;
+} RAU_NAME(upcoming);
+
+/* Keep the statistics of RAU_RUN rows on their way: called for the first to the fourth quarter of a group, between pieces of
+   work, since a processor holds no more than some twenty requests, and waits where they come all at once. At the end of a run
+   go on with the start of the next one: what lies behind the end is not wanted soon, and nobody else fetches the start. Behind
+   the last run lies what the next tile needs. */
+RAU_INLINE RAU_TARGET void RAU_NAME(prefetch_statistics)(RAU_NAME(upcoming) *next, const int quarter) {
+    const ptrdiff_t states = next->states;
+    while (next->lead < RAU_RUN - RAU_GROUP + quarter * (RAU_GROUP / 4)) {
+        const int last = next->outer == next->outer_rows - 1;
+        const ptrdiff_t left = last ? RAU_GROUP / 4 : next->inner_rows - next->inner;
+        const ptrdiff_t rows = left < RAU_GROUP / 4 ? left : RAU_GROUP / 4;
+        for (ptrdiff_t k = 0; k < 2 * states; k++) {
+            const rau_plane *plane = k < states ? &next->tile->max[k] : &next->tile->sum[k - states];
+            const ptrdiff_t along = next->step ? next->step : next->along_heads ? plane->head : plane->token;
+            const ptrdiff_t across = next->along_heads ? plane->token : plane->head;
+            const ptrdiff_t in_line = along > 0 && along < 64 ? 64 / along : 1;
+            const char *at = plane->base + next->outer * across + next->inner * along;
+            for (ptrdiff_t i = 0; i < rows; i += in_line) RAU_PREFETCH(at + i * along);
+        }
+        next->lead += rows;
+        next->inner += rows;
+        if (next->inner == next->inner_rows && !last) {
+            next->inner = 0;
+            next->outer++;
+        }
+    }
+}
+
 /* Merge the statistics of `count` rows, as many as `vectors` vectors hold or fewer. `lines` are where they are in the maxima
    and the sums of the states, then of the result; the weights of a state follow `gap` bytes after those of the one before. */
 RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
     const rau_line *lines, const ptrdiff_t states, const ptrdiff_t step, const int vectors, ptrdiff_t count, char *weights,
-    ptrdiff_t gap, DOUBLES *numbers, ptrdiff_t lanes, int stream, const int wide) {
+    ptrdiff_t gap, DOUBLES *numbers, ptrdiff_t lanes, int stream, const int wide, RAU_NAME(upcoming) *next) {
     const DOUBLES zero = {0}, infinity = ALL(INFINITY), one = ALL(1.0);
     DOUBLES of_two[8], *shares = states == 2 ? of_two : numbers, *sums = shares + states * vectors;
     DOUBLES max[2] = {-infinity, -infinity}, sum[2] = {zero, zero}, live[2] = {zero, zero}, alone[2] = {zero, zero};
 #define STEP(line) (step ? step : lines[line].step)
 #define AT(line) (lines[line].at + v * DOUBLES_IN * STEP(line))
+    RAU_NAME(prefetch_statistics)(next, 1);
     /* All inputs of these rows are read before anything is written: the result may stand on an input. */
     for (ptrdiff_t k = 0; k < states; k++)
         for (int v = 0; v < vectors; v++) {
@@ -137,6 +173,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
         }
     for (ptrdiff_t k = 0; k < states; k++)
         for (int v = 0; v < vectors; v++) shares[k * vectors + v] -= max[v];
+    RAU_NAME(prefetch_statistics)(next, 2);
     if (states == 2) { /* One side is at the maximum, and the exponential of 0 is 1: one of them is enough. */
         DOUBLES exponential[2];
         for (int v = 0; v < vectors; v++) exponential[v] = SELECT(EQUAL(shares[v], zero), shares[vectors + v], shares[v]);
@@ -156,6 +193,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
             shares[k * vectors + v] = SELECT(EQUAL(total, zero), zero, share);
             sum[v] += shares[k * vectors + v];
         }
+    RAU_NAME(prefetch_statistics)(next, 3);
     for (int v = 0; v < vectors; v++) {
         DOUBLES divisor = sum[v];
         if (wide) { /* Finite sums may add up beyond float64; scaled by a power of two their shares are still right. */
@@ -182,41 +220,13 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
         }
         sum[v] = SELECT(single, alone[v], sum[v]);
     }
+    RAU_NAME(prefetch_statistics)(next, 4);
     for (int v = 0; v < vectors; v++) {
         RAU_NAME(store_rows)(AT(2 * states), STEP(2 * states), count, lanes, max[v], stream, wide);
         RAU_NAME(store_rows)(AT(2 * states + 1), STEP(2 * states + 1), count, lanes, sum[v], stream, wide);
     }
 #undef AT
 #undef STEP
-}
-
-/* The rows to be prefetched next, and by how many they are ahead of those that are weighed. */
-typedef struct {
-    ptrdiff_t outer, inner, lead;
-} RAU_NAME(upcoming);
-
-/* Keep the statistics of RAU_RUN rows on their way. At the end of a run go on with the start of the next one: what lies
-   behind the end is not wanted soon, and nobody else fetches the start. Behind the last run lies what the next tile needs. */
-RAU_INLINE RAU_TARGET void RAU_NAME(prefetch_statistics)(
-    const rau_tile *tile, const ptrdiff_t states, const ptrdiff_t step, const int along_heads, ptrdiff_t outer,
-    ptrdiff_t inner, RAU_NAME(upcoming) *next) {
-    while (next->lead < RAU_RUN) {
-        const ptrdiff_t left = next->outer == outer - 1 ? RAU_GROUP : inner - next->inner;
-        const ptrdiff_t rows = left < RAU_GROUP ? left : RAU_GROUP;
-        for (ptrdiff_t k = 0; k < 2 * states; k++) {
-            const rau_plane *plane = k < states ? &tile->max[k] : &tile->sum[k - states];
-            const ptrdiff_t along = step ? step : along_heads ? plane->head : plane->token;
-            const ptrdiff_t in_line = along > 0 && along < 64 ? 64 / along : 1;
-            const char *at = plane->base + next->outer * (along_heads ? plane->token : plane->head) + next->inner * along;
-            for (ptrdiff_t i = 0; i < rows; i += in_line) RAU_PREFETCH(at + i * along);
-        }
-        next->lead += rows;
-        next->inner += rows;
-        if (next->inner == inner && next->outer < outer - 1) {
-            next->inner = 0;
-            next->outer++;
-        }
-    }
 }
 
 /* Weigh a tile whose rows lie `step` bytes apart along the inner axis, in all arrays; 0: each has a step of its own. */
@@ -229,7 +239,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_along)(
     const ptrdiff_t lanes = tile->lanes;
     const int stream = tile->stream;
     DOUBLES *numbers = (DOUBLES *)tile->numbers;
-    RAU_NAME(upcoming) next = {0, 0, 0};
+    RAU_NAME(upcoming) next = {tile, states, step, outer, inner, along_heads, 0, 0, 0};
     for (ptrdiff_t o = 0; o < outer; o++) {
         char *weights = (char *)tile->weights + o * next_run;
         for (ptrdiff_t j = 0; j < 2 * states + 2; j++) {
@@ -240,8 +250,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_along)(
         }
         ptrdiff_t rest = inner;
 #define WEIGH_ROWS(apart, vectors, rows, count) \
-    RAU_NAME(prefetch_statistics)(tile, states, step, along_heads, outer, inner, &next); \
-    RAU_NAME(weigh_rows)(lines, states, apart, vectors, count, weights, gap, numbers, lanes, stream, wide); \
+    RAU_NAME(weigh_rows)(lines, states, apart, vectors, count, weights, gap, numbers, lanes, stream, wide, &next); \
     next.lead -= (rows), rest -= (rows), weights += (rows) * item; \
     for (ptrdiff_t j = 0; j < 2 * states + 2; j++) lines[j].at += (rows) * (step ? step : lines[j].step)
         while (states == 2 && rest >= 2 * DOUBLES_IN) {
