@@ -21,7 +21,8 @@ of roof    time of the roof by the call's, for as many bytes: the median of the 
 out=       the call writes into arrays that were used before; fresh: it allocates; in place: it writes over prev"""
 _TARGETS_LEGEND = """\
 large is MindSpeed's (S, B, N, D) = (8192, 1, 32, 128), or less where memory is short; the lowest and highest of the
-processes stand in brackets. Of several figures the worst decides. A figure is this machine's, as busy as it is now."""
+processes stand in brackets. Of several figures the worst decides. A figure is this machine's, as busy as it is now.
+docs/benchmarks.md has figures of a quiet one, and says where the rest of each goes."""
 
 
 def add_parser(subparsers: Any) -> None:
