@@ -13,7 +13,7 @@ from rau.errors import UnsupportedError
 from rau.memory import Memory, aligned
 
 _LARGE = 1 << 18  # elements: a smaller array stays in the cache, where its place does not matter
-_DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
+_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
 _DTYPES["bfloat16"] = np.dtype("uint16")  # NumPy has none of its own
 HOST_ARRAYS = ("numpy:ndarray", "torch:Tensor", "mindspore.common.tensor:Tensor")
 
