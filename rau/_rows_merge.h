@@ -180,6 +180,10 @@ RAU_INLINE RAU_TARGET RAU_NAME(walk) RAU_NAME(walk_of)(const rau_tile *tile) {
 #define ALONG(plane) (walk.by_token ? (plane).token : (plane).head)
 #define ACROSS(plane) (walk.by_token ? (plane).head : (plane).token)
 
+RAU_INLINE RAU_TARGET void RAU_NAME(prefetch)(const char *row, ptrdiff_t bytes) {
+    for (ptrdiff_t j = 0; j < bytes && j < 1024; j += 64) RAU_PREFETCH(row + j);
+}
+
 /* How many bytes ahead of a row to prefetch; 0: leave it to the processor. It follows what is contiguous by itself, though
    Intel's not as far ahead as pays. Where short runs of rows do not go on in the next one, fetch the same row of that. */
 RAU_INLINE RAU_TARGET ptrdiff_t RAU_NAME(ahead_of)(

@@ -106,10 +106,6 @@ RAU_INLINE RAU_TARGET void RAU_NAME(store_rows)(
             for (ptrdiff_t lane = 0; lane < lanes; lane++) ((float *)to)[lane] = numbers[j];
 }
 
-RAU_INLINE RAU_TARGET void RAU_NAME(prefetch)(const char *row, ptrdiff_t bytes) {
-    for (ptrdiff_t j = 0; j < bytes && j < 1024; j += 64) RAU_PREFETCH(row + j);
-}
-
 /* A walk over the statistics of a tile, and the rows of it that are to be prefetched next: `lead` rows after those at hand. */
 typedef struct {
     const rau_tile *tile;
