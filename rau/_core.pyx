@@ -280,8 +280,8 @@ def tensor_signature(arrays, Py_ssize_t inputs, plain):
     return described
 
 
-def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:, ::1] terms, tuple arrays, str dtype, str cur_dtype, Py_ssize_t heads, Py_ssize_t head_dim,
-          Py_ssize_t lanes, bint in_place, Py_ssize_t threads):
+def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:, ::1] terms, tuple arrays, str dtype,
+          str cur_dtype, Py_ssize_t heads, Py_ssize_t head_dim, Py_ssize_t lanes, bint in_place, Py_ssize_t threads):
     """Merge K states.
 
     Parameters
@@ -450,7 +450,8 @@ cdef Py_ssize_t _run(const Call *call, rau_plane *planes, Py_ssize_t first, Py_s
     return block - first
 
 
-cdef Py_ssize_t _merge_run(const Call *call, rau_tile *tile, rau_plane *planes, Py_ssize_t first, Py_ssize_t blocks) noexcept nogil:
+cdef Py_ssize_t _merge_run(const Call *call, rau_tile *tile, rau_plane *planes, Py_ssize_t first,
+                           Py_ssize_t blocks) noexcept nogil:
     """Merge blocks whose statistics are one run, weighing them as one. Returns how many tokens they have."""
     cdef Py_ssize_t block, tokens = 0
     cdef char *weights = <char *>tile.weights
@@ -487,7 +488,8 @@ cdef inline rau_plane _plane(const Call *call, Py_ssize_t block, Py_ssize_t oper
     return plane
 
 
-cdef inline void _place(const Call *call, rau_plane *planes, Py_ssize_t block, Py_ssize_t t, Py_ssize_t h, Py_ssize_t parts) noexcept nogil:
+cdef inline void _place(const Call *call, rau_plane *planes, Py_ssize_t block, Py_ssize_t t, Py_ssize_t h,
+                        Py_ssize_t parts) noexcept nogil:
     """Place the tile that starts at token t and head h of a block: its planes in all three arrays, or in attn_out alone."""
     cdef Py_ssize_t operand, part
     cdef rau_plane *plane

@@ -184,3 +184,25 @@ def test_the_number_of_threads_can_be_set():
         assert rau.get_num_threads() == 5
     finally:
         rau.set_num_threads(before)
+
+
+@pytest.mark.parametrize("states", [2, 3])
+def test_more_heads_than_a_tile_holds_in_short_sequences(states):
+    """Their statistics follow each other, but no tile has room for all the weights of a token."""
+    differing = python(
+        f"""
+import numpy as np, rau
+from rau.testing.bits import same_bits
+
+rng = np.random.default_rng(0)
+heads = 40_000
+def state():
+    stats = (rng.uniform(1, 9, (2, heads, 1)).astype("f4") * np.ones(8, "f4") for _ in range(2))
+    return rau.AttentionState(rng.standard_normal((2, heads, 1), dtype=np.float32), *stats)
+
+states = [state() for _ in range({states})]
+call = lambda backend: rau.merge_states(states, [0, 0, 1, 1, 2, 2], "TND", softmax_layout="SBH", backend=backend)
+print(same_bits(call("cython"), call("numpy")))
+"""
+    )
+    assert differing.strip() == "[]"

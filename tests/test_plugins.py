@@ -187,6 +187,29 @@ def test_unasked_the_first_in_the_alphabet_takes_an_array_type(loopback):
     assert_numpy_is_as_before()
 
 
+def test_unasked_one_that_refuses_is_passed_over(loopback):
+    """By problem: what the first takes goes to it, before and after what it does not take, also when met again."""
+    ran = []
+
+    class Alpha(loopback.LoopbackBackend):
+        name = "alpha"
+        capabilities = Capabilities(array_types=("rau_loopback:Array",), devices=("cpu", "loop"), max_heads=3)
+
+        def update(self, *call):
+            ran.append(self.name)
+            return super().update(*call)
+
+    class Beta(Alpha):
+        name = "beta"
+        capabilities = loopback.LoopbackBackend.capabilities
+
+    registry.register(Alpha)
+    registry.register(Beta)
+    for heads in (3, 4, 4, 3, 4):
+        rau.ring_attention_update(**{name: loopback.Array(array) for name, array in arguments(N=heads).items()})
+    assert ran == ["alpha", "beta", "beta", "alpha", "beta"]
+
+
 def test_a_plugin_that_names_every_type(loopback):
     """A list is no array all the same, nor is None."""
 
