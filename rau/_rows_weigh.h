@@ -1,31 +1,35 @@
 /* Statistics into weights, for the version at hand: a part of _rows_isa.h. */
 
-/* The exponential of x <= 0 or NaN, in place of x: see rau/backends/exponential.py. It is one long chain of dependent
-   operations, so the chains of `count` vectors go side by side. */
-RAU_INLINE RAU_TARGET void RAU_NAME(exp_nonpositive)(DOUBLES *x, const int count) {
+/* The exponentials of m[i] - top[i] <= 0 or NaN in place of m[i]: see rau/backends/exponential.py, which has the same numbers.
+   Each is one long chain of dependent operations, so `count` chains go side by side. */
+RAU_INLINE RAU_TARGET void RAU_NAME(exp_differences)(DOUBLES *m, const DOUBLES *top, const int count) {
     static const double coefficients[] = {
-        1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0,
-        1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 1.0 / 2.0, 1.0, 1.0,
+        0x1.ad92c81f74ea2p-26, 0x1.28adf7a9a959ep-22, 0x1.71df18fbb1812p-19, 0x1.a0199963c408ap-16, 0x1.a01a012fec32ap-13,
+        0x1.6c16c18475a28p-10, 0x1.1111111126b37p-7, 0x1.55555555506cp-5, 0x1.55555555554fep-3, 0x1.000000000000ap-1, 0x1p0,
+        0x1p0,
     };
     const DOUBLES zero = {0}, round = ALL(0x1.8p52), least = ALL(-708.0);
-    DOUBLES shifted[4], r[4], p[4];
+    DOUBLES x[4], lost[4], shifted[4], r[4], p[4];
     for (int i = 0; i < count; i++) {
+        x[i] = m[i] - top[i];
+        const DOUBLES back = x[i] - m[i]; /* Knuth's TwoSum: what the difference lost, exactly */
+        lost[i] = (m[i] - (x[i] - back)) - (top[i] + back);
         const DOUBLES safe = SELECT(GREATER(least, x[i]), zero, x[i]);
         shifted[i] = safe * 0x1.71547652b82fep+0 + round;
         const DOUBLES k = shifted[i] - round;
         r[i] = (safe - k * 0x1.62e42feep-1) - k * 0x1.a39ef35793c76p-33;
-        p[i] = ALL(1.0 / 479001600.0);
+        p[i] = ALL(coefficients[0]);
     }
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 12
+#pragma GCC unroll 11
 #endif
-    for (int j = 0; j < 12; j++)
+    for (int j = 1; j < 12; j++)
         for (int i = 0; i < count; i++) p[i] = p[i] * r[i] + coefficients[j];
     for (int i = 0; i < count; i++) {
         /* The low bits of `shifted` hold k: made an exponent, they are 2^k. */
-        const DOUBLES power = RAU_NAME(doubles_of)((RAU_NAME(longs_of)(shifted[i]) + 1023) << 52);
-        const DOUBLES result = SELECT(GREATER(least, x[i]), zero, p[i] * power);
-        x[i] = SELECT(IS_NAN(x[i]), x[i], result);
+        const DOUBLES power = RAU_NAME(doubles_of)((RAU_NAME(longs_of)(shifted[i]) + 1023) << 52), q = p[i] * power;
+        const DOUBLES result = SELECT(GREATER(least, x[i]), zero, q + q * lost[i]);
+        m[i] = SELECT(IS_NAN(x[i]), x[i], result);
     }
 }
 
@@ -167,21 +171,22 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
             shares[k * vectors + v] = m;
             sums[k * vectors + v] = l;
         }
-    for (ptrdiff_t k = 0; k < states; k++)
-        for (int v = 0; v < vectors; v++) shares[k * vectors + v] -= max[v];
     RAU_NAME(prefetch_statistics)(next, 2);
     if (states == 2) { /* One side is at the maximum, and the exponential of 0 is 1: one of them is enough. */
         DOUBLES exponential[2];
-        for (int v = 0; v < vectors; v++) exponential[v] = SELECT(EQUAL(shares[v], zero), shares[vectors + v], shares[v]);
-        RAU_NAME(exp_nonpositive)(exponential, vectors);
+        for (int v = 0; v < vectors; v++)
+            exponential[v] = SELECT(EQUAL(shares[v], max[v]), shares[vectors + v], shares[v]);
+        RAU_NAME(exp_differences)(exponential, max, vectors);
         for (int i = 0; i < 2 * vectors; i++) {
-            const DOUBLES other = SELECT(IS_NAN(shares[i]), shares[i], exponential[i % vectors]);
-            shares[i] = SELECT(EQUAL(shares[i], zero), one, other);
+            const DOUBLES apart = shares[i] - max[i % vectors]; /* NaN for infinite maxima, which are no ordinary ones */
+            const DOUBLES other = SELECT(IS_NAN(apart), apart, exponential[i % vectors]);
+            shares[i] = SELECT(EQUAL(apart, zero), one, other);
         }
-    } else {
+    } else { /* in vectors of one, see weigh_along */
+        const DOUBLES top[4] = {max[0], max[0], max[0], max[0]};
         ptrdiff_t k = 0;
-        for (; k + 4 <= states * vectors; k += 4) RAU_NAME(exp_nonpositive)(shares + k, 4);
-        for (; k < states * vectors; k++) RAU_NAME(exp_nonpositive)(shares + k, 1);
+        for (; k + 4 <= states; k += 4) RAU_NAME(exp_differences)(shares + k, top, 4);
+        for (; k < states; k++) RAU_NAME(exp_differences)(shares + k, top, 1);
     }
     for (ptrdiff_t k = 0; k < states; k++)
         for (int v = 0; v < vectors; v++) {

@@ -41,7 +41,7 @@ def recipe(states):
         top = np.full(m[0].shape, -INF)
         for mi, alive in zip(m, live):
             top = np.where(alive, np.maximum(top, mi), top)
-        a = [np.where(alive, li * exponential(mi - top), 0) for mi, li, alive in zip(m, l, live)]
+        a = [np.where(alive, li * exponential(mi, top), 0) for mi, li, alive in zip(m, l, live)]
         total = sum(a[1:], a[0])
         huge = np.isinf(total)  # float64 sums may overflow; their shares are still right
         shares = [np.where(huge, ai * 2.0**-64 / sum(aj * 2.0**-64 for aj in a), ai / total) for ai in a]
@@ -60,15 +60,25 @@ def recipe(states):
         return out.astype(dtype)[:, None], top, total
 
 
-def exponential(x):
-    """The operator's exponential."""
+MINIMAX = (
+    "0x1.ad92c81f74ea2p-26 0x1.28adf7a9a959ep-22 0x1.71df18fbb1812p-19 0x1.a0199963c408ap-16 0x1.a01a012fec32ap-13 "
+    "0x1.6c16c18475a28p-10 0x1.1111111126b37p-7 0x1.55555555506cp-5 0x1.55555555554fep-3 0x1.000000000000ap-1 0x1p0 0x1p0"
+)
+
+
+def exponential(m, top):
+    """The operator's exponential of m - top, with what the difference loses."""
+    x = m - top
+    back = x - m
+    lost = (m - (x - back)) - (top + back)
     safe = np.where(x >= -708, x, 0.0)
     k = (safe * float.fromhex("0x1.71547652b82fep+0") + 1.5 * 2**52) - 1.5 * 2**52
     r = (safe - k * float.fromhex("0x1.62e42feep-1")) - k * float.fromhex("0x1.a39ef35793c76p-33")
-    p = np.full_like(r, 1 / math.factorial(12))
-    for n in range(11, -1, -1):
-        p = p * r + 1 / math.factorial(n)
-    return np.where(x < -708, 0.0, np.where(np.isnan(x), x, np.ldexp(p, k.astype(np.int64))))
+    p = np.zeros_like(r)
+    for coefficient in MINIMAX.split():
+        p = p * r + float.fromhex(coefficient)
+    q = np.ldexp(p, k.astype(np.int64))
+    return np.where(x < -708, 0.0, np.where(np.isnan(x), x, q + q * lost))
 
 
 def exact_row(maxima, sums, outs):

@@ -12,7 +12,7 @@ LOG2_E = tl.constexpr(exponential.LOG2_E)
 ROUND = tl.constexpr(exponential.ROUND)
 LN2_HIGH = tl.constexpr(exponential.LN2_HIGH)
 LN2_LOW = tl.constexpr(exponential.LN2_LOW)
-TAYLOR = tl.constexpr(exponential.TAYLOR)
+COEFFICIENTS = tl.constexpr(exponential.COEFFICIENTS)
 UNDERFLOW = tl.constexpr(exponential.UNDERFLOW)
 INFINITY = tl.constexpr(float("inf"))
 DOWN = tl.constexpr(2.0**-64)
@@ -87,18 +87,21 @@ def _halves(lengths, sequences, steps, token, tokens, head, heads, valid, HALF: 
 
 
 @triton.jit
-def _exp_nonpositive(x):
-    """The exponential of rau, see rau/backends/exponential.py."""
+def _exp_difference(a, b):
+    """The exponential of a - b <= 0 or NaN, see rau/backends/exponential.py."""
+    x = a - b
+    back = x - a
+    lost = (a - (x - back)) - (b + back)
     safe = tl.where(x >= UNDERFLOW, x, 0.0)
     shifted = safe * LOG2_E + ROUND
     k = shifted - ROUND
     r = (safe - k * LN2_HIGH) - k * LN2_LOW
-    p = r * TAYLOR[0] + TAYLOR[1]
-    for i in tl.static_range(2, 13):
-        p = p * r + TAYLOR[i]
+    p = r * COEFFICIENTS[0] + COEFFICIENTS[1]
+    for i in tl.static_range(2, 12):
+        p = p * r + COEFFICIENTS[i]
     # The low bits of `shifted` hold k: made an exponent, they are 2**k, without a library's pow.
-    power = ((shifted.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
-    return tl.where(x < UNDERFLOW, 0.0, tl.where(x != x, x, p * power))
+    q = p * ((shifted.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
+    return tl.where(x < UNDERFLOW, 0.0, tl.where(x != x, x, q + q * lost))
 
 
 @triton.jit
@@ -116,7 +119,7 @@ def _weigh(maxima, sums, K: tl.constexpr, STATS: tl.constexpr):
     shares = ()
     for k in tl.static_range(K):
         live = (sums[k] != 0.0) & (maxima[k] != -INFINITY)
-        share = tl.where(live, sums[k] * _exp_nonpositive(maxima[k] - maximum), 0.0)
+        share = tl.where(live, sums[k] * _exp_difference(maxima[k], maximum), 0.0)
         total += share
         scaled += share * DOWN
         shares += (share,)

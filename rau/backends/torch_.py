@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rau.backends import AttentionState, Backend, Capabilities, Problem
-from rau.backends.exponential import LN2_HIGH, LN2_LOW, LOG2_E, ROUND, TAYLOR, UNDERFLOW
+from rau.backends.exponential import COEFFICIENTS, LN2_HIGH, LN2_LOW, LOG2_E, ROUND, UNDERFLOW
 from rau.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
@@ -130,17 +130,36 @@ def packed_rows(actual_seq_qlen: Any, tokens: int, heads: int, device: Any) -> T
     return rows.clamp_(0, max(tokens * heads - 1, 0)).view(-1)
 
 
-def exp_nonpositive(x: Tensor) -> Tensor:
+def difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract, and find what the rounding lost, as :func:`rau.backends.numpy_.difference`.
+
+    Parameters
+    ----------
+    a, b : Tensor of float64, one shape
+
+    Returns
+    -------
+    difference, lost : Tensor of float64
+    """
+    d = a - b
+    back = d - a
+    return d, (a - (d - back)).sub_(back.add_(b))
+
+
+def exp_nonpositive(x: Tensor, lost: Tensor | None = None) -> Tensor:
     """The exponential of rau, see :mod:`rau.backends.exponential`.
 
     Parameters
     ----------
     x : Tensor of float64
         Zero, negative or NaN.
+    lost : Tensor of float64, shape of `x`, optional
+        What `x` has lost by rounding, less than its unit in the last place.
 
     Returns
     -------
-    Tensor of float64
+    Tensor of float64, shape of `x`
+        exp(x + lost), 0 where x is below -708.
     """
     import torch
 
@@ -148,13 +167,14 @@ def exp_nonpositive(x: Tensor) -> Tensor:
     shifted = safe.mul(LOG2_E).add_(ROUND)
     k = shifted - ROUND
     r = safe.sub_(k * LN2_HIGH).sub_(k * LN2_LOW)
-    p = torch.full_like(r, TAYLOR[0])
-    for coefficient in TAYLOR[1:]:
+    p = torch.full_like(r, COEFFICIENTS[0])
+    for coefficient in COEFFICIENTS[1:]:
         p = p.mul_(r).add_(coefficient)
     # The low bits of `shifted` hold k: made an exponent, they are 2**k, without a library's pow.
-    power = shifted.view(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64)
-    result = torch.where(x < UNDERFLOW, 0.0, p.mul_(power))
-    return torch.where(x.isnan(), x, result)
+    q = p.mul_(shifted.view(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64))
+    if lost is not None:
+        q = q + q * lost
+    return torch.where(x.isnan(), x, torch.where(x < UNDERFLOW, 0.0, q))
 
 
 def weigh(maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> Weighed:
@@ -176,7 +196,7 @@ def weigh(maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> Weighed:
     maximum = torch.full_like(m[0], -torch.inf)
     for mi, alive in zip(m, live, strict=True):
         maximum = torch.where(alive, torch.maximum(maximum, mi), maximum)  # torch.maximum keeps NaN
-    e = [torch.where(alive, exp_nonpositive(mi - maximum), 0.0) for mi, alive in zip(m, live, strict=True)]
+    e = [torch.where(alive, exp_nonpositive(*difference(mi, maximum)), 0.0) for mi, alive in zip(m, live, strict=True)]
     a = [torch.where(alive, li * ei, 0.0) for li, ei, alive in zip(l, e, live, strict=True)]
     total = torch.zeros_like(maximum)
     scaled = torch.zeros_like(maximum)

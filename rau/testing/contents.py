@@ -48,6 +48,20 @@ def _equal_maxima(rng: Generator, maxima: Stats, sums: Stats) -> None:
         maximum[:] = maxima[0]
 
 
+def _balanced(rng: Generator, maxima: Stats, sums: Stats) -> None:
+    """Weights alike although the maxima lie far apart: where the rounding of a difference counts most.
+
+    The sums make up for the gaps, which reach as far as float32's range allows, and in a third of the rows as float64's.
+    """
+    count = len(maxima[0])
+    top = rng.choice([-1.0, 1.0], count) * 10.0 ** rng.uniform(-8.0, 8.0, count)
+    gaps = rng.uniform(0.0, 170.0, (len(maxima), count)) * rng.choice([1.0, 1.0, 4.0], count)
+    gaps[rng.integers(0, len(maxima), count), np.arange(count)] = 0.0
+    for maximum, total, gap in zip(maxima, sums, gaps, strict=True):
+        maximum[:] = top - gap
+        total[:] = rng.uniform(1.0, 4.0, count) * np.exp(gap - gaps.max(axis=0) / 2)
+
+
 # What may be done to ordinary statistics (maxima around 0, sums between 1 and 100).
 STATISTICS: dict[str, Fill] = {
     "ordinary": lambda rng, maxima, sums: None,
@@ -57,6 +71,7 @@ STATISTICS: dict[str, Fill] = {
     "infinite-max": lambda rng, maxima, sums: _put(rng, maxima, [np.inf, -np.inf]),
     "infinite-sum": lambda rng, maxima, sums: _put(rng, sums, [np.inf]),
     "huge-gaps": lambda rng, maxima, sums: _put(rng, maxima, [-1e4, 1e4, 3e38, -3e38, 87.0, -87.0, 104.0, 708.0, -708.0], 0.5),
+    "balanced": _balanced,
     "equal-maxima": _equal_maxima,
     "negative-maxima": lambda rng, maxima, sums: _put(rng, maxima, [-50.0, -1e3, -1e30], 1.0),
     "zero-maxima": lambda rng, maxima, sums: _put(rng, maxima, [0.0, -0.0], 0.7),
