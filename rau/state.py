@@ -161,9 +161,11 @@ class AttentionState(NamedTuple):
 
         Notes
         -----
-        m + log(l) is computed in float64 and rounded once: within half a unit in the last place, and 2**-52 times
-        abs(m) more where m and log(l) cancel. The logarithm is the library's own, so that NumPy and torch may differ
-        in the last bit once in many million rows.
+        m + log(l) is computed in float64 and rounded once. A float32 result is off by at most half a unit in the last
+        place and 2**-52 * abs(m), which counts where m and log(l) cancel; a float64 one by 2**-51 * abs(lse) and
+        2**-52 * abs(m). That is measured, not proven, since the logarithm is the library's own (and NumPy and torch may
+        differ in the last bit): the largest seen in 4 million rows each, by proofs/measured.py on an AMD EPYC (Zen 3)
+        with NumPy 2.4 and torch 2.13, are 1.00 and 0.72 of these.
 
         Examples
         --------
