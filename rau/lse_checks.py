@@ -29,7 +29,7 @@ def check_base(report: Report, base: object) -> None:
     report.choice("base", "base", base, ("e", "2"), note)
 
 
-def check_layouts(report: Report, layout: object, lse_layout: object) -> bool:
+def check_layouts(report: Report, layout: object, lse_layout: object) -> str:
     """Check the names of a layout of attention and of one of its log-sum-exp.
 
     Parameters
@@ -37,17 +37,25 @@ def check_layouts(report: Report, layout: object, lse_layout: object) -> bool:
     report : Report
     layout : object
     lse_layout : object
-        None stands for the first of :func:`lse_layouts`.
+        None stands for "BNS", save in layout "TND", which has no default: both orders are common there, no shape tells
+        them apart where T = N, and taken for one another they give wrong numbers without a word.
 
     Returns
     -------
-    bool
-        Whether both exist and go together.
+    str
+        The layout of the log-sum-exp; empty where a name does not exist, or the two do not go together.
     """
     known = report.choice("layout", "layout", layout, LAYOUTS)
     names = lse_layouts(str(layout)) if known else tuple(LSE_LAYOUTS)
+    if lse_layout is None:
+        if known and layout != "TND":
+            return names[0]
+        if known:
+            report.add("lse-layout", 'lse_layout is None; layout "TND" expects the axes of lse by name: "TN" for (T, N) '
+                       '(FlashInfer), "NT" for (N, T) (vLLM, FlashAttention\'s varlen calls).')  # fmt: skip
+        return ""
     note = f' With layout "{layout}" lse is {" or ".join(map(LSE_LAYOUTS.__getitem__, names))}.' if known else ""
-    return (lse_layout is None or report.choice("lse-layout", "lse_layout", lse_layout, names, note)) and known
+    return str(lse_layout) if report.choice("lse-layout", "lse_layout", lse_layout, names, note) and known else ""
 
 
 class Described(NamedTuple):
@@ -136,42 +144,30 @@ def check_lengths_here(report: Report, lengths: Any, name: str, stats: Any) -> N
                    f"Pass {NAME}.cpu().")  # fmt: skip
 
 
-def check_shapes(report: Report, attn_out: Any, lse: Any, layout: str, lse_layout: str | None) -> str:
-    """Check that an output and a log-sum-exp fit together, and that it is known which axis is which.
+def check_shapes(report: Report, attn_out: Any, lse: Any, layout: str, lse_layout: str) -> None:
+    """Check that an output and a log-sum-exp fit together.
 
     Parameters
     ----------
     report : Report
     attn_out, lse : array
-    layout : str
-    lse_layout : str or None
-        A valid name.
-
-    Returns
-    -------
-    str
-        The name of the layout of `lse`.
+    layout, lse_layout : str
+        Valid names.
     """
-    axes, names = LAYOUTS[layout], lse_layouts(layout)
-    name = lse_layout or names[0]
+    axes = LAYOUTS[layout]
     shape, given = tuple(attn_out.shape), tuple(lse.shape)
-    form = LSE_LAYOUTS[name]
     if len(shape) != axes.attn.count(",") + 1:
         report.add("rank", f'attn_out has shape {shape}; layout "{layout}" expects {axes.attn}.')
-    elif len(given) != len(name):
-        known = f'lse_layout "{name}"' if lse_layout else f'layout "{layout}"'
-        hint = " Drop its last axis: lse[..., 0]." if given == (*given[: len(name)], 1) else ""
-        report.add("rank", f"lse has shape {given}; {known} expects {form}.{hint}")
+    elif len(given) != len(lse_layout):
+        hint = " Drop its last axis: lse[..., 0]." if given == (*given[: len(lse_layout)], 1) else ""
+        if layout == "TND" and len(given) == 3 and not hint:
+            hint = (" Padded, (sequences, N, longest)? Join what is real of it: concatenate([lse[i, :, :length] for i, length in "
+                    'enumerate(lengths)], 1), which is lse_layout "NT".')  # fmt: skip
+        report.add("rank", f'lse has shape {given}; lse_layout "{lse_layout}" expects {LSE_LAYOUTS[lse_layout]}.{hint}')
     else:
-        expected = {each: _expected(shape, given, layout, each) for each in names}
-        other = names[name == names[0]]
-        if given != expected[name]:
-            _say_shapes(report, shape, given, layout, name, expected)
-        elif layout == "TND" and lse_layout is None and given == expected[other] and given[0] > 1:
-            # Both orders are common, and taken for one another they give wrong numbers without a word.
-            report.add("lse-layout", f"lse has shape {given}: with T = N = {given[0]} it does not tell (T, N) from "
-                       '(N, T). Pass lse_layout="TN" (FlashInfer) or "NT" (vLLM, FlashAttention\'s varlen calls).')  # fmt: skip
-    return name
+        expected = {each: _expected(shape, given, layout, each) for each in lse_layouts(layout)}
+        if given != expected[lse_layout]:
+            _say_shapes(report, shape, given, layout, lse_layout, expected)
 
 
 def _expected(shape: tuple[int, ...], given: tuple[int, ...], layout: str, name: str) -> tuple[int, ...] | None:

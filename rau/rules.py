@@ -26,7 +26,7 @@ RULES: dict[str, Rule] = {
     "softmax-layout": Rule(LayoutError, "TND statistics come in two orders", "CANN V2"),
     "profile": Rule(OptionError, "a profile names a set of limits", "rau"),
     "base": Rule(OptionError, "logarithms to base 2 and e are mixed up silently", "rau"),
-    "lse-layout": Rule(OptionError, "(T, N) and (N, T) both exist in TND", "rau"),
+    "lse-layout": Rule(OptionError, "(T, N) and (N, T) both exist in TND, and no shape tells them apart where T = N", "rau"),
     "to": Rule(OptionError, "statistics are reordered to one of two orders", "rau"),
     "mode": Rule(OptionError, "the configuration is printed or returned", "rau"),
     "threads": Rule(OptionError, "at least one thread runs a call", "rau"),

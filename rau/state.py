@@ -9,7 +9,7 @@ import numpy as np
 
 from rau.layouts import LAYOUTS
 from rau.lengths import bind_lengths
-from rau.lse import arranged, log_sum_exp, lse_layouts, reordered, statistics
+from rau.lse import arranged, log_sum_exp, reordered, statistics
 from rau.lse_checks import check_alike, check_array, check_base, check_layouts, check_lengths_here, check_shapes
 from rau.rules import Report
 
@@ -69,10 +69,10 @@ class AttentionState(NamedTuple):
             logarithms, FlashInfer logarithms to base 2, and mixing them up gives wrong numbers silently.
         layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
             Layout of `attn_out`.
-        lse_layout : {"BNS", "BSN", "TN", "NT"}, optional
-            Axes of `lse`. In layout "TND": "TN" for (T, N), the default (FlashInfer), or "NT" for (N, T) (vLLM,
-            FlashAttention's varlen calls). In the others: "BNS" for (B, N, S), the default (FlashAttention, torch's
-            SDPA and flex attention), or "BSN" for (B, S, N).
+        lse_layout : {"BNS", "BSN", "TN", "NT"}, optional except in layout "TND"
+            Axes of `lse`. In layout "TND" without default: "TN" for (T, N) (FlashInfer), or "NT" for (N, T) (vLLM,
+            FlashAttention's varlen calls). In the others: "BNS" for (B, N, S), the default at every size, S = N too
+            (FlashAttention, torch's SDPA and flex attention), or "BSN" for (B, S, N).
         inf_is_empty : bool, default False
             Read +inf as -inf, a row without keys: FlashAttention 2 writes it for one (and for a row whose sum is
             NaN, which is then lost).
@@ -90,9 +90,8 @@ class AttentionState(NamedTuple):
 
         Notes
         -----
-        A shape that does not fit `lse_layout` is refused, with the name that would. Where T = N both of "TN" and "NT"
-        fit, so that in layout "TND" a name must be given then; whether it is the right one, nobody can see. Where
-        S = N, "BNS" is assumed.
+        A shape that does not fit `lse_layout` is refused, with the name that would. Where T = N, or S = N, both names
+        fit: whether the one given, or the default, is the right one, nobody can see then.
 
         lse = -inf becomes the empty row. For base "2", m = float32(lse * ln 2) and l = float32(exp(lse * ln 2 - m)),
         so that what the rounding of m loses, l keeps: :meth:`lse` gives back a float32 lse exactly where its magnitude
@@ -107,23 +106,22 @@ class AttentionState(NamedTuple):
         --------
         >>> import numpy as np
         >>> out, lse = np.ones((3, 2, 4), np.float32), np.full((3, 2), 1.5, np.float32)
-        >>> state = AttentionState.from_lse(out, lse, base="2", layout="TND")
-        >>> np.array_equal(state.lse(base="2", layout="TND"), lse)
+        >>> how = {"base": "2", "layout": "TND", "lse_layout": "TN"}
+        >>> np.array_equal(AttentionState.from_lse(out, lse, **how).lse(**how), lse)
         True
         """
         report = Report("AttentionState.from_lse")
         check_base(report, base)
-        known = check_layouts(report, layout, lse_layout)
+        axes = check_layouts(report, layout, lse_layout)
         out = check_array(report, "attn_out", attn_out, "dtype-attn", ("float16", "bfloat16", "float32", "float64"))
         wide = out is not None and out.dtype == "float64"
         its = check_array(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32",))
         if out is not None and its is not None:
             check_alike(report, "lse", its, "attn_out", out)
-            if known:
-                lse_layout = check_shapes(report, attn_out, lse, layout, lse_layout)
+            if axes:
+                check_shapes(report, attn_out, lse, layout, axes)
         report.raise_if_broken()
-        assert lse_layout is not None  # check_shapes has chosen one
-        return cls(attn_out, *statistics(arranged(lse, lse_layout), base, inf_is_empty))
+        return cls(attn_out, *statistics(arranged(lse, axes), base, inf_is_empty))
 
     def lse(
         self,
@@ -146,8 +144,8 @@ class AttentionState(NamedTuple):
             Order of the statistics in layout "TND"; packed ones ("SBH") need `actual_seq_qlen`.
         actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
             Cumulative sequence lengths.
-        lse_layout : {"BNS", "BSN", "TN", "NT"}, optional
-            Axes of the result, as in :meth:`from_lse`: "TN" by default in layout "TND", "BNS" in the others.
+        lse_layout : {"BNS", "BSN", "TN", "NT"}, optional except in layout "TND"
+            Axes of the result, as in :meth:`from_lse`.
 
         Returns
         -------
@@ -174,7 +172,7 @@ class AttentionState(NamedTuple):
         """
         report = Report("AttentionState.lse")
         check_base(report, base)
-        check_layouts(report, layout, lse_layout)
+        axes = check_layouts(report, layout, lse_layout)
         report.choice("softmax-layout", "softmax_layout", softmax_layout, ("TND", "SBH"))
         arrays = [
             check_array(report, name, stats, "dtype-stats", ("float32", "float64"))
@@ -202,7 +200,7 @@ class AttentionState(NamedTuple):
         # What is infinite or no number is no news; torch does not speak of it in the first place.
         with np.errstate(all="ignore") if isinstance(maximum, np.ndarray) else nullcontext():
             result = log_sum_exp(maximum, total, base)
-        return arranged(result, lse_layout or lse_layouts(layout)[0])
+        return arranged(result, axes)
 
 
 def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> Any:

@@ -1,5 +1,7 @@
 """What from_lse, lse and reorder_softmax refuse, and their words."""
 
+import re
+
 import numpy as np
 import pytest
 from states import sbh, tnd
@@ -8,6 +10,7 @@ import rau
 from rau import AttentionState, reorder_softmax
 
 OUT, LSE = np.zeros((2, 1, 4), "f4"), np.zeros((1, 1, 2), "f4")
+TND = {"layout": "TND", "lse_layout": "TN"}
 TND_OUT = np.zeros((3, 2, 4), "f4")
 BASES = 'expected one of "e", "2". Natural logarithms: FlashAttention, PyTorch, vLLM. Base 2: FlashInfer.'
 NO_ARRAY = "expected an array (NumPy, or of a kind that a backend takes)."
@@ -46,11 +49,9 @@ CASES = [
     (from_lse(TND_OUT, LSE[0], layout="TND", lse_layout="NTD"), rau.OptionError, ["lse-layout"],
      "lse_layout = 'NTD'; expected one of \"TN\", \"NT\". Did you mean \"NT\"? With layout \"TND\" lse is (T, N) or (N, T)."),
     (from_lse(TND_OUT, LSE[0], layout="TND", lse_layout=np.zeros(2)), rau.OptionError, ["lse-layout"], None),
-    (from_lse(np.zeros((3, 3, 4), "f4"), np.zeros((3, 3), "f4"), layout="TND"), rau.OptionError, ["lse-layout"],
-     "lse has shape (3, 3): with T = N = 3 it does not tell (T, N) from (N, T). "
-     'Pass lse_layout="TN" (FlashInfer) or "NT" (vLLM, FlashAttention\'s varlen calls).'),
+    (from_lse(TND_OUT, LSE[0], base="10", layout="TND"), rau.OptionError, ["base", "lse-layout"], None),
     (from_lse(OUT[0]), rau.ShapeError, ["rank"], 'attn_out has shape (1, 4); layout "SBH" expects (S, B, H).'),
-    (from_lse(lse=LSE[0]), rau.ShapeError, ["rank"], 'lse has shape (1, 2); layout "SBH" expects (B, N, S).'),
+    (from_lse(lse=LSE[0]), rau.ShapeError, ["rank"], 'lse has shape (1, 2); lse_layout "BNS" expects (B, N, S).'),
     (from_lse(lse=LSE[0, 0, 0]), rau.DTypeError, ["array"], f"lse is of type numpy.float32; {NO_ARRAY}"),
     (from_lse(lse=np.zeros((1, 3, 2), "f4")), rau.ShapeError, ["heads-divide-hidden"],
      "attn_out has H = 4 and lse N = 3 heads (shape (1, 3, 2), read as (B, N, S)); expected H = N * D."),
@@ -65,16 +66,19 @@ CASES = [
      'lse has shape (1, 2, 3); for attn_out of shape (1, 3, 2, 4) layout "BSND" expects (B, S, N) = (1, 3, 2).'
      ' It looks like (B, N, S): pass lse_layout="BNS".'),
     (from_lse(lse=LSE[..., None]), rau.ShapeError, ["rank"],
-     'lse has shape (1, 1, 2, 1); layout "SBH" expects (B, N, S). Drop its last axis: lse[..., 0].'),
+     'lse has shape (1, 1, 2, 1); lse_layout "BNS" expects (B, N, S). Drop its last axis: lse[..., 0].'),
     (from_lse(lse=np.zeros((1, 1, 3), "f4")), rau.ShapeError, ["shape-stats"],
      'lse has shape (1, 1, 3); for attn_out of shape (2, 1, 4) layout "SBH" expects (B, N, S) = (1, 1, 2).'
      " Some kernels pad it: pass lse[..., :2]."),
-    (from_lse(TND_OUT, np.zeros((2, 3), "f4"), layout="TND"), rau.ShapeError, ["shape-stats"],
+    (from_lse(TND_OUT, np.zeros((2, 3), "f4"), **TND), rau.ShapeError, ["shape-stats"],
      'lse has shape (2, 3); for attn_out of shape (3, 2, 4) layout "TND" expects (T, N) = (3, 2). '
      'It looks like (N, T): pass lse_layout="NT".'),
     (from_lse(TND_OUT, np.zeros((3, 2), "f4"), layout="TND", lse_layout="NT"), rau.ShapeError, ["shape-stats"],
      'lse has shape (3, 2); for attn_out of shape (3, 2, 4) layout "TND" expects (N, T) = (2, 3). '
      'It looks like (T, N): pass lse_layout="TN".'),
+    (from_lse(TND_OUT, np.zeros((2, 2, 2), "f4"), **TND), rau.ShapeError, ["rank"],
+     'lse has shape (2, 2, 2); lse_layout "TN" expects (T, N). Padded, (sequences, N, longest)? Join what is real of it: '
+     'concatenate([lse[i, :, :length] for i, length in enumerate(lengths)], 1), which is lse_layout "NT".'),
     (lse_of(sbh(), "ln"), rau.OptionError, ["base"], f"base = 'ln'; {BASES}"),
     (lse_of(sbh(), lse_layout="TN"), rau.OptionError, ["lse-layout"],
      "lse_layout = 'TN'; expected one of \"BNS\", \"BSN\". With layout \"SBH\" lse is (B, N, S) or (B, S, N)."),
@@ -84,17 +88,17 @@ CASES = [
     (lse_of(AttentionState(None, None, [1])), rau.DTypeError, ["array", "array"], None),
     (lse_of(sbh()._replace(softmax_max=np.zeros((2, 3, 4, 8), "f2"))), rau.DTypeError, ["dtype-stats"],
      "softmax_max has dtype float16; expected one of float32, float64."),
-    (lse_of(sbh(), layout="TND"), rau.ShapeError, ["rank", "rank"], None),
+    (lse_of(sbh(), **TND), rau.ShapeError, ["rank", "rank"], None),
     (lse_of(sbh()._replace(softmax_max=np.zeros((), "f4"))), rau.ShapeError, ["rank", "shape-match"], None),
-    (lse_of(sbh()._replace(softmax_max=np.zeros((), "f4")), layout="TND", softmax_layout="SBH"), rau.ShapeError,
+    (lse_of(sbh()._replace(softmax_max=np.zeros((), "f4")), **TND, softmax_layout="SBH"), rau.ShapeError,
      ["rank", "rank", "shape-match", "packed-qlen-required"], None),
     (lse_of(sbh(lanes=0)), rau.ShapeError, ["rank", "rank"], None),
     (lse_of(sbh()._replace(softmax_sum=sbh(S=5)[2])), rau.ShapeError, ["shape-match"],
      "softmax_sum has shape (2, 3, 5, 8); expected that of softmax_max, (2, 3, 4, 8)."),
-    (lse_of(tnd(), layout="TND", softmax_layout="SBH"), rau.ConstraintError, ["packed-qlen-required"],
+    (lse_of(tnd(), **TND, softmax_layout="SBH"), rau.ConstraintError, ["packed-qlen-required"],
      "actual_seq_qlen is None; packed statistics expect the cumulative sequence lengths from 0 to T = 8, such as [0, 8]"
      " for a single sequence."),
-    (lse_of(tnd(), layout="TND", softmax_layout="SBH", actual_seq_qlen=[0, 7]), rau.ConstraintError,
+    (lse_of(tnd(), **TND, softmax_layout="SBH", actual_seq_qlen=[0, 7]), rau.ConstraintError,
      ["tnd-qlen-cumulative"], None),
     (reorder(tnd()[1], [0, 8], "packed"), rau.OptionError, ["to"],
      "to = 'packed'; expected one of \"TND\", \"SBH\"."),
@@ -116,6 +120,20 @@ def test_refused(call, error, rules, says):
     assert str(caught.value).startswith(f"{name}: ")
     if says:
         assert str(caught.value) == f"{name}: [{rules[0]}] {says}"
+
+
+def test_a_padded_log_sum_exp_joined_as_the_message_says():
+    """Of torch's and FlashAttention's varlen calls where they pad: (sequences, N, longest)."""
+    lengths, rows = [3, 1], np.arange(8, dtype="f4").reshape(2, 4)  # (N, T)
+    lse = np.full((2, 2, 3), np.nan, "f4")
+    lse[0], lse[1, :, :1] = rows[:, :3], rows[:, 3:]
+    out = np.zeros((4, 2, 4), "f4")
+    with pytest.raises(rau.ShapeError) as caught:
+        AttentionState.from_lse(out, lse, base="e", layout="TND", lse_layout="NT")
+    advice = re.search(r"(concatenate\(.*\)), which is lse_layout \"(\w+)\"", str(caught.value))
+    joined = eval(advice[1], {"concatenate": np.concatenate, "lse": lse, "lengths": lengths})
+    state = AttentionState.from_lse(out, joined, base="e", layout="TND", lse_layout=advice[2])
+    np.testing.assert_array_equal(state.softmax_max[..., 0], rows.T)
 
 
 def test_the_base_has_no_default():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_state import FORMS, HARD, QLEN, finite
+from test_state import FORMS, HARD, QLEN, TND, finite
 
 import rau
 from rau import AttentionState, reorder_softmax
@@ -78,7 +78,7 @@ def test_no_copy_on_the_way_to_a_backend(layout, lse_layout, backend, monkeypatc
 @given(st.lists(finite | st.sampled_from([INF, -INF, NAN]), min_size=1, max_size=20), st.sampled_from("e2"), st.booleans())
 def test_the_bits_of_numpy(lse, base, inf_is_empty):
     arrays, tensors = numbers(lse)
-    options = {"base": base, "layout": "TND", "inf_is_empty": inf_is_empty}
+    options = {"base": base, **TND, "inf_is_empty": inf_is_empty}
     one, other = AttentionState.from_lse(*arrays, **options), AttentionState.from_lse(*tensors, **options)
     assert not same_bits(one, [part.numpy() for part in other])
 
@@ -88,7 +88,7 @@ def test_the_bits_of_numpy_on_many_numbers():
     lse = np.concatenate([rng.normal(0, scale, 200_000) for scale in (1, 30, 1e4, 1e9, 1e12)])
     for dtype in (np.float32, np.float64):
         arrays, tensors = numbers(lse, dtype)
-        one, other = (AttentionState.from_lse(*given, base="2", layout="TND") for given in (arrays, tensors))
+        one, other = (AttentionState.from_lse(*given, base="2", **TND) for given in (arrays, tensors))
         assert not same_bits(one, [part.numpy() for part in other])
 
 
@@ -96,7 +96,7 @@ def test_the_bits_of_numpy_on_many_numbers():
 def test_round_trips(lse):
     _, (attn_out, lse) = numbers(lse)
     for base in ("e", "2"):
-        back = AttentionState.from_lse(attn_out, lse, base=base, layout="TND").lse(base=base, layout="TND").numpy()
+        back = AttentionState.from_lse(attn_out, lse, base=base, **TND).lse(base=base, **TND).numpy()
         given_, size = lse.numpy(), np.abs(lse.numpy())
         exactly = np.full(size.shape, True) if base == "e" else ~((size < 2) | (np.isfinite(given_) & (size > 2.0**30)))
         np.testing.assert_array_equal(back[exactly], given_[exactly])
@@ -113,8 +113,8 @@ def test_round_trips(lse):
 def test_lse_is_that_of_numpy(rows, base):
     """To the last bit but one: the two have logarithms of their own, in float64."""
     stats = np.array(rows, np.float32)[:, :, None, None]
-    one = AttentionState(None, stats[:, 0], stats[:, 1]).lse(base=base, layout="TND")
-    other = AttentionState(None, *map(torch.from_numpy, (stats[:, 0], stats[:, 1]))).lse(base=base, layout="TND").numpy()
+    one = AttentionState(None, stats[:, 0], stats[:, 1]).lse(base=base, **TND)
+    other = AttentionState(None, *map(torch.from_numpy, (stats[:, 0], stats[:, 1]))).lse(base=base, **TND).numpy()
     both = np.isfinite(one)
     np.testing.assert_array_equal(other[~both], one[~both])
     # Where m and log(l) cancel, a unit in the last place of the logarithm is larger than one of the result.
@@ -126,13 +126,13 @@ def test_lse_is_that_of_numpy(rows, base):
 def test_special_rows(base):
     _, (attn_out, lse) = numbers([-INF, INF, NAN, 0.5])
     attn_out[:2] = NAN
-    state = AttentionState.from_lse(attn_out, lse, base=base, layout="TND", inf_is_empty=True)
-    back = state.lse(base=base, layout="TND")[:, 0].tolist()
+    state = AttentionState.from_lse(attn_out, lse, base=base, **TND, inf_is_empty=True)
+    back = state.lse(base=base, **TND)[:, 0].tolist()
     assert back[:2] == [-INF, -INF] and math.isnan(back[2]) and back[3] == 0.5
-    other = AttentionState.from_lse(torch.full_like(attn_out, 3), torch.zeros_like(lse), base=base, layout="TND")
+    other = AttentionState.from_lse(torch.full_like(attn_out, 3), torch.zeros_like(lse), base=base, **TND)
     merged = rau.merge_states([state, other], layout="TND")
     assert (merged.attn_out[:2] == 3).all() and merged.attn_out[2].isnan().all()
-    as_it_is = AttentionState.from_lse(attn_out, lse, base=base, layout="TND").lse(base=base, layout="TND")
+    as_it_is = AttentionState.from_lse(attn_out, lse, base=base, **TND).lse(base=base, **TND)
     assert as_it_is[1] == INF
 
 
@@ -190,8 +190,8 @@ def test_gradients_through_the_whole_pipe(layout, lse_layout, base, inf_is_empty
 
 def test_gradient_of_a_row_without_keys_is_zero():
     lse = torch.tensor([[-INF, 0.5]], dtype=torch.float64).T.requires_grad_()
-    state = AttentionState.from_lse(torch.ones(2, 1, 4, dtype=torch.float64), lse, base="e", layout="TND")
-    (grad,) = torch.autograd.grad(state.lse(base="e", layout="TND").nan_to_num(neginf=0).sum(), lse)
+    state = AttentionState.from_lse(torch.ones(2, 1, 4, dtype=torch.float64), lse, base="e", **TND)
+    (grad,) = torch.autograd.grad(state.lse(base="e", **TND).nan_to_num(neginf=0).sum(), lse)
     assert grad[:, 0].tolist() == [0, 1]
 
 
@@ -244,7 +244,7 @@ def test_on_their_device():
         back = state.lse(**options)
         assert (back.device.type, back.shape) == ("meta", lse.shape)
         lengths = torch.tensor([0, 3], device="meta")
-        back = state.lse(base=base, layout="TND", softmax_layout="SBH", actual_seq_qlen=lengths)
+        back = state.lse(base=base, **TND, softmax_layout="SBH", actual_seq_qlen=lengths)
         assert (back.device.type, back.shape) == ("meta", lse.mT.shape)
 
 
@@ -275,9 +275,9 @@ def test_mindspore_tensors_are_refused_with_what_to_do():
         shape, dtype = (3, 2), "Float32"
 
     Tensor.__module__, Tensor.__qualname__ = "mindspore.common.tensor", "Tensor"
-    out, _ = pair("TND", None)
+    out, _ = pair("TND", "TN")
     with pytest.raises(rau.DTypeError) as caught:
-        AttentionState.from_lse(out, Tensor(), base="e", layout="TND")
+        AttentionState.from_lse(out, Tensor(), base="e", **TND)
     assert str(caught.value) == (
         "AttentionState.from_lse: [array] lse is a mindspore array; expected a NumPy one or a torch tensor. "
         "Convert it: lse.asnumpy()."
