@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rau.arrays import Kind, kind_of, not_an_array, type_names
-from rau.layouts import LAYOUTS, contiguous_strides, packed_row_stride
+from rau.layouts import LAYOUTS, check_layout, check_softmax_layout, contiguous_strides, packed_row_stride
 from rau.lengths import bind_lengths
 from rau.outputs import FIELDS, Names, check_out, is_triple
 from rau.problem import Problem
@@ -16,7 +16,6 @@ from rau.values import check_values
 
 __all__ = ["CHECKS", "FIELDS", "PROFILES", "RULES", "Problem", "Profile", "Rule", "bind"]
 
-SOFTMAX_LAYOUTS = ("TND", "SBH")
 CHECKS = ("metadata", "values", "document")
 
 
@@ -107,10 +106,8 @@ def check_options(
     report: Report, layout: str, softmax_layout: str, profile: str, check: str
 ) -> tuple[str, Profile]:
     """Check the names; return the layout, empty where there is no such, and the limits."""
-    note = "" if isinstance(layout, str) else " It names the axes of attn_out."
-    known = report.choice("layout", "layout", layout, LAYOUTS, note)
-    report.choice("softmax-layout", "softmax_layout", softmax_layout, SOFTMAX_LAYOUTS,
-                  ' "TND" is token-major; "SBH" is packed per sequence, as the vendor\'s kernels emit.')  # fmt: skip
+    known = check_layout(report, layout)
+    check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
     report.choice("check", "check", check, CHECKS)
     if not report.choice("profile", "profile", profile, PROFILES):
         return (layout if known else ""), PROFILES["portable"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.arrays import kind_of, not_an_array
-from rau.layouts import LAYOUTS
+from rau.layouts import LAYOUTS, OTHER_LSE_LAYOUTS, check_layout
 from rau.lengths import NAME
 from rau.lse import LSE_LAYOUTS, lse_layouts
 from rau.rules import Report
@@ -45,7 +45,7 @@ def check_layouts(report: Report, layout: object, lse_layout: object) -> str:
     str
         The layout of the log-sum-exp; empty where a name does not exist, or the two do not go together.
     """
-    known = report.choice("layout", "layout", layout, LAYOUTS)
+    known = check_layout(report, layout)
     names = lse_layouts(str(layout)) if known else tuple(LSE_LAYOUTS)
     if lse_layout is None:
         if known and layout != "TND":
@@ -55,7 +55,8 @@ def check_layouts(report: Report, layout: object, lse_layout: object) -> str:
                        '(FlashInfer), "NT" for (N, T) (vLLM, FlashAttention\'s varlen calls).')  # fmt: skip
         return ""
     note = f' With layout "{layout}" lse is {" or ".join(map(LSE_LAYOUTS.__getitem__, names))}.' if known else ""
-    return str(lse_layout) if report.choice("lse-layout", "lse_layout", lse_layout, names, note) and known else ""
+    named = report.choice("lse-layout", "lse_layout", lse_layout, names, note, OTHER_LSE_LAYOUTS)
+    return str(lse_layout) if named and known else ""
 
 
 class Described(NamedTuple):

@@ -6,7 +6,7 @@ entry of the vendor's operator library; *rau* a rule of this package, with its r
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from rau.errors import ConstraintError, DTypeError, LayoutError, OptionError, ShapeError
@@ -88,8 +88,16 @@ class Report:
         """
         self.broken.append((rule, message))
 
-    def choice(self, rule: str, argument: str, value: object, known: Collection[str], note: str = "") -> bool:
-        """Note an option whose value does not exist, with the closest one that does.
+    def choice(
+        self,
+        rule: str,
+        argument: str,
+        value: object,
+        known: Collection[str],
+        note: str = "",
+        others: Mapping[str, tuple[str, str]] | None = None,
+    ) -> bool:
+        """Note an option whose value does not exist, with the one that seems to be meant.
 
         Parameters
         ----------
@@ -101,6 +109,8 @@ class Report:
         known : collection of str
         note : str, optional
             Appended: what the values mean.
+        others : mapping, optional
+            For values that are no words, as :func:`meant` takes it. Without it the closest spelling is named.
 
         Returns
         -------
@@ -109,16 +119,12 @@ class Report:
         """
         if isinstance(value, str) and value in known:  # asked in this order, anything can be tested
             return True
-        import difflib
         import reprlib  # an array in the wrong place may be long
 
         expected = ", ".join(f'"{name}"' for name in known)
         text = f"{argument} = {reprlib.repr(value)}; expected one of {expected}."
         if isinstance(value, str):
-            lowered = {name.lower(): name for name in known}
-            close = difflib.get_close_matches(value.lower(), lowered, n=1)
-            if close:
-                text += f' Did you mean "{lowered[close[0]]}"?'
+            text += _closest(value, known) if others is None else meant(value, known, others)
         self.add(rule, text + note)
         return False
 
@@ -141,3 +147,32 @@ class Report:
         """
         if self.broken:
             raise self.error()
+
+
+def meant(name: str, known: Collection[str], others: Mapping[str, tuple[str, str]]) -> str:
+    """Word which of some names another library's is: by what it means, since names alike in spelling may mean other axes.
+
+    Parameters
+    ----------
+    name : str
+    known : collection of str
+        In capitals.
+    others : mapping of str to (str, str)
+        Other libraries' names, in capitals: the one of `known`, or "" where there is none, and what else has to be done.
+
+    Returns
+    -------
+    str
+        To be appended to a message; empty where nothing is known of the name.
+    """
+    name = name.upper()
+    ours, how = (name, "") if name in known else others.get(name, ("", ""))
+    return f' Did you mean "{ours}"?{how}' if ours in known else how
+
+
+def _closest(name: str, known: Collection[str]) -> str:
+    import difflib
+
+    lowered = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f' Did you mean "{lowered[close[0]]}"?' if close else ""

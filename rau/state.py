@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.layouts import LAYOUTS
+from rau.layouts import LAYOUTS, check_softmax_layout
 from rau.lengths import bind_lengths
 from rau.lse import arranged, log_sum_exp, reordered, statistics
 from rau.lse_checks import check_alike, check_array, check_base, check_layouts, check_lengths_here, check_shapes
@@ -173,7 +173,7 @@ class AttentionState(NamedTuple):
         report = Report("AttentionState.lse")
         check_base(report, base)
         axes = check_layouts(report, layout, lse_layout)
-        report.choice("softmax-layout", "softmax_layout", softmax_layout, ("TND", "SBH"))
+        check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
         arrays = [
             check_array(report, name, stats, "dtype-stats", ("float32", "float64"))
             for name, stats in (("softmax_max", self.softmax_max), ("softmax_sum", self.softmax_sum))
@@ -239,7 +239,7 @@ def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> Any:
            [ 5,  6]])
     """
     report = Report("reorder_softmax")
-    report.choice("to", "to", to, ("TND", "SBH"))
+    check_softmax_layout(report, "to", "to", to)
     tokens = None
     if check_array(report, "stats", stats, "dtype-stats"):
         shape = tuple(stats.shape)

@@ -60,7 +60,7 @@ def test_all_that_is_wrong_is_in_one_error():
     assert (
         str(caught.value)
         == f"""ring_attention_update: 11 rules are broken:
-  [softmax-layout] softmax_layout = 'BSH'; expected one of "TND", "SBH". Did you mean "SBH"? "TND" is token-major; \
+  [softmax-layout] softmax_layout = 'BSH'; expected one of "TND", "SBH". "TND" is token-major; \
 "SBH" is packed per sequence, as the vendor's kernels emit.
   [check] check = 'none'; expected one of "metadata", "values", "document".
   [dtype-match] cur_attn_out has dtype float16 and prev_attn_out float32; expected the same dtype. A 16-bit state is \

@@ -61,6 +61,7 @@ def replace(**parts):
 
 SWAP = " Convert it to native byte order: a.astype(a.dtype.newbyteorder('='))."
 LIST = " Convert it with numpy.asarray(..., dtype=...)."
+LETTERS = " The letters are the axes of attn_out: B batch, S or T tokens, N heads, D head dimension, H = N * D."
 LAYOUTS = 'expected one of "SBH", "TND", "BSND", "BNSD".'
 
 ARRAYS = {
@@ -250,21 +251,33 @@ SHAPES = {
 
 OPTIONS = {
     "layout BSH": Wrong(
-        ("layout",), rau.LayoutError, {"layout": "BSH"}, says=f"layout = 'BSH'; {LAYOUTS} Did you mean \"SBH\"?"
+        ("layout",), rau.LayoutError, {"layout": "BSH"},
+        says=f"layout = 'BSH'; {LAYOUTS} Did you mean \"BSND\"? Pass attn_out.reshape(B, S, N, D).{LETTERS}",
+    ),
+    "layout in small letters": Wrong(
+        ("layout",), rau.LayoutError, {"layout": "tnd"}, says=f"layout = 'tnd'; {LAYOUTS} Did you mean \"TND\"?{LETTERS}"
+    ),
+    "layout of letters in another order": Wrong(  # alike in spelling, and other axes
+        ("layout",), rau.LayoutError, {"layout": "BSDN"}, says=f"layout = 'BSDN'; {LAYOUTS}{LETTERS}"
+    ),
+    "layout that rau lacks": Wrong(
+        ("layout",), rau.LayoutError, {"layout": "HND"},
+        says=f"layout = 'HND'; {LAYOUTS} rau has no layout (N, T, D): pass attn_out.swapaxes(0, 1) as \"TND\", with "
+        f"statistics (T, N, 8).{LETTERS}",
     ),
     "layout None": Wrong(
-        ("layout",), rau.LayoutError, {"layout": None}, says=f"layout = None; {LAYOUTS} It names the axes of attn_out."
+        ("layout",), rau.LayoutError, {"layout": None}, says=f"layout = None; {LAYOUTS}{LETTERS}"
     ),
     "layout a list": Wrong(
-        ("layout",), rau.LayoutError, {"layout": []}, says=f"layout = []; {LAYOUTS} It names the axes of attn_out."
+        ("layout",), rau.LayoutError, {"layout": []}, says=f"layout = []; {LAYOUTS}{LETTERS}"
     ),
     "layout an array": Wrong(("layout",), rau.LayoutError, {"layout": np.zeros(2)}),
     "layout not in the profile": Wrong(("layout-profile", "rank", "rank"), rau.LayoutError, {"layout": "BSND"}),
     "softmax_layout": Wrong(
         ("softmax-layout",),
         rau.LayoutError,
-        {"softmax_layout": "TDN"},
-        says='softmax_layout = \'TDN\'; expected one of "TND", "SBH". Did you mean "TND"? '
+        {"softmax_layout": "NTD"},  # head-major within a sequence, perhaps: "TND", alike in spelling, is what it is not
+        says='softmax_layout = \'NTD\'; expected one of "TND", "SBH". '
         '"TND" is token-major; "SBH" is packed per sequence, as the vendor\'s kernels emit.',
     ),
     "softmax_layout an array": Wrong(("softmax-layout",), rau.LayoutError, {"softmax_layout": np.zeros(2)}),

@@ -1,0 +1,128 @@
+"""Refusals whose advice, followed to the letter, gives the right value."""
+
+import re
+
+import numpy as np
+import pytest
+
+import rau
+from rau import AttentionState
+from rau.layouts import LAYOUTS, OTHER_LAYOUTS, OTHER_LSE_LAYOUTS
+
+B, S, N, D = 2, 2, 2, 64  # alike, so that no shape gives a wrong layout away
+
+
+def refusal(call):
+    """The message of a call that is refused."""
+    with pytest.raises(rau.RauError) as caught:
+        call()
+    return str(caught.value)
+
+
+def parts(batch=B, seed=0):
+    """Two states as (B, N, S, D) and (B, N, S, 8)."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, N, S, 1)
+    return [
+        (
+            rng.standard_normal((batch, N, S, D), "f4"),
+            rng.standard_normal(shape, "f4").repeat(8, -1),
+            rng.uniform(1, 9, shape).astype("f4").repeat(8, -1),
+        )
+        for _ in range(2)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- layouts
+
+# Where the axes of (B, N, S, D) go in the layouts of other libraries, by their own documents; H is the hidden size here
+# where D does not follow, and else their letter of the heads.
+AXES = {
+    **dict.fromkeys(("BSHD", "BTHD", "BLHD", "BTND", "BTNH", "BMHK", "bshd"), "bsnd"),
+    **dict.fromkeys(("BHSD", "BHTD", "BHLD", "BNTD", "BNTH", "bhsd"), "bnsd"),
+    **dict.fromkeys(("SBHD", "SBND", "sbhd"), "sbnd"),
+    **dict.fromkeys(("BSH", "BTH", "bsh"), "bs(nd)"),
+    **dict.fromkeys(("THD", "NHD", "thd"), "snd"),
+    **dict.fromkeys(("HND", "NTD", "HTD"), "nsd"),
+    "TH": "s(nd)", "sbh": "sb(nd)", "Bnsd": "bnsd",
+}  # fmt: skip
+MEANT = {"bsnd": "BSND", "bnsd": "BNSD", "sbnd": "SBH", "bs(nd)": "BSND", "snd": "TND", "s(nd)": "TND", "sb(nd)": "SBH"}
+
+
+def arranged(attn_out, axes):
+    """A (B, N, S, D) array with other axes; without b, of its first entry."""
+    array, given = (attn_out, "bnsd") if "b" in axes else (attn_out[0], "nsd")
+    array = array.transpose([given.index(letter) for letter in axes.replace("(nd)", "nd")])
+    return array.reshape(*array.shape[:-2], -1) if "(" in axes else array
+
+
+def test_every_name_is_tried():
+    assert set(OTHER_LAYOUTS) <= set(AXES)
+    assert not set(OTHER_LAYOUTS) & set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_the_layout_of_another_library(name):
+    """The hint names the layout with these axes, and says how to get there."""
+    axes = AXES[name]
+    batch = B if "b" in axes else 1
+    given = parts(batch)
+    expected = rau.merge_states(given, layout="BNSD").attn_out
+    arrays = [arranged(state[0], axes) for state in given]
+    states = [(array, *state[1:]) for array, state in zip(arrays, given, strict=True)]
+    text = refusal(lambda: rau.merge_states(states, layout=name))
+    assert refusal(lambda: rau.StreamingMerge(name)).partition("layout = ")[2] == text.partition("layout = ")[2]
+    named = re.search(r'Did you mean "(\w+)"', text)
+    assert (named and named[1]) == MEANT.get(axes)
+    layout = named[1] if named else re.search(r'as "(\w+)"', text)[1]
+    how = re.search(r"attn_out\.\w+\(.*?\)", text)
+    followed = []
+    for array, (_, *stats) in zip(arrays, given, strict=True):
+        if layout == "TND":  # "with statistics (T, N, 8)"
+            stats = [part[0].swapaxes(0, 1) for part in stats]
+        names = {"attn_out": array, "B": batch, "S": S, "T": S, "N": N, "D": D}
+        followed.append((eval(how[0], names) if how else array, *stats))
+    merged = rau.merge_states(followed, layout=layout).attn_out
+    ours = {"SBH": "sb(nd)", "TND": "snd", "BSND": "bsnd", "BNSD": "bnsd"}[layout]
+    np.testing.assert_array_equal(merged, arranged(expected, ours))
+
+
+LSE_AXES = {
+    **dict.fromkeys(("BHS", "BHT", "BHL", "BNT", "bhs"), "bns"),
+    **dict.fromkeys(("BSH", "BTH", "BLH", "BTN", "bsn"), "bsn"),
+    **dict.fromkeys(("TH", "NH", "tn"), "sn"),
+    **dict.fromkeys(("HT", "HN", "nt"), "ns"),
+}
+
+
+def test_every_name_of_a_log_sum_exp_is_tried():
+    assert set(OTHER_LSE_LAYOUTS) <= set(LSE_AXES)
+
+
+@pytest.mark.parametrize("name", LSE_AXES)
+def test_the_log_sum_exp_of_another_library(name):
+    axes = LSE_AXES[name]
+    lse = np.arange(B * N * S, dtype="f4").reshape(B, N, S)
+    attn_out, layout = np.zeros((B, N, S, D), "f4"), "BNSD"
+    if "b" not in axes:
+        lse, attn_out, layout = lse[0], np.zeros((S, N, D), "f4"), "TND"
+    given = lse.swapaxes(-1, -2) if axes.endswith("sn") else lse
+    how = {"base": "e", "layout": layout}
+    text = refusal(lambda: AttentionState.from_lse(attn_out, given, **how, lse_layout=name))
+    ours = re.search(r'Did you mean "(\w+)"', text)[1]
+    state = AttentionState.from_lse(attn_out, given, **how, lse_layout=ours)
+    np.testing.assert_array_equal(state.lse(**how, lse_layout="NT" if layout == "TND" else "BNS"), lse)
+
+
+def test_a_padded_log_sum_exp_joined_as_the_message_says():
+    """Of torch's and FlashAttention's varlen calls where they pad: (sequences, N, longest)."""
+    lengths, rows = [3, 1], np.arange(8, dtype="f4").reshape(2, 4)  # (N, T)
+    lse = np.full((2, 2, 3), np.nan, "f4")
+    lse[0], lse[1, :, :1] = rows[:, :3], rows[:, 3:]
+    out = np.zeros((4, 2, 4), "f4")
+    with pytest.raises(rau.ShapeError) as caught:
+        AttentionState.from_lse(out, lse, base="e", layout="TND", lse_layout="NT")
+    advice = re.search(r"(concatenate\(.*\)), which is lse_layout \"(\w+)\"", str(caught.value))
+    joined = eval(advice[1], {"concatenate": np.concatenate, "lse": lse, "lengths": lengths})
+    state = AttentionState.from_lse(out, joined, base="e", layout="TND", lse_layout=advice[2])
+    np.testing.assert_array_equal(state.softmax_max[..., 0], rows.T)
