@@ -106,7 +106,11 @@ def _check_cumulative(
     else:
         found = f"it ends at {last}"
     hint = ""
-    if (lengths >= 0).all() and int(lengths.sum(dtype=object)) == tokens:
+    if first == 0 and not falling:  # cumulative, even where it also adds up to T
+        if tokens is not None and last < tokens:
+            whole = [*lengths.tolist(), tokens] if len(lengths) <= 8 else f"numpy.append({NAME}, {tokens})"
+            hint = f" The buffer is longer than the last length: padding? As a sequence of its own: {whole}."
+    elif (lengths >= 0).all() and int(lengths.sum(dtype=object)) == tokens:
         hint = " It looks like the lengths themselves: pass numpy.concatenate([[0], numpy.cumsum(lengths)])"
         if len(lengths) <= 8:
             hint += f", here {np.concatenate([[0], np.cumsum(lengths)]).tolist()}"

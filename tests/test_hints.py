@@ -126,3 +126,38 @@ def test_a_padded_log_sum_exp_joined_as_the_message_says():
     joined = eval(advice[1], {"concatenate": np.concatenate, "lse": lse, "lengths": lengths})
     state = AttentionState.from_lse(out, joined, base="e", layout="TND", lse_layout=advice[2])
     np.testing.assert_array_equal(state.softmax_max[..., 0], rows.T)
+
+
+# ----------------------------------------------------------------------------------------------------------- lengths
+
+
+@pytest.mark.parametrize("real", [[0, 16, 48], [0, 5], [0, *range(1, 12)], [0, 16, 16, 20]], ids=str)
+def test_a_padded_buffer_is_a_sequence_more(real):
+    """In layout TND with packed statistics; the real tokens come out as they would without the padding."""
+    T, packed = 64, {"layout": "TND", "softmax_layout": "SBH"}
+    rng = np.random.default_rng(1)
+    token_major = [
+        (rng.standard_normal((T, N, D), "f4"), *(rng.uniform(1, 9, (T, N, 1)).astype("f4") for _ in range(2)))
+        for _ in range(2)
+    ]
+    states = []
+    for out, *stats in token_major:  # as a kernel packs them: the real sequences, and then whatever stands in the buffer
+        whole = [*real, T]
+        states.append((out, *(rau.reorder_softmax(part, whole, to="SBH") for part in stats)))
+    text = refusal(lambda: rau.merge_states(states, real, **packed))
+    assert "lengths themselves" not in text
+    advice = re.search(r"padding\? As a sequence of its own: (.*)\.$", text)[1]
+    followed = eval(advice, {"numpy": np, "actual_seq_qlen": real})
+    merged = rau.merge_states(states, followed, **packed)
+    expected = rau.merge_states([tuple(part[: real[-1]] for part in state) for state in token_major], layout="TND")
+    np.testing.assert_array_equal(merged.attn_out[: real[-1]], expected.attn_out)
+    for part, its in zip(merged[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(rau.reorder_softmax(part, [*real, T], to="TND")[: real[-1]], its)
+
+
+def test_lengths_themselves():
+    """What is not cumulative and adds up to T is told so, and the sums that the hint gives are the right ones."""
+    stats = np.arange(64 * N, dtype="f4").reshape(64, N)
+    text = refusal(lambda: rau.reorder_softmax(stats, [16, 32, 16], to="TND"))
+    assert "padding" not in text
+    np.testing.assert_array_equal(eval(re.search(r"here (.*)\.$", text)[1]), [0, 16, 48, 64])
