@@ -25,6 +25,7 @@ except ImportError:  # not compiled: every call takes the validator
 
 _NUMPY_NAMES: dict[np.dtype, str] = {}
 _TYPE_NAMES: dict[type, tuple[str, ...]] = {}
+SIGNIFICANT = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # bits
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -287,6 +288,46 @@ def not_an_array(name: str, value: object) -> str:
     elif isinstance(value, np.ma.MaskedArray):
         text += " A mask would be lost: fill it first; an empty row has softmax_sum 0."
     return text
+
+
+def swapped(dtype: str) -> str:
+    """Word what to do with a dtype whose bytes are in the other order; empty for any other."""
+    return " Convert it to native byte order: a.astype(a.dtype.newbyteorder('='))." if "byte-swapped" in dtype else ""
+
+
+def another_dtype(name: str, kind: str, dtype: str, wanted: str) -> str:
+    """Word how statistics, or a log-sum-exp, come to the dtype that they should have, and what that costs.
+
+    Parameters
+    ----------
+    name : str
+        The argument's.
+    kind : str
+        Of its array.
+    dtype, wanted : str
+
+    Returns
+    -------
+    str
+        To be appended to a message; empty where there is no such way.
+
+    Notes
+    -----
+    With p significant bits the logarithm of a state's weight is off by up to d = abs(m) * 2**-p, that of a sum by 2**-p. The
+    derivative of a weight w_i by the logarithms is w_i * (1 - w_i) and -w_i * w_j: 2 * w_i * (1 - w_i) <= 1/2 in all.
+    """
+    has, needs = SIGNIFICANT.get(dtype), SIGNIFICANT.get(wanted)
+    if has is None or needs is None:
+        return swapped(dtype)
+    how = f"{name}.astype(numpy.{wanted})" if kind == "numpy" else f"{name}.{'float' if wanted == 'float32' else 'double'}()"
+    if SIGNIFICANT["float32"] <= has < needs:
+        return f" Pass {how}, which is exact."
+    bits = min(has, needs)
+    off = f"weights are off by up to {'' if name.endswith('sum') else f'abs({name}) * '}2**-{bits + 1}"
+    if has > needs:
+        return f" Pass {how}: {off}."
+    autocast = ", with autocast off" if kind == "torch" else ""
+    return f" Compute it in {wanted}{autocast}; or pass {how}, at the price of {bits} significant bits: {off}."
 
 
 def _find(array: Any) -> Kind | None:

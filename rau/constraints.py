@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rau.arrays import Kind, kind_of, not_an_array, type_names
+from rau.arrays import Kind, another_dtype, kind_of, not_an_array, swapped, type_names
 from rau.layouts import LAYOUTS, check_layout, check_softmax_layout, contiguous_strides, packed_row_stride
 from rau.lengths import bind_lengths
 from rau.outputs import FIELDS, Names, check_out, is_triple
@@ -148,18 +148,18 @@ def _check_dtypes(
     """Check the dtypes; return those of the first output, of the later ones, and of the statistics."""
     dtype = kind.dtype(states[0][0])
     if dtype not in limits.dtypes:
-        hint = ' float64 is taken by profile="portable".' if dtype == "float64" else _swapped(dtype)
+        hint = ' float64 is taken by profile="portable".' if dtype == "float64" else swapped(dtype)
         report.add("dtype-attn", f"{names(0, 0)} has dtype {dtype}; expected one of {', '.join(limits.dtypes)}.{hint}")
     cur_dtype = kind.dtype(states[1][0]) if len(states) > 1 else dtype
     for k in range(1, len(states)):
         its = kind.dtype(states[k][0])
         if its != cur_dtype:
             report.add("dtype-match", f"{names(k, 0)} has dtype {its} and {names(1, 0)} {cur_dtype}; "
-                       f"expected the later states alike.{_swapped(its)}")  # fmt: skip
+                       f"expected the later states alike.{swapped(its)}")  # fmt: skip
         elif its != dtype:
             mixed = dtype == "float32" and its in ("float16", "bfloat16")
             if not mixed or limits.vendor:
-                hint = ' A 16-bit state is merged into a float32 one by profile="portable".' if mixed else _swapped(its)
+                hint = ' A 16-bit state is merged into a float32 one by profile="portable".' if mixed else swapped(its)
                 report.add("dtype-match", f"{names(k, 0)} has dtype {its} and {names(0, 0)} {dtype}; "
                            f"expected the same dtype.{hint}")  # fmt: skip
     wide = dtype == "float64" and "float64" in limits.dtypes
@@ -170,14 +170,8 @@ def _check_dtypes(
             if its != stats_dtype:
                 since = f", since {names(0, 0)} is float64" if wide else ""
                 report.add("dtype-stats", f"{names(k, field)} has dtype {its}; "
-                           f"expected {stats_dtype}{since}.{_swapped(its)}")  # fmt: skip
+                           f"expected {stats_dtype}{since}.{another_dtype(FIELDS[field], kind.name, its, stats_dtype)}")  # fmt: skip
     return dtype, cur_dtype, stats_dtype
-
-
-def _swapped(dtype: str) -> str:
-    if "byte-swapped" not in dtype:
-        return ""
-    return " Convert it to native byte order: a.astype(a.dtype.newbyteorder('='))."
 
 
 def _check_shapes(

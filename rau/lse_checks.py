@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.arrays import kind_of, not_an_array
+from rau.arrays import another_dtype, kind_of, not_an_array, swapped
 from rau.layouts import LAYOUTS, OTHER_LSE_LAYOUTS, check_layout
 from rau.lengths import NAME
 from rau.lse import LSE_LAYOUTS, lse_layouts
@@ -107,7 +107,8 @@ def check_array(report: Report, name: str, array: Any, rule: str, dtypes: tuple[
         its = Described("numpy", kind.dtype(array), kind.device(array))
     if dtypes and its.dtype not in dtypes:
         expected = f"one of {', '.join(dtypes)}" if len(dtypes) > 1 else dtypes[0]
-        report.add(rule, f"{name} has dtype {its.dtype}; expected {expected}.")
+        hint = another_dtype(name, its.kind, its.dtype, dtypes[0]) if rule == "dtype-stats" else swapped(its.dtype)
+        report.add(rule, f"{name} has dtype {its.dtype}; expected {expected}.{hint}")
         return None
     return its
 

@@ -6,7 +6,7 @@ entry of the vendor's operator library; *rau* a rule of this package, with its r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from rau.errors import ConstraintError, DTypeError, LayoutError, OptionError, ShapeError
@@ -129,13 +129,14 @@ class Report:
         return False
 
     def error(self) -> ConstraintError:
-        """Word everything noted as one error, of the class of the first broken rule."""
-        lines = [f"[{rule}] {message}" for rule, message in self.broken]
+        """Word everything noted as one error, of the class of the first broken rule; what several states share, once."""
+        broken = list(_folded(self.broken))
+        lines = [f"[{rule}] {message}" for rule, message in broken]
         if len(lines) == 1:
             text = f"{self.call}: {lines[0]}"
         else:
             text = "\n  ".join([f"{self.call}: {len(lines)} rules are broken:", *lines])
-        return RULES[self.broken[0][0]].error(text, (rule for rule, _ in self.broken))
+        return RULES[broken[0][0]].error(text, (rule for rule, _ in broken))
 
     def raise_if_broken(self) -> None:
         """Raise what was noted.
@@ -147,6 +148,26 @@ class Report:
         """
         if self.broken:
             raise self.error()
+
+
+def _folded(broken: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Say once what is said alike of several states: "states[0..63].softmax_max has dtype ..."."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for rule, message in broken:
+        before, _, rest = message.partition("states[")
+        index, _, after = rest.partition("]")
+        if index.isdecimal():
+            alike.setdefault((rule, before, after), []).append(int(index))
+        else:
+            alike.setdefault((rule, message), [])
+    for (rule, *parts), indices in alike.items():
+        runs: list[list[int]] = []  # each its first and its last
+        for k in indices:
+            if runs and k == runs[-1][-1] + 1:
+                runs[-1][1:] = [k]
+            else:
+                runs.append([k])
+        yield rule, f"states[{', '.join('..'.join(map(str, run)) for run in runs)}]".join(parts)
 
 
 def meant(name: str, known: Collection[str], others: Mapping[str, tuple[str, str]]) -> str:

@@ -62,8 +62,9 @@ class AttentionState(NamedTuple):
         ----------
         attn_out : ndarray or torch.Tensor, float16, bfloat16, float32 or float64
             In `layout`; it is taken as it is, not copied.
-        lse : ndarray or torch.Tensor, float32 (float64 with a float64 output)
-            Log-sum-exp of each row, as `lse_layout` says; on the device of `attn_out`.
+        lse : ndarray or torch.Tensor, float32 or float64 (float64 with a float64 output)
+            Log-sum-exp of each row, as `lse_layout` says; on the device of `attn_out`. 16 bits are refused: weights would be
+            off by up to abs(lse) * 2**-9 (bfloat16) or 2**-12 (float16). Cast it, if that is all there is.
         base : {"e", "2"}
             Base of the logarithm, without default: FlashAttention, PyTorch and vLLM hand out natural
             logarithms, FlashInfer logarithms to base 2, and mixing them up gives wrong numbers silently.
@@ -80,8 +81,8 @@ class AttentionState(NamedTuple):
         Returns
         -------
         AttentionState
-            With 8-lane statistics of stride 0, read-only in NumPy. For base "e" they are views of `lse` itself,
-            with softmax_sum = 1 (with `inf_is_empty` of a copy of it).
+            With 8-lane statistics of stride 0, read-only in NumPy; float32, or float64 with a float64 output. For base "e"
+            and an `lse` of that dtype they are views of it, with softmax_sum = 1 (with `inf_is_empty` of a copy of it).
 
         Raises
         ------
@@ -99,6 +100,10 @@ class AttentionState(NamedTuple):
         2**-51 times its magnitude. For base "e" it always comes back exactly. NumPy arrays and torch tensors give the
         same bits.
 
+        A float64 lse beside a float32 or 16-bit output is split in the same way: m = float32(lse), l = float32(exp(lse - m)).
+        Up to a magnitude of 2**30, m + log(l) is within 2**-24 of it (in base 2, 2**-52 * abs(lse) more); above, within half a
+        unit in the last place of float32. Rounded to float32 alone it would be off by up to abs(lse) * 2**-24.
+
         On torch tensors a gradient flows back to both arguments. Kernels whose log-sum-exp has no gradient lose that
         part: docs/interop.md tells which.
 
@@ -115,13 +120,13 @@ class AttentionState(NamedTuple):
         axes = check_layouts(report, layout, lse_layout)
         out = check_array(report, "attn_out", attn_out, "dtype-attn", ("float16", "bfloat16", "float32", "float64"))
         wide = out is not None and out.dtype == "float64"
-        its = check_array(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32",))
+        its = check_array(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
         if out is not None and its is not None:
             check_alike(report, "lse", its, "attn_out", out)
             if axes:
                 check_shapes(report, attn_out, lse, layout, axes)
         report.raise_if_broken()
-        return cls(attn_out, *statistics(arranged(lse, axes), base, inf_is_empty))
+        return cls(attn_out, *statistics(arranged(lse, axes), "float64" if wide else "float32", base, inf_is_empty))
 
     def lse(
         self,

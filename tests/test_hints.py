@@ -2,6 +2,7 @@
 
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -161,3 +162,55 @@ def test_lengths_themselves():
     text = refusal(lambda: rau.reorder_softmax(stats, [16, 32, 16], to="TND"))
     assert "padding" not in text
     np.testing.assert_array_equal(eval(re.search(r"here (.*)\.$", text)[1]), [0, 16, 48, 64])
+
+
+# ------------------------------------------------------------------------------------------------------------ dtypes
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_a_log_sum_exp_of_16_bits_and_its_price(dtype, base):
+    """Followed, the cast gives weights that are off by no more than the message says, and by not much less somewhere."""
+    rng = np.random.default_rng(0)
+    rows, K = 20_000, 3
+    scores = rng.uniform(-1, 1, (K, rows)) + rng.uniform(-60, 60, rows)
+    outs = np.eye(K, dtype="f4")[:, None, None].repeat(rows, 1)  # the merged output is the weights
+    narrow = (scores / (np.log(2) if base == "2" else 1)).astype(dtype)[..., None]
+    how = {"base": base, "layout": "TND", "lse_layout": "TN"}
+    text = refusal(lambda: AttentionState.from_lse(outs[0], narrow[0], **how))
+    cast, exponent = re.search(r"or pass (lse\..*?), at the price", text)[1], int(re.search(r"abs\(lse\) \* 2\*\*(-\d+)", text)[1])
+    states = [AttentionState.from_lse(o, eval(cast, {"lse": lse, "numpy": np}), **how) for o, lse in zip(outs, narrow, strict=True)]
+    weights = rau.merge_states(states, layout="TND").attn_out[:, 0].T
+    true = np.exp(scores - scores.max(0))
+    true /= true.sum(0)
+    price = np.abs(scores / (np.log(2) if base == "2" else 1)).max(0) * 2.0**exponent
+    share = (np.abs(weights - true) / price).max()
+    assert 0.4 < share <= 1, share
+
+
+@pytest.mark.parametrize("field", [1, 2])
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float64"])
+def test_statistics_of_another_dtype_and_their_price(dtype, field):
+    rng = np.random.default_rng(1)
+    rows, K = 5000, 3
+    scores, sums = rng.uniform(-1, 1, (K, rows)) + rng.uniform(-60, 60, rows), rng.uniform(1, 2, (K, rows))
+    wrong = (scores if field == 1 else sums).astype(dtype)
+    if field == 1:
+        sums = sums.astype("f4").astype("f8")
+    else:
+        scores = scores.astype("f4").astype("f8")
+    outs = np.eye(K, dtype="f4")[:, None, None].repeat(rows, 1)
+    stats = [[part[k][:, None, None].astype("f4") for part in (scores, sums)] for k in range(K)]
+    for k in range(K):
+        stats[k][field - 1] = wrong[k][:, None, None]
+    text = refusal(lambda: rau.merge_states([(o, *s) for o, s in zip(outs, stats, strict=True)], layout="TND"))
+    name = ("softmax_max", "softmax_sum")[field - 1]
+    cast = re.search(rf"[Pp]ass ({name}\.astype\(.*?\))", text)[1]
+    price = eval(re.search(r"off by up to (.*?)\.", text)[1], {name: np.maximum(np.abs(scores).max(0), 1e-300), "abs": np.abs})
+    for each in stats:
+        each[field - 1] = eval(cast, {name: each[field - 1], "numpy": np})
+    weights = rau.merge_states([(o, *s) for o, s in zip(outs, stats, strict=True)], layout="TND").attn_out[:, 0].T
+    true = np.exp(scores - scores.max(0)) * sums
+    true /= true.sum(0)
+    rounding = 3 * 2.0**-24  # of the merge itself
+    assert (np.abs(weights - true) <= price + rounding).all()

@@ -409,10 +409,10 @@ def test_the_kit_finds_what_goes_wrong(name, mutant, monkeypatch):
 
     statistics, its = home.statistics, interop.RECIPES[name]
 
-    def wrong(lse, base, inf_is_empty):
+    def wrong(lse, dtype, base, inf_is_empty):
         if mutant == "order":
-            return tuple(part[..., ::-1, :, :] for part in statistics(lse, base, inf_is_empty))
-        return statistics(lse, "e" if mutant == "base" else base, inf_is_empty and mutant != "inf")
+            return tuple(part[..., ::-1, :, :] for part in statistics(lse, dtype, base, inf_is_empty))
+        return statistics(lse, dtype, "e" if mutant == "base" else base, inf_is_empty and mutant != "inf")
 
     monkeypatch.setattr(home, "statistics", wrong)
     wrongs = {"base": its.base == "2", "inf": its.inf_is_empty, "order": True}

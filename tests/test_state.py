@@ -208,6 +208,47 @@ def test_round_trip_of_float64(numbers):
             assert (np.abs(back - lse) <= 2.0**-51 * np.abs(lse)).all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32"])
+@given(st.lists(st.floats(-(2.0**35), 2.0**35) | st.floats(-100, 100) | st.sampled_from(HARD), min_size=1, max_size=20))
+def test_a_float64_log_sum_exp_beside_a_narrower_output(dtype, numbers):
+    """The sum keeps what the rounding of the maximum loses."""
+    attn_out, lse = np.ones((len(numbers), 1, 4), dtype), np.array(numbers).reshape(-1, 1)
+    for base in ("e", "2"):
+        state = AttentionState.from_lse(attn_out, lse, base=base, **TND)
+        assert [part.dtype for part in state[1:]] == [np.float32] * 2
+        for number, m, total in zip(lse[:, 0], state.softmax_max[:, 0, 0], state.softmax_sum[:, 0, 0], strict=True):
+            natural = exact(number) * (LN2 if base == "2" else 1)
+            assert m == np.float32(float(natural))
+            two = decimal.Decimal(2)
+            allowed = two**-24 if abs(number) <= 2.0**30 else exact(np.spacing(np.abs(m))) / 2
+            if base == "2":
+                allowed += abs(exact(number)) * two**-52
+            assert abs(exact(m) + exact(total).ln() - natural) <= allowed
+
+
+def test_a_float64_log_sum_exp_is_worth_it():
+    """At 10,000 the weights of two states are off by 1e-4 where their log-sum-exps are rounded to float32."""
+    rng = np.random.default_rng(0)
+    lse = 1e4 + rng.uniform(-1, 1, (2, 500, 1))
+    true = 1 / (1 + np.exp(lse[1] - lse[0]))
+    outs = np.array([1, 0], "f4")[:, None, None, None].repeat(500, 1)
+    errors = []
+    for dtype in ("f8", "f4"):
+        states = [AttentionState.from_lse(o, one.astype(dtype), base="e", **TND) for o, one in zip(outs, lse, strict=True)]
+        errors.append(np.abs(rau.merge_states(states, layout="TND").attn_out[..., 0] - true).max())
+    assert errors[0] <= 3 * 2.0**-24 < 1e-4 < errors[1] < 1e4 * 2.0**-24
+
+
+def test_special_numbers_of_a_float64_log_sum_exp():
+    attn_out, lse = np.ones((5, 1, 4), "f4"), np.array([[-INF], [INF], [NAN], [1e300], [-1e300]])
+    for base in ("e", "2"):
+        state = AttentionState.from_lse(attn_out, lse, base=base, **TND)
+        np.testing.assert_array_equal(state.softmax_max[:, 0, 0], np.float32([-INF, INF, NAN, INF, -INF]))
+        assert (state.softmax_sum == 1).all()
+        state = AttentionState.from_lse(attn_out, lse, base=base, **TND, inf_is_empty=True)
+        np.testing.assert_array_equal(state.softmax_max[:2], -INF)
+
+
 def test_float64_keeps_its_precision():
     attn_out, lse = tokens([0.1, -300.7, 1e5], "float64")
     for base in ("e", "2"):

@@ -1,8 +1,10 @@
 """What from_lse, lse and reorder_softmax refuse, and their words."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from states import sbh, tnd
+from wrong_calls import SWAP
 
 import rau
 from rau import AttentionState, reorder_softmax
@@ -35,11 +37,21 @@ CASES = [
      ["base", "layout", "lse-layout", "array", "array"], None),
     (from_lse(lse=None), rau.DTypeError, ["array"], f"lse is None; {NO_ARRAY}"),
     (from_lse(np.ma.zeros((2, 1, 4), "f4")), rau.DTypeError, ["array"], None),
-    (from_lse(lse=LSE.astype("f8")), rau.DTypeError, ["dtype-stats"], "lse has dtype float64; expected float32."),
-    (from_lse(OUT.astype("f8")), rau.DTypeError, ["dtype-stats"], "lse has dtype float32; expected float64."),
+    (from_lse(lse=LSE.astype("f2")), rau.DTypeError, ["dtype-stats"],
+     "lse has dtype float16; expected one of float32, float64. Compute it in float32; or pass lse.astype(numpy.float32), at the "
+     "price of 11 significant bits: weights are off by up to abs(lse) * 2**-12."),
+    (from_lse(OUT.astype(ml_dtypes.bfloat16), LSE.astype(ml_dtypes.bfloat16)), rau.DTypeError, ["dtype-stats"],
+     "lse has dtype bfloat16; expected one of float32, float64. Compute it in float32; or pass lse.astype(numpy.float32), at "
+     "the price of 8 significant bits: weights are off by up to abs(lse) * 2**-9."),
+    (from_lse(lse=LSE.astype("i4")), rau.DTypeError, ["dtype-stats"],
+     "lse has dtype int32; expected one of float32, float64."),
+    (from_lse(lse=LSE.astype(">f4")), rau.DTypeError, ["dtype-stats"],
+     f"lse has dtype float32 (byte-swapped); expected one of float32, float64.{SWAP}"),
+    (from_lse(OUT.astype("f8")), rau.DTypeError, ["dtype-stats"],
+     "lse has dtype float32; expected float64. Pass lse.astype(numpy.float64), which is exact."),
     (from_lse(OUT.astype("i4"), LSE.astype("f2")), rau.DTypeError, ["dtype-attn", "dtype-stats"], None),
     (from_lse(OUT.astype(">f4")), rau.DTypeError, ["dtype-attn"],
-     "attn_out has dtype float32 (byte-swapped); expected one of float16, bfloat16, float32, float64."),
+     f"attn_out has dtype float32 (byte-swapped); expected one of float16, bfloat16, float32, float64.{SWAP}"),
     (from_lse(layout="BSH"), rau.LayoutError, ["layout"], None),
     (from_lse(layout="BSH", lse_layout="TN"), rau.LayoutError, ["layout"], None),
     (from_lse(lse_layout="NT"), rau.OptionError, ["lse-layout"],
@@ -85,7 +97,8 @@ CASES = [
      ["base", "layout", "softmax-layout"], None),
     (lse_of(AttentionState(None, None, [1])), rau.DTypeError, ["array", "array"], None),
     (lse_of(sbh()._replace(softmax_max=np.zeros((2, 3, 4, 8), "f2"))), rau.DTypeError, ["dtype-stats"],
-     "softmax_max has dtype float16; expected one of float32, float64."),
+     "softmax_max has dtype float16; expected one of float32, float64. Compute it in float32; or pass softmax_max.astype("
+     "numpy.float32), at the price of 11 significant bits: weights are off by up to abs(softmax_max) * 2**-12."),
     (lse_of(sbh(), **TND), rau.ShapeError, ["rank", "rank"], None),
     (lse_of(sbh()._replace(softmax_max=np.zeros((), "f4"))), rau.ShapeError, ["rank", "shape-match"], None),
     (lse_of(sbh()._replace(softmax_max=np.zeros((), "f4")), **TND, softmax_layout="SBH"), rau.ShapeError,

@@ -83,6 +83,17 @@ def test_the_bits_of_numpy(lse, base, inf_is_empty):
     assert not same_bits(one, [part.numpy() for part in other])
 
 
+@given(st.lists(st.floats() | st.floats(-100, 100), min_size=1, max_size=20), st.sampled_from("e2"), st.booleans())
+def test_the_bits_of_numpy_of_a_float64_log_sum_exp(lse, base, inf_is_empty):
+    """Beside a float32 output."""
+    out, lse = np.ones((len(lse), 1, 4), np.float32), np.array(lse).reshape(-1, 1)
+    options = {"base": base, **TND, "inf_is_empty": inf_is_empty}
+    one = AttentionState.from_lse(out, lse, **options)
+    other = AttentionState.from_lse(torch.from_numpy(out), torch.from_numpy(lse), **options)
+    assert other.softmax_sum.dtype == torch.float32
+    assert not same_bits(one, [part.numpy() for part in other])
+
+
 def test_the_bits_of_numpy_on_many_numbers():
     rng = np.random.default_rng(0)
     lse = np.concatenate([rng.normal(0, scale, 200_000) for scale in (1, 30, 1e4, 1e9, 1e12)])
@@ -188,6 +199,24 @@ def test_gradients_through_the_whole_pipe(layout, lse_layout, base, inf_is_empty
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("base", ["e", "2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_a_float64_log_sum_exp(base, dtype):
+    """It arrives in float64, and is that of the float32 numbers up to their rounding."""
+    how = {"base": base, **TND}
+    pairs = [pair("TND", "TN", dtype, seed) for seed in (1, 2)]
+    upstream, grads = torch.randn(pairs[0][0].shape).to(dtype), []
+    for wide in (torch.float64, torch.float32):
+        lses = [lse.to(wide).requires_grad_() for _, lse in pairs]
+        states = [AttentionState.from_lse(out, lse, **how) for (out, _), lse in zip(pairs, lses, strict=True)]
+        merged = rau.merge_states(states, layout="TND")
+        loss = (merged.attn_out * upstream).sum() + merged.lse(**how).sum()
+        grads.append(torch.autograd.grad(loss, lses))
+        assert all(grad.dtype == wide for grad in grads[-1])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_of_a_row_without_keys_is_zero():
     lse = torch.tensor([[-INF, 0.5]], dtype=torch.float64).T.requires_grad_()
     state = AttentionState.from_lse(torch.ones(2, 1, 4, dtype=torch.float64), lse, base="e", **TND)
@@ -259,8 +288,14 @@ def test_refused():
     )
     with pytest.raises(rau.ConstraintError, match="lse is on meta and attn_out on cpu; expected one device for both"):
         AttentionState.from_lse(out, lse.to("meta"), **options)
-    with pytest.raises(rau.DTypeError, match="lse has dtype bfloat16; expected float32"):
+    with pytest.raises(rau.DTypeError) as caught:
         AttentionState.from_lse(out.bfloat16(), lse.bfloat16(), **options)
+    assert str(caught.value) == (
+        "AttentionState.from_lse: [dtype-stats] lse has dtype bfloat16; expected one of float32, float64. Compute it in float32, "
+        "with autocast off; or pass lse.float(), at the price of 8 significant bits: weights are off by up to abs(lse) * 2**-9."
+    )
+    with pytest.raises(rau.DTypeError, match=r"expected float64. Pass lse.double\(\), which is exact."):
+        AttentionState.from_lse(out.double(), lse, **options)
     with pytest.raises(rau.ShapeError, match="It looks like \\(B, N, S\\): pass lse_layout=\"BNS\""):
         AttentionState.from_lse(out, lse, **options, lse_layout="BSN")
     state = AttentionState.from_lse(out, lse, **options)

@@ -141,7 +141,15 @@ ARRAYS = {
         ("dtype-stats",),
         rau.DTypeError,
         {"prev_softmax_max": lambda a: a.astype("float64")},
-        says="prev_softmax_max has dtype float64; expected float32.",
+        says="prev_softmax_max has dtype float64; expected float32. Pass softmax_max.astype(numpy.float32): weights are off "
+        "by up to abs(softmax_max) * 2**-25.",
+    ),
+    "float16 statistics": Wrong(
+        ("dtype-stats",),
+        rau.DTypeError,
+        {"cur_softmax_sum": lambda a: a.astype("float16")},
+        says="cur_softmax_sum has dtype float16; expected float32. Compute it in float32; or pass softmax_sum.astype("
+        "numpy.float32), at the price of 11 significant bits: weights are off by up to 2**-12.",
     ),
     "float32 statistics of float64": Wrong(
         ("dtype-stats",) * 4,
@@ -152,7 +160,8 @@ ARRAYS = {
         ("dtype-stats",),
         rau.DTypeError,
         {name: lambda a: a.astype("float64") for name in NAMES[:5]} | {"out": None, "profile": "portable"},
-        says="cur_softmax_sum has dtype float32; expected float64, since prev_attn_out is float64.",
+        says="cur_softmax_sum has dtype float32; expected float64, since prev_attn_out is float64. Pass softmax_sum.astype("
+        "numpy.float64), which is exact.",
     ),
 }
 
