@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.arrays import another_dtype, kind_of, not_an_array, swapped
+from rau.arrays import another_dtype, kind_of, not_an_array, swapped, tensor_inside
 from rau.layouts import LAYOUTS, OTHER_LSE_LAYOUTS, check_layout
 from rau.lengths import NAME
 from rau.lse import LSE_LAYOUTS, lse_layouts
@@ -92,7 +92,7 @@ def check_array(report: Report, name: str, array: Any, rule: str, dtypes: tuple[
         None where it is not.
     """
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
+    if torch is not None and isinstance(array, torch.Tensor) and not tensor_inside(type(array)):
         # Not through its kind: a compiler that traces this would guard the kinds' tables, which grow meanwhile.
         its = Described("torch", str(array.dtype).removeprefix("torch."), str(array.device))
     else:
@@ -128,6 +128,24 @@ def check_alike(report: Report, name: str, its: Described, other_name: str, othe
     elif its.device != other.device:
         report.add("array-device", f"{name} is on {its.device} and {other_name} on {other.device}; expected one device "
                    "for both. Move one of them first.")  # fmt: skip
+
+
+def check_float64(report: Report, name: str, array: Any, its: Described) -> None:
+    """Refuse a tensor on a device without float64, in which log-sum-exps are computed.
+
+    Parameters
+    ----------
+    report : Report
+    name : str
+    array : array
+    its : Described
+    """
+    if its.kind == "torch":
+        from rau.frameworks import has_float64
+
+        if not has_float64(array.device):
+            report.add("array-device", f"{name} is on {its.device}, which has no float64, in which log-sum-exps are computed; "
+                       f"expected a device that has it. Pass {name}.cpu().")  # fmt: skip
 
 
 def check_lengths_here(report: Report, lengths: Any, name: str, stats: Any) -> None:

@@ -10,7 +10,15 @@ import numpy as np
 from rau.layouts import LAYOUTS, check_softmax_layout
 from rau.lengths import bind_lengths
 from rau.lse import arranged, log_sum_exp, reordered, statistics
-from rau.lse_checks import check_alike, check_array, check_base, check_layouts, check_lengths_here, check_shapes
+from rau.lse_checks import (
+    check_alike,
+    check_array,
+    check_base,
+    check_float64,
+    check_layouts,
+    check_lengths_here,
+    check_shapes,
+)
 from rau.rules import Report
 
 
@@ -123,6 +131,8 @@ class AttentionState(NamedTuple):
         its = check_array(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
         if out is not None and its is not None:
             check_alike(report, "lse", its, "attn_out", out)
+            if base == "2" or its.dtype == "float64":
+                check_float64(report, "lse", lse, its)
             if axes:
                 check_shapes(report, attn_out, lse, layout, axes)
         report.raise_if_broken()
@@ -186,6 +196,7 @@ class AttentionState(NamedTuple):
         report.raise_if_broken()
         assert arrays[0] is not None and arrays[1] is not None
         check_alike(report, "softmax_sum", arrays[1], "softmax_max", arrays[0])
+        check_float64(report, "softmax_max", self.softmax_max, arrays[0])
         form = LAYOUTS[layout].stats.format(lanes="8 or 1")
         shape, its = tuple(self.softmax_max.shape), tuple(self.softmax_sum.shape)
         for name, each in (("softmax_max", shape), ("softmax_sum", its)):

@@ -27,6 +27,10 @@ def check_values(
     check : {"values", "document"}
         "document" also holds the reference page to its word that max is positive.
     """
+    if kind.device(states[0][0]) == "meta":
+        report.add("array-device", f'{names(0, 0)} is on meta, where tensors have no values; check = "{check}" expects a device '
+                   'that has them. Leave check at "metadata".')  # fmt: skip
+        return
     for k, state in enumerate(states):
         maximum, total = (kind.to_numpy(array) for array in state[1:])
         for name, stats in ((names(k, 1), maximum), (names(k, 2), total)):

@@ -214,3 +214,52 @@ def test_statistics_of_another_dtype_and_their_price(dtype, field):
     true /= true.sum(0)
     rounding = 3 * 2.0**-24  # of the merge itself
     assert (np.abs(weights - true) <= price + rounding).all()
+
+
+# ------------------------------------------------------------------------------------------- arrays of other libraries
+
+
+def imitation(module, name):
+    """An array type of a library that is not here."""
+
+    def init(self, values):
+        self.values, self.shape, self.dtype = values, values.shape, values.dtype
+
+    methods = {"__init__": init, "__array__": lambda self, dtype=None, copy=None: self.values}
+    return type(name, (), {**methods, "__module__": module})
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "convert"),
+    [
+        ("jaxlib._jax", "ArrayImpl", "numpy.asarray(...)"),
+        ("mlx.core", "array", "numpy.asarray(...)"),
+        ("cupy", "ndarray", "cupy.asnumpy(...)"),
+    ],
+)
+def test_an_array_of_another_library(module, name, convert):
+    its, state = imitation(module, name), parts(1)[0]
+    state = (state[0][0], *(part[0] for part in state[1:]))  # in TND with T = N
+    own = [its(part) for part in state]
+    how = {"base": "e", "layout": "TND", "lse_layout": "TN"}
+    calls = {
+        "merge_states": lambda: rau.merge_states([own, own], layout="TND"),
+        "ring_attention_update": lambda: rau.ring_attention_update(*own, *own),
+        "StreamingMerge.update": lambda: rau.StreamingMerge("TND").update(*own),
+        "AttentionState.from_lse": lambda: AttentionState.from_lse(own[0], its(state[1][..., 0]), **how),
+        "AttentionState.lse": lambda: AttentionState(*own).lse(**how),
+        "reorder_softmax": lambda: rau.reorder_softmax(own[1], its(np.array([0, 2])), to="TND"),
+    }
+    for call, refused in calls.items():
+        text = refusal(refused)
+        assert text.startswith(f"{call}: ")
+        rules = text.count("[array] ") + text.count("[qlen-dtype] ")
+        assert rules == {"AttentionState.from_lse": 2, "AttentionState.lse": 2, "reorder_softmax": 2}.get(call, rules) > 0
+        assert text.count(f"is of type {module}.{name}; expected an") == rules
+        assert text.count(f" Convert it with {convert}.") == rules
+    assert "states[0..1].softmax_sum" in refusal(calls["merge_states"])
+    if convert.startswith("numpy"):
+        followed = [eval(convert.replace("...", "part"), {"numpy": np, "part": part}) for part in own]
+        np.testing.assert_array_equal(
+            rau.merge_states([followed] * 2, layout="TND").attn_out, rau.merge_states([state] * 2, layout="TND").attn_out
+        )
