@@ -12,7 +12,7 @@ from rau.outputs import FIELDS, Names, check_out, is_triple
 from rau.problem import Problem
 from rau.profiles import PROFILES, Profile
 from rau.rules import RULES, Report, Rule
-from rau.values import check_values
+from rau.values import check_memory, check_values
 
 __all__ = ["CHECKS", "FIELDS", "PROFILES", "RULES", "Problem", "Profile", "Rule", "bind"]
 
@@ -82,6 +82,8 @@ def bind(
     report.raise_if_broken()
     if check != "metadata":
         check_values(report, kind, regular, names, check)
+        report.raise_if_broken()
+        check_memory(report, kind, states, regular, names)
         report.raise_if_broken()
 
     strides = None

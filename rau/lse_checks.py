@@ -164,7 +164,27 @@ def check_lengths_here(report: Report, lengths: Any, name: str, stats: Any) -> N
                    f"Pass {NAME}.cpu().")  # fmt: skip
 
 
-def check_shapes(report: Report, attn_out: Any, lse: Any, layout: str, lse_layout: str) -> None:
+def check_heads(report: Report, heads: int | None) -> int | None:
+    """Check a number of query heads.
+
+    Parameters
+    ----------
+    report : Report
+    heads : int or None
+        As the caller gave it; None where there is nothing to check.
+
+    Returns
+    -------
+    int or None
+        None as well where it is no such number.
+    """
+    if heads is None or (isinstance(heads, (int, np.integer)) and not isinstance(heads, bool) and heads >= 0):
+        return heads
+    report.add("heads", f"heads = {heads!r}; expected the number N of query heads, an int.")
+    return None
+
+
+def check_shapes(report: Report, attn_out: Any, lse: Any, layout: str, lse_layout: str, heads: int | None) -> None:
     """Check that an output and a log-sum-exp fit together.
 
     Parameters
@@ -173,6 +193,8 @@ def check_shapes(report: Report, attn_out: Any, lse: Any, layout: str, lse_layou
     attn_out, lse : array
     layout, lse_layout : str
         Valid names.
+    heads : int or None
+        What :func:`check_heads` returns.
     """
     axes = LAYOUTS[layout]
     shape, given = tuple(attn_out.shape), tuple(lse.shape)
@@ -185,19 +207,25 @@ def check_shapes(report: Report, attn_out: Any, lse: Any, layout: str, lse_layou
                     'enumerate(lengths)], 1), which is lse_layout "NT".')  # fmt: skip
         report.add("rank", f'lse has shape {given}; lse_layout "{lse_layout}" expects {LSE_LAYOUTS[lse_layout]}.{hint}')
     else:
-        expected = {each: _expected(shape, given, layout, each) for each in lse_layouts(layout)}
+        if heads is not None and axes.attn_head is not None and shape[axes.attn_head] != heads:
+            report.add("heads", f'attn_out has N = {shape[axes.attn_head]} heads (shape {shape}, in layout "{layout}"); expected '
+                       f"heads = {heads}.")  # fmt: skip
+            return
+        expected = {each: _expected(shape, given, layout, each, heads) for each in lse_layouts(layout)}
         if given != expected[lse_layout]:
-            _say_shapes(report, shape, given, layout, lse_layout, expected)
+            _say_shapes(report, shape, given, layout, lse_layout, heads, expected)
 
 
-def _expected(shape: tuple[int, ...], given: tuple[int, ...], layout: str, name: str) -> tuple[int, ...] | None:
-    """Shape of a log-sum-exp in a layout; None where H is no multiple of the heads that `given` would have."""
+def _expected(
+    shape: tuple[int, ...], given: tuple[int, ...], layout: str, name: str, heads: int | None
+) -> tuple[int, ...] | None:
+    """Shape of a log-sum-exp in a layout; None where H is no multiple of the heads, `given`'s if nobody says how many."""
     axes = LAYOUTS[layout]
     tokens = shape[axes.attn_token]
     if axes.attn_head is not None:
         heads = shape[axes.attn_head]
     else:
-        heads = given[name.index("N")]
+        heads = given[name.index("N")] if heads is None else heads
         if shape[-1] % heads if heads else shape[-1]:
             return None
     rows = (tokens, heads) if name in ("BSN", "TN") else (heads, tokens)
@@ -210,6 +238,7 @@ def _say_shapes(
     given: tuple[int, ...],
     layout: str,
     name: str,
+    heads: int | None,
     expected: dict[str, tuple[int, ...] | None],
 ) -> None:
     """Note a log-sum-exp that does not fit, and what it seems to be."""
@@ -217,13 +246,18 @@ def _say_shapes(
     for other in expected:
         if other != name and given == expected[other]:
             hint = f' It looks like {LSE_LAYOUTS[other]}: pass lse_layout="{other}".'
-    wanted = expected[name]
+    wanted, its = expected[name], given[name.index("N")]
     if wanted is None:
-        heads = given[name.index("N")]
-        report.add("heads-divide-hidden", f"attn_out has H = {shape[-1]} and lse N = {heads} heads (shape {given}, read "
-                   f"as {LSE_LAYOUTS[name]}); expected H = N * D.{hint}")  # fmt: skip
+        source = f"heads = {heads}"
+        if heads is None:
+            source = f"lse N = {its} heads (shape {given}, read as {LSE_LAYOUTS[name]})"
+        report.add("heads-divide-hidden", f"attn_out has H = {shape[-1]} and {source}; expected H = N * D.{hint}")
         return
+    number = wanted[name.index("N")]
+    if not hint and 0 < its < number and not number % its:
+        hint = f" Its {its} heads seem to be the key heads of grouped-query attention: pass one number for each query head."
     if not hint and name == "BNS" and given[:-1] == wanted[:-1] and given[-1] > wanted[-1]:
         hint = f" Some kernels pad it: pass lse[..., :{wanted[-1]}]."
-    report.add("shape-stats", f'lse has shape {given}; for attn_out of shape {shape} layout "{layout}" expects '
+    known = "" if heads is None else f" and heads = {heads}"
+    report.add("shape-stats", f'lse has shape {given}; for attn_out of shape {shape}{known} layout "{layout}" expects '
                f"{LSE_LAYOUTS[name]} = {wanted}.{hint}")  # fmt: skip

@@ -27,6 +27,7 @@ RULES: dict[str, Rule] = {
     "profile": Rule(OptionError, "a profile names a set of limits", "rau"),
     "base": Rule(OptionError, "logarithms to base 2 and e are mixed up silently", "rau"),
     "lse-layout": Rule(OptionError, "(T, N) and (N, T) both exist in TND, and no shape tells them apart where T = N", "rau"),
+    "heads": Rule(ShapeError, "key heads of grouped queries look like fewer query heads", "rau"),
     "to": Rule(OptionError, "statistics are reordered to one of two orders", "rau"),
     "mode": Rule(OptionError, "the configuration is printed or returned", "rau"),
     "threads": Rule(OptionError, "at least one thread runs a call", "rau"),
@@ -65,6 +66,7 @@ RULES: dict[str, Rule] = {
     "value-lanes": Rule(ConstraintError, "the 8 lanes hold one number", "page"),
     "value-sum": Rule(ConstraintError, "a sum of exponentials is not negative and not NaN", "rau"),
     "value-max": Rule(ConstraintError, "a score's maximum is a number, or -inf for an empty row", "rau"),
+    "value-memory": Rule(ConstraintError, "a state that the next one has overwritten is lost", "rau"),
     "document-max-positive": Rule(ConstraintError, "the reference page says that max is positive", "page"),
 }
 

@@ -15,6 +15,7 @@ from rau.lse_checks import (
     check_array,
     check_base,
     check_float64,
+    check_heads,
     check_layouts,
     check_lengths_here,
     check_shapes,
@@ -63,6 +64,7 @@ class AttentionState(NamedTuple):
         layout: str = "SBH",
         lse_layout: str | None = None,
         inf_is_empty: bool = False,
+        heads: int | None = None,
     ) -> AttentionState:
         """Make a state of what most attention kernels return: an output and its log-sum-exp.
 
@@ -85,6 +87,9 @@ class AttentionState(NamedTuple):
         inf_is_empty : bool, default False
             Read +inf as -inf, a row without keys: FlashAttention 2 writes it for one (and for a row whose sum is
             NaN, which is then lost).
+        heads : int, optional
+            Number N of query heads; checked where given. In layout "SBH" nothing else tells it: N is read off `lse`, so that
+            statistics of the key heads of grouped-query attention would be taken for those of fewer query heads.
 
         Returns
         -------
@@ -126,15 +131,16 @@ class AttentionState(NamedTuple):
         report = Report("AttentionState.from_lse")
         check_base(report, base)
         axes = check_layouts(report, layout, lse_layout)
+        number = check_heads(report, heads)
         out = check_array(report, "attn_out", attn_out, "dtype-attn", ("float16", "bfloat16", "float32", "float64"))
         wide = out is not None and out.dtype == "float64"
         its = check_array(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
         if out is not None and its is not None:
             check_alike(report, "lse", its, "attn_out", out)
-            if base == "2" or its.dtype == "float64":
+            if its.dtype == "float64" or (isinstance(base, str) and base == "2"):
                 check_float64(report, "lse", lse, its)
             if axes:
-                check_shapes(report, attn_out, lse, layout, axes)
+                check_shapes(report, attn_out, lse, layout, axes, number)
         report.raise_if_broken()
         return cls(attn_out, *statistics(arranged(lse, axes), "float64" if wide else "float32", base, inf_is_empty))
 

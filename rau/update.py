@@ -76,7 +76,8 @@ def ring_attention_update(
         Which limits hold: the reference page's, those of CANN's V2 entry, or none but shapes and dtypes.
     check : {"metadata", "values", "document"}, default "metadata"
         "metadata" reads no values of the arrays. "values" also checks that lanes are equal, that no sum is negative or
-        NaN and no max NaN or +inf. "document" also holds the page to its word that max is positive.
+        NaN and no max NaN or +inf, and that no two states with keys in one row have their outputs in one place, as a kernel
+        that reuses its buffer leaves them. "document" also holds the page to its word that max is positive.
 
     Returns
     -------

@@ -221,7 +221,7 @@ def test_every_rule_has_a_reason_a_source_and_an_error():
         assert rule.source, name
     tried = {rule for case in CASES for rule in case.values[0].rules}
     elsewhere = {  # test_constraints.py, test_state.py, test_registry.py, test_config.py and above
-        "array-kind", "array-device", "states", "threads", "mode", "to", "base", "lse-layout",
+        "array-kind", "array-device", "states", "threads", "mode", "to", "base", "lse-layout", "heads", "value-memory",
         "value-lanes", "value-max", "value-sum", "document-max-positive",
     }  # fmt: skip
     elsewhere |= {"first-update", "tokens", "tokens-odd"}  # test_streaming_errors.py

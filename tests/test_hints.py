@@ -216,6 +216,60 @@ def test_statistics_of_another_dtype_and_their_price(dtype, field):
     assert (np.abs(weights - true) <= price + rounding).all()
 
 
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_a_kernel_that_reuses_its_buffers(base):
+    """Only the last part is left in them; copied, as the message says, all of them are."""
+    how = {"base": base, "layout": "TND", "lse_layout": "TN"}
+    out, lse = np.empty((3, N, D), "f4"), np.empty((3, N), "f4")
+
+    def kernel(part):
+        rng = np.random.default_rng(part)
+        out[...], lse[...] = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
+        return out, lse
+
+    states = [AttentionState.from_lse(*kernel(part), **how) for part in range(3)]
+    rau.merge_states(states, layout="TND")  # whether it was meant, no shape tells
+    assert refusal(lambda: rau.merge_states(states, layout="TND", check="values")) == (
+        "merge_states: [value-memory] states[1..2].attn_out lies where states[0].attn_out does, and some rows have seen keys in "
+        "both states; expected memory of its own for each. A kernel that writes into one buffer has overwritten the earlier state: "
+        "copy that before the next call."
+    )
+    assert refusal(lambda: rau.ring_attention_update(*states[0], *states[1], layout="TND", profile="portable", check="values")) \
+        .startswith("ring_attention_update: [value-memory] cur_attn_out lies where prev_attn_out does, and")  # fmt: skip
+    followed = [AttentionState.from_lse(*map(np.copy, kernel(part)), **how) for part in range(3)]
+    merged = rau.merge_states(followed, layout="TND", check="values")
+    ring = rau.StreamingMerge("TND", check="values")  # which is done with a state before the next one comes
+    for part in range(3):
+        ring.update(*AttentionState.from_lse(*kernel(part), **how))
+    np.testing.assert_allclose(merged.attn_out, ring.result().attn_out, atol=1e-6)
+
+
+def test_one_state_twice_is_the_same_mistake():
+    state = [part[0].swapaxes(0, 1) for part in parts(1)[0]]
+    text = refusal(lambda: rau.merge_states([state, state], layout="TND", check="values"))
+    assert "[value-memory] states[1].attn_out lies where states[0].attn_out does" in text
+
+
+def test_what_may_lie_in_one_place():
+    """Rows that one of the states has no keys in, and outputs without elements."""
+    out, maximum, total = (part[0].swapaxes(0, 1) for part in parts(1)[0])
+    first, second = total.copy(), total.copy()
+    first[0], second[1:] = 0, 0  # a buffer whose rows several kernels have filled
+    options = {"layout": "TND", "check": "values"}
+    merged = rau.merge_states([(out, maximum, first), (out, maximum, second)], **options)
+    np.testing.assert_array_equal(merged.attn_out, out)
+    nothing = (out[..., :0], maximum, total)
+    rau.merge_states([nothing, nothing], **options)
+    half = np.concatenate([out, out])
+    rau.merge_states([(half[:2], maximum, total), (half[2:], maximum, total)], **options)  # neighbours
+    strided = np.repeat(out, 2, axis=-1)[..., ::2]  # which no kernel can stream: the validator copies it
+    text = refusal(lambda: rau.merge_states([(strided, maximum, total)] * 2, **options))
+    assert "[value-memory]" in text
+
+
 # ------------------------------------------------------------------------------------------- arrays of other libraries
 
 

@@ -110,6 +110,23 @@ def test_no_size_changes_what_axes_mean(layout):
                 )
 
 
+@pytest.mark.parametrize(("layout", "lse_layout"), FORMS)
+def test_the_number_of_query_heads_is_checked_in_every_layout(layout, lse_layout):
+    """Of SBH above all, where key heads of grouped queries pass for fewer query heads with longer rows."""
+    shape, lse_shape = FORMS[layout, lse_layout]
+    attn_out, lse = np.zeros(shape, "f4"), np.zeros(lse_shape, "f4")
+    how = {"base": "e", "layout": layout, "lse_layout": lse_layout}
+    assert bits(AttentionState.from_lse(attn_out, lse, **how, heads=4)) == bits(AttentionState.from_lse(attn_out, lse, **how))
+    AttentionState.from_lse(attn_out, lse, **how, heads=np.int64(4))
+    grouped = lse[:, :2] if lse_layout in ("TN", None, "BNS") else lse[..., :2] if lse_layout == "BSN" else lse[:2]
+    if layout == "SBH":
+        AttentionState.from_lse(attn_out, grouped, **how)  # unseen
+    with pytest.raises(rau.ShapeError, match="Its 2 heads seem to be the key heads of grouped-query attention"):
+        AttentionState.from_lse(attn_out, grouped, **how, heads=4)
+    with pytest.raises(rau.ShapeError, match="heads = 2"):
+        AttentionState.from_lse(attn_out, lse, **how, heads=2)
+
+
 def peak(call):
     """Bytes that a call has allocated at most, arrays of NumPy included; its second time, when all is loaded."""
     call()

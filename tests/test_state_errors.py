@@ -89,6 +89,24 @@ CASES = [
     (from_lse(TND_OUT, np.zeros((2, 2, 2), "f4"), **TND), rau.ShapeError, ["rank"],
      'lse has shape (2, 2, 2); lse_layout "TN" expects (T, N). Padded, (sequences, N, longest)? Join what is real of it: '
      'concatenate([lse[i, :, :length] for i, length in enumerate(lengths)], 1), which is lse_layout "NT".'),
+    (from_lse(heads="2"), rau.ShapeError, ["heads"], "heads = '2'; expected the number N of query heads, an int."),
+    (from_lse(heads=True), rau.ShapeError, ["heads"], None),
+    (from_lse(heads=-1), rau.ShapeError, ["heads"], None),
+    (from_lse(np.zeros((2, 1, 8), "f4"), heads=4), rau.ShapeError, ["shape-stats"],
+     'lse has shape (1, 1, 2); for attn_out of shape (2, 1, 8) and heads = 4 layout "SBH" expects (B, N, S) = (1, 4, 2). Its 1 '
+     "heads seem to be the key heads of grouped-query attention: pass one number for each query head."),
+    (from_lse(heads=3), rau.ShapeError, ["heads-divide-hidden"], "attn_out has H = 4 and heads = 3; expected H = N * D."),
+    (from_lse(lse=np.zeros((1, 2, 2), "f4"), heads=1), rau.ShapeError, ["shape-stats"],
+     'lse has shape (1, 2, 2); for attn_out of shape (2, 1, 4) and heads = 1 layout "SBH" expects (B, N, S) = (1, 1, 2).'),
+    (from_lse(np.zeros((3, 1, 8), "f4"), np.zeros((1, 3, 2), "f4"), heads=2), rau.ShapeError, ["shape-stats"],
+     'lse has shape (1, 3, 2); for attn_out of shape (3, 1, 8) and heads = 2 layout "SBH" expects (B, N, S) = (1, 2, 3).'
+     ' It looks like (B, S, N): pass lse_layout="BSN".'),
+    (from_lse(TND_OUT, np.zeros((3, 2), "f4"), **TND, heads=4), rau.ShapeError, ["heads"],
+     'attn_out has N = 2 heads (shape (3, 2, 4), in layout "TND"); expected heads = 4.'),
+    (from_lse(np.zeros((3, 4, 4), "f4"), np.zeros((3, 2), "f4"), **TND), rau.ShapeError, ["shape-stats"],
+     'lse has shape (3, 2); for attn_out of shape (3, 4, 4) layout "TND" expects (T, N) = (3, 4). Its 2 heads seem to be the key '
+     "heads of grouped-query attention: pass one number for each query head."),
+    (from_lse(heads=[]), rau.ShapeError, ["heads"], None),
     (lse_of(sbh(), "ln"), rau.OptionError, ["base"], f"base = 'ln'; {BASES}"),
     (lse_of(sbh(), lse_layout="TN"), rau.OptionError, ["lse-layout"],
      "lse_layout = 'TN'; expected one of \"BNS\", \"BSN\". With layout \"SBH\" lse is (B, N, S) or (B, S, N)."),
