@@ -23,6 +23,39 @@ except ImportError:  # not compiled: every call takes the validator
 _HOST = NumPyKind()
 _DTYPES: dict[Any, str] = {}
 _DEVICES: dict[Any, str] = {}
+_FLOAT64: dict[Any, bool] = {}
+
+
+def has_float64(device: Any) -> bool:
+    """Tell whether torch computes in float64 on a device: Apple's mps does not, nor do some of Intel's GPUs.
+
+    Parameters
+    ----------
+    device : torch.device or str
+
+    Returns
+    -------
+    bool
+        True as well where nobody can tell: while torch traces, and for a device that is not here.
+    """
+    torch = sys.modules["torch"]
+    if torch.compiler.is_compiling():
+        return True
+    device = torch.device(device)
+    answer = _FLOAT64.get(device)
+    if answer is None:
+        answer = _computes(torch, torch.float64, device) or not _computes(torch, torch.float32, device)
+        if device.type != "cpu":  # where it takes no time, and a test may imitate another device
+            _FLOAT64[device] = answer
+    return answer
+
+
+def _computes(torch: Any, dtype: Any, device: Any) -> bool:
+    try:
+        torch.ones((), dtype=dtype, device=device).add_(1)  # memory alone is had for a dtype that no kernel takes
+    except Exception:
+        return False
+    return True
 
 
 class TorchKind:
@@ -56,6 +89,8 @@ class TorchKind:
         return not array.is_neg()  # a lazily negated view: its memory holds the numbers with the other sign
 
     def extent(self, array: Any) -> tuple[int, int]:
+        if getattr(array, "is_meta", False):  # which MindSpore's have not
+            return 0, 0
         if array.is_contiguous():
             low = array.data_ptr()
             return low, low + array.nbytes

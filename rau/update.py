@@ -59,8 +59,9 @@ def ring_attention_update(
         The second part; in profile "portable" it may be 16-bit where `prev_attn_out` is float32.
     cur_softmax_max, cur_softmax_sum : array, shape and dtype of `prev_softmax_max`
     actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
-        Cumulative sequence lengths in tokens, non-decreasing from 0 to T. Read in layout "TND" only; required there,
-        save for token-major statistics in profile "portable", where int32 is taken as well.
+        Cumulative sequence lengths in tokens, non-decreasing from 0 to T; padding at the buffer's end is a sequence of its
+        own. Read in layout "TND" only; required there, save for token-major statistics in profile "portable", where int32
+        is taken as well.
     layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
         Layout of the attention outputs.
     softmax_layout : {"TND", "SBH"}, default "TND"
@@ -75,7 +76,8 @@ def ring_attention_update(
         Which limits hold: the reference page's, those of CANN's V2 entry, or none but shapes and dtypes.
     check : {"metadata", "values", "document"}, default "metadata"
         "metadata" reads no values of the arrays. "values" also checks that lanes are equal, that no sum is negative or
-        NaN and no max NaN or +inf. "document" also holds the page to its word that max is positive.
+        NaN and no max NaN or +inf, and that no two states with keys in one row have their outputs in one place, as a kernel
+        that reuses its buffer leaves them. "document" also holds the page to its word that max is positive.
 
     Returns
     -------

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rau import update
+from rau.arrays import tensor_inside
 from rau.backends.torch_ import Geometry, merge_rows, weigh
 from rau.constraints import bind
 from rau.errors import DTypeError, UnsupportedError
@@ -44,15 +45,16 @@ def wanted(states: Sequence[Sequence[Any]]) -> bool:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return True
-    gradients = torch.is_grad_enabled()
+    gradients, found = torch.is_grad_enabled(), False
     for array in arrays:
         cls = type(array)
         if cls is Tensor or cls is Parameter:
-            if gradients and array.requires_grad:
-                return True
+            found = found or (gradients and array.requires_grad)
         elif isinstance(array, Tensor):
-            return True
-    return False
+            if tensor_inside(cls):
+                return False  # the validator says what to pass in its place; the operators would not
+            found = True
+    return found
 
 
 def through_operator(
