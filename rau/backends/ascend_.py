@@ -45,13 +45,11 @@ def chip_limits(problem: Problem) -> list[str]:
 
 
 def _entry(problem: Problem) -> str:
-    """The profile with the limits of the operator that would run it: torch_npu's is CANN's V2, the others' its V1."""
+    """The profile with the limits of the operator that would run it: MindSpore's, or torch_npu's and MindSpeed's."""
     if problem.kind == "mindspore":
         return "mindspore"
-    here = sys.modules.get("torch_npu") or sys.modules.get("mindspore")
-    if here is None:  # on a laptop, the call itself says which entry it is written for
-        return "cann-v2" if problem.profile == "cann-v2" else "mindspore"
-    return "cann-v2" if hasattr(here, "npu_ring_attention_update") else "mindspore"
+    # Where there is neither, on a laptop, the call itself says which one it is written for.
+    return "cann-v2" if sys.modules.get("torch_npu") or problem.profile == "cann-v2" else "mindspore"
 
 
 def mended(framework: Any, problem: Problem, prev: AttentionState, cur: AttentionState, result: Any) -> AttentionState:
