@@ -113,6 +113,7 @@ class AscendBackend(Backend):
     # element is off by (92 + 8) u beside the 3 roundings that the contract's bound counts, 103 / 3 = 34.3 times it. How
     # good the chip's exponential and division are is not published: 40 leaves them 17 u more.
     # The sum's bound is half a unit in the last place: 40 times that covers sums that differ by up to 2**24 times.
+    # The one rounding to 16 bits is in none of this: the operator rounds to nearest even, as everybody.
     capabilities = Capabilities(
         array_types=("torch:Tensor", "mindspore.common.tensor:Tensor"),
         devices=("npu", "ascend"),

@@ -211,7 +211,7 @@ class _Truth(NamedTuple):
 
 def _truths(observed: AttentionState, expected: Expected, tolerance: float) -> list[_Truth]:
     targets = (
-        (expected.attn_out, expected._attn_low, expected.attn_bound),
+        (expected.attn_out, expected._attn_low, expected.attn_error),
         (expected.softmax_max, 0.0, np.zeros(())),
         (expected.softmax_sum, expected._sum_low, expected.sum_bound),
     )
