@@ -52,8 +52,8 @@ class Capabilities:
         Further reasons against a :class:`Problem`, a list of str, for what the fields above cannot say: a limit of one
         layout alone, or one on a product. It looks at sizes and dtypes, never at where the arrays are.
     tolerance : float
-        Multiple of the contract's bound that it keeps: 1 for the arithmetic of rau, larger for a kernel
-        that computes its rows in float32.
+        Multiple of the contract's bound that its arithmetic keeps: 1 for that of rau, larger for a kernel
+        that computes its rows in float32. A result is rounded to 16 bits as well as any, whatever it is.
     """
 
     array_types: tuple[str, ...]

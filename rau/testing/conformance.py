@@ -113,7 +113,7 @@ def check_backend(
 
     Notes
     -----
-    Each case checks the values against the oracle (within the bound times ``capabilities.tolerance``), dtypes and shapes,
+    Each case checks the values against the oracle (within the bound at ``capabilities.tolerance``), dtypes and shapes,
     equal lanes, array kind and device, that inputs are unchanged, that `out` is what comes back and nothing beside it is
     written, and that a second run with another number of threads gives the same bits. Beside the cases stand the laws of
     merging, every way in which other libraries hand out a state, a StreamingMerge over the backend in each layout, whole

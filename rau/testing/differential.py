@@ -180,7 +180,7 @@ def run_differential(
 
     Notes
     -----
-    A backend is wrong where a value is beyond ``capabilities.tolerance`` times the bound, or where it fails any other
+    A backend is wrong where a value is beyond the bound at ``capabilities.tolerance``, or where it fails any other
     check of :mod:`rau.testing.checks`. Two backends that declare tolerance 1, and are not wrong, must have the same bits.
 
     Examples
@@ -296,7 +296,7 @@ def histogram(result: AttentionState, expected: Expected) -> np.ndarray:
     if result.attn_out.shape != expected.attn_out.shape or not result.attn_out.size:
         return np.zeros(BINS + 1, np.int64)
     share = shares(
-        widen(result.attn_out), expected.attn_out, expected._attn_low, expected.attn_bound, expected.dtype
+        widen(result.attn_out), expected.attn_out, expected._attn_low, expected.attn_error, expected.dtype
     ).ravel()
     place = np.where(share > 1.0, BINS, np.minimum(share * BINS, BINS - 1)).astype(np.int64)
     return np.bincount(place, minlength=BINS + 1)
