@@ -38,7 +38,7 @@ def wanted(states: Sequence[Sequence[Any]]) -> bool:
     bool
     """
     arrays = [array for state in states for array in state]
-    if not isinstance(arrays[0], Tensor) and not any([isinstance(array, Tensor) for array in arrays]):
+    if type(arrays[0]) is not Tensor and not any([isinstance(array, Tensor) for array in arrays]):
         return False
     if torch.compiler.is_compiling():
         return True
