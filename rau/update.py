@@ -108,7 +108,8 @@ def ring_attention_update(
     A side whose sum is 0 or whose max is -inf is empty: the other side comes back bit for bit, whatever stands behind
     the empty one. With both empty the result is empty: output 0, max -inf, sum 0.
 
-    Torch is told of every write into `out`: a graph that has kept one of its tensors raises in its backward. Of
+    Torch tensors that require grad get one, which under ``create_graph=True`` can be differentiated again (in float64,
+    slower). Torch is told of every write into `out`: a graph that has kept one of its tensors raises in its backward. Of
     memory that it shares with NumPy arrays torch knows nothing; write into the tensor itself. An `out` that requires grad
     is refused while grad mode is on.
 
