@@ -52,6 +52,9 @@ class Kind(Protocol):
     def writable(self, array: Any) -> bool:
         """Tell whether the array may be written to."""
 
+    def will_write(self, out: Any) -> None:
+        """Tell the library that a backend is about to write into a state of its arrays, behind its back."""
+
     def extent(self, array: Any) -> tuple[int, int]:
         """Return the lowest address touched and the one after the highest; equal where only its library knows, or there is none."""
 
@@ -105,6 +108,9 @@ class NumPyKind:
 
     def writable(self, array: np.ndarray) -> bool:
         return array.flags.writeable
+
+    def will_write(self, out: Any) -> None:
+        pass
 
     def extent(self, array: np.ndarray) -> tuple[int, int]:
         if array.flags.c_contiguous:
@@ -170,6 +176,9 @@ class ForeignKind:
 
     def writable(self, array: Any) -> bool:
         return True
+
+    def will_write(self, out: Any) -> None:
+        pass
 
     def extent(self, array: Any) -> tuple[int, int]:
         return 0, 0

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rau.arrays import NumPyKind
+from rau.errors import UnsupportedError
 from rau.memory import Memory
 
 try:
@@ -88,6 +89,18 @@ class TorchKind:
     def writable(self, array: Any) -> bool:
         return not array.is_neg()  # a lazily negated view: its memory holds the numbers with the other sign
 
+    def will_write(self, out: Any) -> None:
+        torch = sys.modules["torch"]
+        if (out[0].requires_grad or out[1].requires_grad or out[2].requires_grad) and torch.is_grad_enabled():
+            field = next(name for name, array in zip(out._fields, out, strict=True) if array.requires_grad)
+            raise UnsupportedError(
+                f"{field} of the arrays to write into requires grad, and grad mode is on; a graph that goes on from it would "
+                "have the gradient of what it held before. Leave out=None, or give tensors that require no grad: a leaf's "
+                ".detach() is the same memory."
+            )
+        # A graph that has kept one, or a view of one, is to notice. Inference tensors have no version, and are passed over.
+        torch.autograd.graph.increment_version(out)
+
     def extent(self, array: Any) -> tuple[int, int]:
         if getattr(array, "is_meta", False):  # which MindSpore's have not
             return 0, 0
@@ -152,6 +165,9 @@ class MindSporeKind(TorchKind):
 
     def writable(self, array: Any) -> bool:
         return True
+
+    def will_write(self, out: Any) -> None:
+        pass
 
     def regular_copy(self, array: Any) -> Any:
         return array.contiguous()

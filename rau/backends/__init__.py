@@ -171,7 +171,8 @@ class Backend:
         prev, cur : AttentionState
             The arrays, of the types in `capabilities`.
         out : AttentionState or None
-            Arrays to fill, those of `prev` or `cur` themselves where the call is in place; None: allocate.
+            Arrays to fill, those of `prev` or `cur` themselves where the call is in place; None: allocate. Torch has been
+            told that its tensors will be written.
 
         Returns
         -------
