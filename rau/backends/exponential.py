@@ -27,3 +27,6 @@ COEFFICIENTS = tuple(
     )
 )
 UNDERFLOW = -708.0
+# Relative errors, in units of 2**-53, proven by proofs/: of q, and of q + q * err against the exponential of d + err.
+BOUND = 1.71
+DIFFERENCE_BOUND = 2.42

@@ -51,7 +51,8 @@ def exp_nonpositive(x: np.ndarray, lost: np.ndarray | float = 0.0) -> np.ndarray
     Returns
     -------
     ndarray of float64, shape of `x`
-        exp(x + lost), 0 where x is below -708.
+        exp(x + lost), 0 where x is below -708; its relative error is at most 1.71 * 2**-53 without `lost`, 2.42 * 2**-53
+        with it (and 2**-1075), as proofs/ proves.
 
     Examples
     --------
