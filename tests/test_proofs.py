@@ -244,3 +244,18 @@ def test_a_chain_is_within_its_bound(dtype: str) -> None:
         element, size, _ = exact(maxima[:, row], sums[:, row], outputs[:, row])
         worst = max(worst, float(abs(Fraction(float(ring.result().attn_out[row, 0, 0])) - element) / (bound * size)))
     assert 0.02 < worst <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------- the words
+
+
+def test_the_documentation_quotes_what_is_proven() -> None:
+    e = exponential.DIFFERENCE_BOUND
+    pair, many, ring = rau.ring_attention_update.__doc__, rau.merge_states.__doc__, rau.StreamingMerge.__doc__
+    assert pair is not None and many is not None and ring is not None
+    assert "(3*u + 6*v) * S" in pair and f"within {e + 5.01:g} * v * S" in pair
+    assert f"(1 + (K + {2 * e + 2.01:g}) * v) - 1) * S" in many and f"(2*K + {2 * e + 2.01:g}) * v * S" in many
+    assert f"(1 + {e + 3.01:g} * (n - 1) * v) - 1) * S" in ring and f"{e + 5.01:g} * (n - 1) * v * S" in ring
+    stated = (PROOFS / "README.md").read_text(encoding="utf-8")
+    for number in (exponential.BOUND, e, e + 0.01, e + 5.01, 2 * e + 2.01, e + 3.01):
+        assert f"{number:g}" in stated

@@ -171,9 +171,9 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
         roundings, tiny = (count + 1) * _U * (1 + (count - 2) / 2 * _U), 2.0**-150
         rounds_to_zero = weight_size + weight_error < tiny * (1 - _NEAR)
         may_round_to_zero = weight_size - weight_error <= tiny * (1 + _NEAR)
-    slope = weight_size * roundings + weight_error * (1 + roundings) + tiny
+    slope = weight_size * roundings + (weight_error + tiny) * (1 + roundings)
     slope = np.where(live & regular & ~hopeless & ~cancelled, slope, 0)
-    floor = np.where(regular & ~cancelled, count * tiny, 0)
+    floor = np.where(regular & ~cancelled, count * tiny * (1 + roundings), 0)
     skipped = ~live | (regular & ~cancelled & ~hopeless & (rounds_to_zero | ~term))
 
     # The sum as it is stored. An infinite one is the formula's: infinity, or NaN where its factor is 0.
