@@ -203,6 +203,7 @@ def run_differential(
     >>> print(run_differential(["numpy"], [Case(id="mine")]))
     1 cases: no difference
       numpy: 1 cases, 0 excluded; worst 0... (attn_out) and 0... (softmax_sum) of the bound
+        float32: 0... (attn_out) and 0... (softmax_sum)
     """
     instances = [load(backend) for backend in backends]
     names = [instance.name for instance in instances]

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from rau.state import AttentionState
+from rau.testing.doubledouble import two_sum
 from rau.testing.expected import _row_order, widen
 
 Array: TypeAlias = np.ndarray
@@ -122,8 +123,11 @@ class Rows:
         return np.where(self.live, self.maxima, -np.inf).max(axis=0)
 
     def factors(self, exp: Callable[[Array], Array] = exponential) -> Array:
-        """Return a_i = l_i * exp(m_i - m), 0 for an empty side."""
-        return np.where(self.live, self.sums * exp(self.maxima - self.maximum), 0.0)
+        """Return a_i = l_i * exp(m_i - m), 0 for an empty side; what the difference loses by rounding is added."""
+        difference, lost = two_sum(self.maxima, -self.maximum)
+        factor = exp(difference)
+        factor = np.where(np.isfinite(lost), factor + factor * lost, factor)
+        return np.where(self.live, self.sums * factor, 0.0)
 
     def total(self, factors: Array) -> Array:
         """Return l, the sum of the a_i; that of a single live side is its own."""
@@ -133,7 +137,9 @@ class Rows:
     def weights(self, factors: Array) -> Array:
         """Return a_i / l, rounded to the statistics' precision; 1 for a single live side, 0 for an empty one."""
         alone = self.live.sum(axis=0) == 1
-        weights = np.where(self.live, np.where(alone, 1.0, factors / add(factors)), 0.0)
+        small = factors * 2.0**-64  # sums of float64 may overflow; scaled, their shares are still right
+        shares = np.where(np.isinf(add(factors)), small / add(small), factors / add(factors))
+        weights = np.where(self.live, np.where(alone, 1.0, shares), 0.0)
         return weights.astype(self.stats_dtype)
 
     def combine(self, weights: Array, rounded: Callable[[Array], Array] = lambda values: values) -> Array:
