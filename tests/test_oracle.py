@@ -617,6 +617,15 @@ def test_a_tolerance_is_the_arithmetics_and_not_that_of_storing_in_16_bits(dtype
     assert " times the bound at tolerance 40, " in comparison.problems[0]
 
 
+def test_what_a_tolerance_lets_overflow_may_be_infinite():
+    near = float(np.finfo(np.float32).max) * (1 - 10 * U)
+    states = [state([[near]], 0, 1), state([[near]], 0, 1)]
+    beyond, stats = np.full((1, 1, 1), INF, np.float32), recipe(states)[1:]
+    assert not compare((beyond, *stats), oracle(states)).passed
+    assert compare((beyond, *stats), oracle(states), tolerance=40).passed
+    assert not compare((-beyond, *stats), oracle(states), tolerance=40).passed
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_what_a_tolerance_allows_is_rounded_where_it_leads(dtype):
     """Of terms that cancel nothing is left but the error, and half a unit in the last place is that of the error."""
