@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from plugins import install
 from states import arguments, sbh, tnd
+from test_packaging import PYPROJECT
 
 import rau
 from rau import registry
@@ -159,9 +160,7 @@ def test_a_torch_npu_that_does_not_load(monkeypatch, tmp_path):
 
 def test_no_extra_names_the_vendors_packages():
     """With torch_npu but no CANN a plain `import torch` raises, and the index's mindspeed is somebody else's."""
-    import tomllib
-
-    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
+    project = PYPROJECT["project"]
     extras = " ".join(sum(project["optional-dependencies"].values(), project["dependencies"])).lower()
     assert not any(name in extras for name in ("torch_npu", "torch-npu", "mindspeed"))
     assert project["entry-points"]["rau.backends"]["ascend"] == "rau.backends.ascend_:AscendBackend"

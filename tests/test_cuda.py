@@ -77,9 +77,11 @@ REGISTER = (
     [
         ("sys.modules['torch'] = None", r"torch is missing: pip install 'ring-attention-update\[cuda\]'"),
         ("sys.modules['triton'] = None", r"triton is missing .* pip install 'ring-attention-update\[cuda\]'"),
+        ("import triton; triton.__version__ = '3.3.1'", r"triton 3\.3\.1 does not compile the kernel; expected 3\.4 or newer"),
+        ("import triton; triton.__version__ = '3.4.0+git1'", r"torch \S+ finds no CUDA device"),
         ("", r"torch \S+ finds no CUDA device: (check the driver|it was built for the CPU alone)"),
     ],
-    ids=["torch", "triton", "device"],
+    ids=["torch", "triton", "old-triton", "triton-3.4", "device"],
 )
 def test_what_is_missing(before, expected):
     run = python("-c", f"import sys; {before}\n{REGISTER}{STATUS}", CUDA_VISIBLE_DEVICES="")

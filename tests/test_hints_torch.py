@@ -128,14 +128,13 @@ def mesh(tmp_path_factory):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("call", calls(tensors()))
 def test_a_distributed_tensor(mesh, call, grad):
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard
 
     local = tensors()
-    state = AttentionState(*(distribute_tensor(part, mesh, [Shard(1)]) for part in local))
-    if grad:
-        local[0].requires_grad_()
+    state = AttentionState(*(DTensor.from_local(part, mesh, [Shard(1)]) for part in local))
     # Among plain tensors too, some of which want a gradient.
-    for given in (state, local._replace(softmax_max=state.softmax_max)):
+    among = AttentionState(local[0].clone().requires_grad_(grad), state[1], local[2])
+    for given in (state, among):
         text = refusal(calls(given)[call])
         assert text.startswith(f"{call}: ")
         assert "torch.distributed.tensor.DTensor; expected an array" in text

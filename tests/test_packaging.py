@@ -10,13 +10,17 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import rau
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -81,6 +85,23 @@ def test_python_m_rau_works(arguments: tuple[str, ...]) -> None:
     done = run("-m", "rau", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_metadata_keep_no_ascend_machine_out() -> None:
+    """They have Python 3.10 and torch 2.7 to 2.9, which an extra must not replace."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    project = PYPROJECT["project"]
+    assert SpecifierSet(project["requires-python"]).contains("3.10.0")
+    extras = {extra: [Requirement(line) for line in lines] for extra, lines in project["optional-dependencies"].items()}
+    for extra in ("torch", "cuda"):
+        (torch,) = (one.specifier for one in extras[extra] if one.name == "torch")
+        assert all(torch.contains(version) for version in ("2.7.1", "2.8.0", "2.9.1", "2.13.0+cpu"))
+    # A CUDA build of torch asks for one release of Triton: to want a newer one would replace torch too.
+    assert [str(one) for one in extras["cuda"] if one.name == "triton"] == ["triton"]
+    for extra in set(extras) - {"torch", "cuda"}:
+        assert not any(one.name in ("torch", "triton") for one in extras[extra])
 
 
 # --------------------------------------------------------------------------------------------------------------- words

@@ -49,9 +49,15 @@ class CudaBackend(TorchBackend):
             raise BackendUnavailableError(
                 f"triton is missing ({error}); torch's CUDA and ROCm builds bring it along: {HINT}"
             ) from error
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+            raise BackendUnavailableError(
+                f"triton {triton.__version__} does not compile the kernel; expected 3.4 or newer, as torch's builds bring it along "
+                "since 2.8"
+            )
         torch = self._torch
         if not INTERPRETED:
-            with warnings.catch_warnings(record=True, action="always") as said:  # of a driver that is too old
+            with warnings.catch_warnings(record=True) as said:  # of a driver that is too old
+                warnings.simplefilter("always")
                 found = torch.cuda.is_available()
             if not found:
                 advice = str(said[0].message) if said else "check the driver and CUDA_VISIBLE_DEVICES"

@@ -176,9 +176,10 @@ def _check_lanes(problems: list[str], name: str, actual: np.ndarray) -> None:
     bits = actual.view(f"u{actual.itemsize}")
     differs = (bits != bits[..., :1]) & ~(np.isnan(actual) & np.isnan(actual[..., :1]))
     if differs.any():
-        where = np.unravel_index(int(differs.argmax()), differs.shape)
+        where = tuple(map(int, np.unravel_index(int(differs.argmax()), differs.shape)))
+        lane_0 = (*where[:-1], 0)
         problems.append(
-            f"{_at(name, where)} is {actual[where]:.9g}, lane 0 {actual[(*where[:-1], 0)]:.9g}; "
+            f"{_at(name, where)} is {actual[where]:.9g}, lane 0 {actual[lane_0]:.9g}; "
             "the lanes must be equal"
         )
 
