@@ -14,7 +14,7 @@ import os
 
 from numpy import ndarray as _ndarray
 
-cdef extern from "_rows.h" nogil:
+cdef extern from "versions.h" nogil:
     ctypedef struct rau_plane:
         char *base
         Py_ssize_t token
@@ -504,7 +504,7 @@ rau_watch_forks()
 use_simd(simd_versions().pop())
 
 
-cdef extern from "_roof.h" nogil:
+cdef extern from "roof.h" nogil:
     void rau_roof(float *to, const float *a, const float *b, Py_ssize_t n, int around, int threads)
 
 

@@ -54,7 +54,7 @@ def test_a_difference_keeps_what_it_loses():
 
 def test_c_and_python_have_the_same_numbers():
     """The header is read as text: an agreement of bits shows a wrong digit only where it changes one."""
-    header = Path(rau.__file__).with_name("_rows_weigh.h")
+    header = Path(rau.__file__).with_name("csrc") / "weigh.h"
     if not header.exists():
         pytest.skip("an installed package has no C sources")
     body = header.read_text().partition("(exp_differences)(")[2].partition("\n}\n")[0]

@@ -8,7 +8,7 @@ What goes in is a difference of two maxima, which is rounded itself. So the roun
 difference (Knuth's TwoSum) and q = exp(d), the exponential of the difference is q + q * err. Where maxima lie hundreds apart, the
 error of d alone would cost hundreds of units in the last place.
 
-The kernels in C have these numbers too (rau/_rows_weigh.h); a test compares them.
+The kernels in C have these numbers too (rau/csrc/weigh.h); a test compares them.
 """
 
 LOG2_E = float.fromhex("0x1.71547652b82fep+0")

@@ -3,8 +3,8 @@
    A tile is a rectangle of tokens x heads of one block. It is merged in two phases: `weigh` turns the
    statistics of its K states into one weight for each state and row, and writes the result's statistics;
    `rows` then streams the rows once. The arithmetic is that of backends/numpy_.py, bit for bit: IEEE
-   operations only, in one order, never fused. _rows_isa.h holds the code, compiled once for each version:
-   _rows_weigh.h the first phase, _rows_merge.h the second. */
+   operations only, in one order, never fused. one_version.h holds the code, compiled once for each version:
+   weigh.h the first phase, merge.h the second. */
 
 #ifndef RAU_ROWS_H
 #define RAU_ROWS_H
@@ -97,13 +97,13 @@ static ptrdiff_t rau_most_weights(ptrdiff_t rows) { return rows + rows / RAU_LON
 #else
 #define RAU_BYTES 0
 #endif
-#include "_rows_isa.h"
+#include "one_version.h"
 
 #ifdef RAU_VERSIONS
 #define RAU_VERSION avx2
 #define RAU_TARGET __attribute__((target("avx2,f16c")))
 #define RAU_BYTES 32
-#include "_rows_isa.h"
+#include "one_version.h"
 
 #define RAU_VERSION avx512
 #ifdef __clang__
@@ -112,7 +112,7 @@ static ptrdiff_t rau_most_weights(ptrdiff_t rows) { return rows + rows / RAU_LON
 #define RAU_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512")))
 #endif
 #define RAU_BYTES 64
-#include "_rows_isa.h"
+#include "one_version.h"
 #endif
 
 #ifdef RAU_VERSIONS

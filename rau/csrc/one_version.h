@@ -1,6 +1,6 @@
 /* The row kernels, for the version that RAU_VERSION, RAU_TARGET and RAU_BYTES name. They are written once, in vectors of
    RAU_BYTES bytes (GNU C's, which gcc and clang compile for any processor; 0: single numbers, for other compilers), with
-   intrinsics only for what vectors cannot say. No include guard: _rows.h includes this once for each version. */
+   intrinsics only for what vectors cannot say. No include guard: versions.h includes this once for each version. */
 
 #if RAU_BYTES
 typedef float RAU_NAME(floats) __attribute__((vector_size(RAU_BYTES)));
@@ -94,8 +94,8 @@ RAU_INLINE RAU_TARGET int RAU_NAME(way)(const char *to, int stream) {
 #endif
 }
 
-#include "_rows_weigh.h"
-#include "_rows_merge.h"
+#include "weigh.h"
+#include "merge.h"
 
 static const rau_version RAU_NAME(rau_version) = {
     RAU_STRING(RAU_VERSION),
