@@ -114,6 +114,25 @@ def test_large_cases(case, threads):
             assert all(placed.guards_intact() for placed in call.out)
 
 
+@pytest.fixture(scope="module", params=[2, 3])
+def far_apart(request):
+    """A million rows of float64 whose maxima lie up to 680 apart, and whose weights are alike."""
+    case = Case(id=f"million/balanced-{request.param}", layout="TND", qlen="none", tokens=125_000, heads=8, head_dim=1,
+                lanes=1, dtype="float64", statistics="balanced", states=request.param)  # fmt: skip
+    states = case.fill()
+    return states, oracle(states, layout="TND")
+
+
+def test_float64_stays_within_its_bound_where_maxima_lie_far_apart(any_backend, far_apart):
+    states, expected = far_apart
+    if "float64" not in rau.registry.capabilities(any_backend).dtypes:
+        pytest.skip(f"{any_backend} has no float64")
+    merged = own_arrays.merge(any_backend, states, layout="TND", profile="portable")
+    comparison = compare(merged, expected)
+    assert comparison.passed, str(comparison)
+    assert not same_bits(merged, rau.merge_states(states, layout="TND", backend="numpy"))
+
+
 def test_prev_and_cur_swapped_give_the_same_bits(any_backend):
     """Commutativity, for states of one dtype."""
     for case in generated(2000, 300):
