@@ -105,7 +105,7 @@ setup(
         Extension(
             "rau._core",
             ["rau/_core.pyx"],
-            depends=sorted(glob("rau/csrc/*.h")),
+            depends=sorted(glob("rau/csrc/*")),
             include_dirs=["rau/csrc"],
             optional=not REQUIRE_CORE,
         )
