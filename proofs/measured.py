@@ -18,7 +18,7 @@ from importlib.util import find_spec
 import numpy as np
 
 import rau
-from rau.backends.numpy_ import exp_nonpositive
+from rau.arithmetic import exp_nonpositive
 from rau.testing import doubledouble as dd
 from rau.testing import compare, oracle
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rau.arithmetic import cast, exp_nonpositive, library
 from rau.layouts import SUM, block_terms, row_index
 
 LSE_LAYOUTS = {"BNS": "(B, N, S)", "BSN": "(B, S, N)", "TN": "(T, N)", "NT": "(N, T)"}
@@ -70,17 +71,18 @@ def statistics(lse: Any, base: str, inf_is_empty: bool) -> tuple[Any, Any]:
     maximum, total : array, shape (*lse.shape, 8)
         Views of stride 0 along the lanes; for base "e" the maximum is one of `lse`, unless `inf_is_empty`.
     """
-    xp = _library(lse)
+    xp = library(lse)
     if inf_is_empty:
         lse = xp.where(lse == math.inf, -math.inf, lse)
     maximum, total = lse, np.ones((), lse.dtype) if xp is np else xp.ones((), dtype=lse.dtype, device=lse.device)
     if base == "2":
-        natural = _cast(lse, xp.float64) * _LN2
-        maximum = _cast(natural, lse.dtype)
+        natural = cast(lse, xp.float64) * _LN2
+        maximum = cast(natural, lse.dtype)
         finite = xp.isfinite(natural)
-        lost = xp.where(finite, natural, 0.0) - _cast(xp.where(finite, maximum, 0.0), xp.float64)
+        lost = xp.where(finite, natural, 0.0) - cast(xp.where(finite, maximum, 0.0), xp.float64)
         lost = xp.where(abs(lost) <= 64, lost, 0.0)  # beyond 2**30 a step of float32 is too much for l
-        total = _cast(_exp(xp, lost), lse.dtype)
+        # What the maximum lost by rounding has no gradient: with it the two parts of one number would cancel.
+        total = cast(exp_nonpositive(lost if xp is np else lost.detach()), lse.dtype)
     shape = (*lse.shape, 8)
     return xp.broadcast_to(maximum[..., None], shape), xp.broadcast_to(total[..., None], shape)
 
@@ -98,15 +100,15 @@ def log_sum_exp(maximum: Any, total: Any, base: str) -> Any:
     -------
     array, shape and dtype of `maximum`
     """
-    xp = _library(maximum)
+    xp = library(maximum)
     empty = (total == 0) | (maximum == -math.inf)
     # Numbers that are not used are replaced before they are computed with: their gradients would be 0 * inf.
-    m = xp.where(empty, 0.0, _cast(maximum, xp.float64))
-    l = xp.where(empty, 1.0, _cast(total, xp.float64))  # noqa: E741
+    m = xp.where(empty, 0.0, cast(maximum, xp.float64))
+    l = xp.where(empty, 1.0, cast(total, xp.float64))  # noqa: E741
     result = m + xp.log(l)
     if base == "2":
         result = result / _LN2
-    return _cast(xp.where(empty, -math.inf, result), maximum.dtype)
+    return cast(xp.where(empty, -math.inf, result), maximum.dtype)
 
 
 def reordered(stats: Any, lengths: Any, to: str) -> Any:
@@ -122,7 +124,7 @@ def reordered(stats: Any, lengths: Any, to: str) -> Any:
     -------
     array, shape and dtype of `stats`
     """
-    xp = _library(stats)
+    xp = library(stats)
     rows: Any
     tokens, heads = stats.shape[:2]
     # Where the statistics of rows in token-major order stand among packed ones.
@@ -140,28 +142,3 @@ def reordered(stats: Any, lengths: Any, to: str) -> Any:
     result = xp.empty_like(flat)
     result[rows] = flat
     return result.reshape(stats.shape)
-
-
-def _library(array: Any) -> Any:
-    """The library of an array: numpy or torch."""
-    if isinstance(array, np.ndarray):
-        return np
-    import torch
-
-    return torch
-
-
-def _cast(array: Any, dtype: Any) -> Any:
-    return array.astype(dtype, copy=False) if isinstance(array, np.ndarray) else array.to(dtype)
-
-
-def _exp(xp: Any, x: Any) -> Any:
-    """The exponential of rau, for the same bits from NumPy and torch, whose own differ."""
-    if xp is np:
-        from rau.backends import numpy_
-
-        return numpy_.exp_nonpositive(x)
-    from rau.backends import torch_
-
-    # What the maximum lost by rounding has no gradient: with it the two parts of one number would cancel.
-    return torch_.exp_nonpositive(x.detach())

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rau import update
-from rau.backends.torch_ import Geometry, merge_rows, weigh
+from rau.arithmetic import merge_rows, weigh
+from rau.backends.torch_ import Geometry
 from rau.constraints import bind
 from rau.errors import DTypeError, UnsupportedError
 

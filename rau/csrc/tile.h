@@ -2,7 +2,7 @@
 
    A tile is a rectangle of tokens x heads of one block. It is merged in two phases: `weigh` (weigh.h) turns the statistics of its
    K states into one weight for each state and row, and writes the result's statistics; `rows` (merge.h) then streams the rows
-   once. The arithmetic is that of backends/numpy_.py, bit for bit: IEEE operations only, in one order, never fused. */
+   once. The arithmetic is that of rau/arithmetic.py, bit for bit: IEEE operations only, in one order, never fused. */
 
 #ifndef RAU_TILE_H
 #define RAU_TILE_H
