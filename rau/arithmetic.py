@@ -48,7 +48,10 @@ def library(array: Any) -> Any:
 
 def cast(array: Any, dtype: Any) -> Any:
     """Convert an array to a dtype of its library; the array itself where it has it."""
-    return array.astype(dtype, copy=False) if isinstance(array, np.ndarray) else array.to(dtype)
+    if not isinstance(array, np.ndarray):
+        return array.to(dtype)
+    with np.errstate(over="ignore"):  # beyond float32 it is infinite, of which torch does not speak either
+        return array.astype(dtype, copy=False)
 
 
 def _fill(array: Any, mask: Any, value: float) -> None:

@@ -25,6 +25,7 @@ except ImportError:  # not compiled: every call takes the validator
 
 _NUMPY_NAMES: dict[np.dtype, str] = {}
 _TYPE_NAMES: dict[type, tuple[str, ...]] = {}
+SIGNIFICANT = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # bits
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -51,8 +52,11 @@ class Kind(Protocol):
     def writable(self, array: Any) -> bool:
         """Tell whether the array may be written to."""
 
+    def will_write(self, out: Any) -> None:
+        """Tell the library that a backend is about to write into a state of its arrays, behind its back."""
+
     def extent(self, array: Any) -> tuple[int, int]:
-        """Return the lowest address touched and the one after the highest; equal where only its library knows."""
+        """Return the lowest address touched and the one after the highest; equal where only its library knows, or there is none."""
 
     def memory(self, array: Any) -> Memory:
         """Return exactly where the array lies."""
@@ -104,6 +108,9 @@ class NumPyKind:
 
     def writable(self, array: np.ndarray) -> bool:
         return array.flags.writeable
+
+    def will_write(self, out: Any) -> None:
+        pass
 
     def extent(self, array: np.ndarray) -> tuple[int, int]:
         if array.flags.c_contiguous:
@@ -170,6 +177,9 @@ class ForeignKind:
     def writable(self, array: Any) -> bool:
         return True
 
+    def will_write(self, out: Any) -> None:
+        pass
+
     def extent(self, array: Any) -> tuple[int, int]:
         return 0, 0
 
@@ -204,6 +214,10 @@ class ForeignKind:
 
 
 _KINDS: dict[type, Kind] = {np.ndarray: NumPyKind()}
+_HOLDERS = {
+    "DTensor": "this rank's part of it, its .to_local()",
+    "NestedTensor": 'its .values(), in layout "TND"',
+}
 
 
 def type_names(cls: type) -> tuple[str, ...]:
@@ -239,7 +253,7 @@ def kind_of(array: Any) -> Kind | None:
     -------
     Kind or None
         None where the object is no array that any backend takes. Masked arrays are none: their mask
-        would be lost.
+        would be lost. Tensors that hold others are none: torch would split what must stay together.
     """
     kind = _KINDS.get(type(array))
     if kind is None:
@@ -281,12 +295,89 @@ def not_an_array(name: str, value: object) -> str:
     -------
     str
     """
-    text = f"{name} is {described(value)}; expected an array (NumPy, or of a kind that a backend takes)."
+    hint = in_its_place(value)
+    if isinstance(value, np.ma.MaskedArray):
+        hint = " A mask would be lost: fill it first; an empty row has softmax_sum 0."
+    return f"{name} is {described(value)}; expected an array (NumPy, or of a kind that a backend takes).{hint}"
+
+
+def in_its_place(value: object) -> str:
+    """Word what to pass in the place of what is no array of a kind that a backend takes.
+
+    Parameters
+    ----------
+    value : object
+
+    Returns
+    -------
+    str
+        To be appended to a message; empty where nobody knows.
+    """
     if isinstance(value, (list, tuple)):
-        text += " Convert it with numpy.asarray(..., dtype=...)."
-    elif isinstance(value, np.ma.MaskedArray):
-        text += " A mask would be lost: fill it first; an empty row has softmax_sum 0."
-    return text
+        return " Convert it with numpy.asarray(..., dtype=...)."
+    if isinstance(value, np.ma.MaskedArray):
+        return " A mask would be lost: fill it first."
+    if part := tensor_inside(type(value)):
+        return f" Pass {part}."
+    if type(value).__module__.partition(".")[0] == "cupy":
+        return " Convert it with cupy.asnumpy(...)."
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
+        return " Convert it with numpy.asarray(...)."  # JAX, MLX, TensorFlow
+    return ""
+
+
+def tensor_inside(cls: type) -> str:
+    """Word what is to be passed of a torch tensor that holds others; empty for any other type.
+
+    Parameters
+    ----------
+    cls : type
+
+    Returns
+    -------
+    str
+    """
+    return _HOLDERS.get(cls.__name__, "") if cls.__module__.startswith("torch.") else ""
+
+
+def swapped(dtype: str) -> str:
+    """Word what to do with a dtype whose bytes are in the other order; empty for any other."""
+    return " Convert it to native byte order: a.astype(a.dtype.newbyteorder('='))." if "byte-swapped" in dtype else ""
+
+
+def another_dtype(name: str, kind: str, dtype: str, wanted: str) -> str:
+    """Word how statistics, or a log-sum-exp, come to the dtype that they should have, and what that costs.
+
+    Parameters
+    ----------
+    name : str
+        The argument's.
+    kind : str
+        Of its array.
+    dtype, wanted : str
+
+    Returns
+    -------
+    str
+        To be appended to a message; empty where there is no such way.
+
+    Notes
+    -----
+    With p significant bits the logarithm of a state's weight is off by up to d = abs(m) * 2**-p, that of a sum by 2**-p. The
+    derivative of a weight w_i by the logarithms is w_i * (1 - w_i) and -w_i * w_j: 2 * w_i * (1 - w_i) <= 1/2 in all.
+    """
+    has, needs = SIGNIFICANT.get(dtype), SIGNIFICANT.get(wanted)
+    if has is None or needs is None:
+        return swapped(dtype)
+    how = f"{name}.astype(numpy.{wanted})" if kind == "numpy" else f"{name}.{'float' if wanted == 'float32' else 'double'}()"
+    if SIGNIFICANT["float32"] <= has < needs:
+        return f" Pass {how}, which is exact."
+    bits = min(has, needs)
+    off = f"weights are off by up to {'' if name.endswith('sum') else f'abs({name}) * '}2**-{bits + 1}"
+    if has > needs:
+        return f" Pass {how}: {off}."
+    autocast = ", with autocast off" if kind == "torch" else ""
+    return f" Compute it in {wanted}{autocast}; or pass {how}, at the price of {bits} significant bits: {off}."
 
 
 def _find(array: Any) -> Kind | None:
@@ -297,6 +388,8 @@ def _find(array: Any) -> Kind | None:
         return _KINDS[np.ndarray]
     for name, its in (("torch:Tensor", "TorchKind"), ("mindspore.common.tensor:Tensor", "MindSporeKind")):
         if name in type_names(cls):
+            if tensor_inside(cls):
+                return None
             from rau import frameworks
 
             _KINDS[cls] = kind = getattr(frameworks, its)()

@@ -45,7 +45,8 @@ def npu_ring_attention_update(
     prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum : array
         As :func:`rau.ring_attention_update` takes them.
     actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
-        Cumulative sequence lengths, from 0 to T; required in layout "TND". By keyword alone in torch_npu.
+        Cumulative sequence lengths, from 0 to T; required in layout "TND". By keyword alone in torch_npu, whose operator
+        does not read them where statistics are token-major: there they may be anything but None.
     layout : {"SBH", "TND"}, optional
         MindSpeed's name of the layout.
     input_layout : {"SBH", "TND"}, optional
@@ -61,8 +62,8 @@ def npu_ring_attention_update(
     Raises
     ------
     ConstraintError
-        If the call breaks a rule; a RuntimeError. In layout "TND" the limits are those of the operator whose spelling
-        it is: the reference page's for `layout`, those of CANN's V2 entry for `input_layout`.
+        If the call breaks a rule; a RuntimeError. In layout "TND" the limits are those of the vendor's newer pages for
+        both operators, profile "cann-v2".
 
     Examples
     --------
@@ -77,15 +78,15 @@ def npu_ring_attention_update(
         report.add("layout", f"layout = {layout!r} and input_layout = {input_layout!r} are both given; expected one of "
                    "them: the first is MindSpeed's spelling, the second torch_npu's.")  # fmt: skip
         report.raise_if_broken()
-    # MindSpeed wraps CANN's first entry, torch_npu the second, each with its own limits. They differ in TND alone,
-    # which no call can have without naming the layout in one of the two spellings.
-    mindspeed = input_layout is None and not input_softmax_layout
     named = layout if input_layout is None else input_layout
+    if input_softmax_layout == "TND" and actual_seq_qlen is not None:
+        # Not read, hence not checked: one sequence of all tokens stands for it. What has no shape is refused further on.
+        actual_seq_qlen = [0, *getattr(prev_attn_out, "shape", ())[:1]]
     return tuple(
         _update(
             prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum,
             actual_seq_qlen, "SBH" if named is None else named, softmax_layout=input_softmax_layout or "SBH",
-            profile="mindspore" if mindspeed else "cann-v2",
+            profile="cann-v2",
         )
     )  # fmt: skip
 

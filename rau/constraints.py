@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rau.arrays import Kind, kind_of, not_an_array, type_names
-from rau.layouts import LAYOUTS, contiguous_strides, packed_row_stride
+from rau.arrays import Kind, another_dtype, kind_of, not_an_array, swapped, type_names
+from rau.layouts import LAYOUTS, check_layout, check_softmax_layout, contiguous_strides, packed_row_stride
 from rau.lengths import bind_lengths
 from rau.outputs import FIELDS, Names, check_out, is_triple
 from rau.problem import Problem
 from rau.profiles import PROFILES, Profile
 from rau.rules import RULES, Report, Rule
-from rau.values import check_values
+from rau.values import check_memory, check_values
 
 __all__ = ["CHECKS", "FIELDS", "PROFILES", "RULES", "Problem", "Profile", "Rule", "bind"]
 
-SOFTMAX_LAYOUTS = ("TND", "SBH")
 CHECKS = ("metadata", "values", "document")
 
 
@@ -84,6 +83,8 @@ def bind(
     if check != "metadata":
         check_values(report, kind, regular, names, check)
         report.raise_if_broken()
+        check_memory(report, kind, states, regular, names)
+        report.raise_if_broken()
 
     strides = None
     if not plain or (into is not None and not all([kind.contiguous(array) for array in into])):
@@ -107,10 +108,8 @@ def check_options(
     report: Report, layout: str, softmax_layout: str, profile: str, check: str
 ) -> tuple[str, Profile]:
     """Check the names; return the layout, empty where there is no such, and the limits."""
-    note = "" if isinstance(layout, str) else " It names the axes of attn_out."
-    known = report.choice("layout", "layout", layout, LAYOUTS, note)
-    report.choice("softmax-layout", "softmax_layout", softmax_layout, SOFTMAX_LAYOUTS,
-                  ' "TND" is token-major; "SBH" is packed per sequence, as the vendor\'s kernels emit.')  # fmt: skip
+    known = check_layout(report, layout)
+    check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
     report.choice("check", "check", check, CHECKS)
     if not report.choice("profile", "profile", profile, PROFILES):
         return (layout if known else ""), PROFILES["portable"]
@@ -151,18 +150,18 @@ def _check_dtypes(
     """Check the dtypes; return those of the first output, of the later ones, and of the statistics."""
     dtype = kind.dtype(states[0][0])
     if dtype not in limits.dtypes:
-        hint = ' float64 is taken by profile="portable".' if dtype == "float64" else _swapped(dtype)
+        hint = ' float64 is taken by profile="portable".' if dtype == "float64" else swapped(dtype)
         report.add("dtype-attn", f"{names(0, 0)} has dtype {dtype}; expected one of {', '.join(limits.dtypes)}.{hint}")
     cur_dtype = kind.dtype(states[1][0]) if len(states) > 1 else dtype
     for k in range(1, len(states)):
         its = kind.dtype(states[k][0])
         if its != cur_dtype:
             report.add("dtype-match", f"{names(k, 0)} has dtype {its} and {names(1, 0)} {cur_dtype}; "
-                       f"expected the later states alike.{_swapped(its)}")  # fmt: skip
+                       f"expected the later states alike.{swapped(its)}")  # fmt: skip
         elif its != dtype:
             mixed = dtype == "float32" and its in ("float16", "bfloat16")
             if not mixed or limits.vendor:
-                hint = ' A 16-bit state is merged into a float32 one by profile="portable".' if mixed else _swapped(its)
+                hint = ' A 16-bit state is merged into a float32 one by profile="portable".' if mixed else swapped(its)
                 report.add("dtype-match", f"{names(k, 0)} has dtype {its} and {names(0, 0)} {dtype}; "
                            f"expected the same dtype.{hint}")  # fmt: skip
     wide = dtype == "float64" and "float64" in limits.dtypes
@@ -173,14 +172,8 @@ def _check_dtypes(
             if its != stats_dtype:
                 since = f", since {names(0, 0)} is float64" if wide else ""
                 report.add("dtype-stats", f"{names(k, field)} has dtype {its}; "
-                           f"expected {stats_dtype}{since}.{_swapped(its)}")  # fmt: skip
+                           f"expected {stats_dtype}{since}.{another_dtype(FIELDS[field], kind.name, its, stats_dtype)}")  # fmt: skip
     return dtype, cur_dtype, stats_dtype
-
-
-def _swapped(dtype: str) -> str:
-    if "byte-swapped" not in dtype:
-        return ""
-    return " Convert it to native byte order: a.astype(a.dtype.newbyteorder('='))."
 
 
 def _check_shapes(

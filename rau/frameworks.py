@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rau.arrays import NumPyKind
+from rau.errors import UnsupportedError
 from rau.memory import Memory
 
 try:
@@ -23,6 +24,39 @@ except ImportError:  # not compiled: every call takes the validator
 _HOST = NumPyKind()
 _DTYPES: dict[Any, str] = {}
 _DEVICES: dict[Any, str] = {}
+_FLOAT64: dict[Any, bool] = {}
+
+
+def has_float64(device: Any) -> bool:
+    """Tell whether torch computes in float64 on a device: Apple's mps does not, nor do some of Intel's GPUs.
+
+    Parameters
+    ----------
+    device : torch.device or str
+
+    Returns
+    -------
+    bool
+        True as well where nobody can tell: while torch traces, and for a device that is not here.
+    """
+    torch = sys.modules["torch"]
+    if torch.compiler.is_compiling():
+        return True
+    device = torch.device(device)
+    answer = _FLOAT64.get(device)
+    if answer is None:
+        answer = _computes(torch, torch.float64, device) or not _computes(torch, torch.float32, device)
+        if device.type != "cpu":  # where it takes no time, and a test may imitate another device
+            _FLOAT64[device] = answer
+    return answer
+
+
+def _computes(torch: Any, dtype: Any, device: Any) -> bool:
+    try:
+        torch.ones((), dtype=dtype, device=device).add_(1)  # memory alone is had for a dtype that no kernel takes
+    except Exception:
+        return False
+    return True
 
 
 class TorchKind:
@@ -55,7 +89,21 @@ class TorchKind:
     def writable(self, array: Any) -> bool:
         return not array.is_neg()  # a lazily negated view: its memory holds the numbers with the other sign
 
+    def will_write(self, out: Any) -> None:
+        torch = sys.modules["torch"]
+        if (out[0].requires_grad or out[1].requires_grad or out[2].requires_grad) and torch.is_grad_enabled():
+            field = next(name for name, array in zip(out._fields, out, strict=True) if array.requires_grad)
+            raise UnsupportedError(
+                f"{field} of the arrays to write into requires grad, and grad mode is on; a graph that goes on from it would "
+                "have the gradient of what it held before. Leave out=None, or give tensors that require no grad: a leaf's "
+                ".detach() is the same memory."
+            )
+        # A graph that has kept one, or a view of one, is to notice. Inference tensors have no version, and are passed over.
+        torch.autograd.graph.increment_version(out)
+
     def extent(self, array: Any) -> tuple[int, int]:
+        if getattr(array, "is_meta", False):  # which MindSpore's have not
+            return 0, 0
         if array.is_contiguous():
             low = array.data_ptr()
             return low, low + array.nbytes
@@ -117,6 +165,9 @@ class MindSporeKind(TorchKind):
 
     def writable(self, array: Any) -> bool:
         return True
+
+    def will_write(self, out: Any) -> None:
+        pass
 
     def regular_copy(self, array: Any) -> Any:
         return array.contiguous()

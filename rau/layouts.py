@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rau.rules import Report
+
 TOKENS, HEADS = 0, 1
 ATTN, MAX, SUM = 0, 3, 6
 PER_OPERAND = 9
@@ -72,6 +74,54 @@ LAYOUTS: dict[str, Layout] = {
     "BSND": Layout("(B, S, N, D)", "(B, N, S, {lanes})", 0, 1, 2, 0, 2, 1),
     "BNSD": Layout("(B, N, S, D)", "(B, N, S, {lanes})", 0, 2, 1, 0, 2, 1),
 }
+
+# What other libraries call them: the layout of ours with these axes in this order, and what has to be done before.
+_NO_SUCH = ' rau has no layout (N, T, D): pass attn_out.swapaxes(0, 1) as "TND", with statistics (T, N, 8).'
+OTHER_LAYOUTS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("BSHD", "BTHD", "BLHD", "BTND", "BTNH", "BMHK"), ("BSND", "")),
+    **dict.fromkeys(("BHSD", "BHTD", "BHLD", "BNTD", "BNTH"), ("BNSD", "")),
+    **dict.fromkeys(("THD", "NHD"), ("TND", "")),
+    **dict.fromkeys(("SBHD", "SBND"), ("SBH", " Its heads are merged, H = N * D: pass attn_out.reshape(S, B, N * D).")),
+    **dict.fromkeys(("BSH", "BTH"), ("BSND", " Pass attn_out.reshape(B, S, N, D).")),
+    "TH": ("TND", " Pass attn_out.reshape(T, N, D)."),
+    **dict.fromkeys(("HND", "NTD", "HTD"), ("", _NO_SUCH)),
+}
+OTHER_LSE_LAYOUTS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("BHS", "BHT", "BHL", "BNT"), ("BNS", "")),
+    **dict.fromkeys(("BSH", "BTH", "BLH", "BTN"), ("BSN", "")),
+    **dict.fromkeys(("TH", "NH"), ("TN", "")),
+    **dict.fromkeys(("HT", "HN"), ("NT", "")),
+}
+
+
+def check_layout(report: Report, layout: object) -> bool:
+    """Check the name of a layout of attention outputs.
+
+    Parameters
+    ----------
+    report : Report
+    layout : object
+
+    Returns
+    -------
+    bool
+        Whether it is one.
+    """
+    note = " The letters are the axes of attn_out: B batch, S or T tokens, N heads, D head dimension, H = N * D."
+    return report.choice("layout", "layout", layout, LAYOUTS, note, OTHER_LAYOUTS)
+
+
+def check_softmax_layout(report: Report, rule: str, argument: str, order: object) -> None:
+    """Check the name of an order of the statistics in layout TND.
+
+    Parameters
+    ----------
+    report : Report
+    rule, argument : str
+    order : object
+    """
+    note = ' "TND" is token-major; "SBH" is packed per sequence, as the vendor\'s kernels emit.'
+    report.choice(rule, argument, order, ("TND", "SBH"), note, {})
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import described, kind_of
+from rau.arrays import described, in_its_place, kind_of
 from rau.rules import Report
 
 NAME = "actual_seq_qlen"
@@ -55,7 +55,8 @@ def bind_lengths(
     else:
         kind = kind_of(value)
         if kind is None:
-            report.add("qlen-dtype", f"{NAME} is {described(value)}; expected an int64 array or a list of ints.")
+            report.add("qlen-dtype", f"{NAME} is {described(value)}; expected an int64 array or a list of ints."
+                       f"{in_its_place(value)}")  # fmt: skip
             return nothing
         dtype, shape = kind.dtype(value), tuple(value.shape)
         if dtype != "int64" and (vendor or dtype != "int32"):
@@ -77,7 +78,9 @@ def bind_lengths(
 def _from_list(report: Report, value: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
     wrong = [item for item in value if isinstance(item, bool) or not isinstance(item, (int, np.integer))]
     if wrong:
-        report.add("qlen-dtype", f"{NAME} holds {wrong[0]!r}, {described(wrong[0])}; expected ints.")
+        tensors = getattr(wrong[0], "shape", None) == () and not isinstance(wrong[0], np.generic)
+        hint = " Pass the whole tensor's .tolist(), not a list of its elements." if tensors else ""
+        report.add("qlen-dtype", f"{NAME} holds {wrong[0]!r}, {described(wrong[0])}; expected ints.{hint}")
         return None
     if not value:
         report.add("qlen-rank", f"{NAME} is empty; expected one more entry than there are sequences, so at least [0].")
@@ -106,7 +109,11 @@ def _check_cumulative(
     else:
         found = f"it ends at {last}"
     hint = ""
-    if (lengths >= 0).all() and int(lengths.sum(dtype=object)) == tokens:
+    if first == 0 and not falling:  # cumulative, even where it also adds up to T
+        if tokens is not None and last < tokens:
+            whole = [*lengths.tolist(), tokens] if len(lengths) <= 8 else f"numpy.append({NAME}, {tokens})"
+            hint = f" The buffer is longer than the last length: padding? As a sequence of its own: {whole}."
+    elif (lengths >= 0).all() and int(lengths.sum(dtype=object)) == tokens:
         hint = " It looks like the lengths themselves: pass numpy.concatenate([[0], numpy.cumsum(lengths)])"
         if len(lengths) <= 8:
             hint += f", here {np.concatenate([[0], np.cumsum(lengths)]).tolist()}"

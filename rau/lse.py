@@ -55,13 +55,15 @@ def arranged(lse: Any, lse_layout: str) -> Any:
     return lse.swapaxes(-1, -2) if lse_layout in _SWAPPED else lse
 
 
-def statistics(lse: Any, base: str, inf_is_empty: bool) -> tuple[Any, Any]:
+def statistics(lse: Any, dtype: str, base: str, inf_is_empty: bool) -> tuple[Any, Any]:
     """Turn a log-sum-exp into a maximum and a sum of 8 lanes each.
 
     Parameters
     ----------
     lse : array, float32 or float64
         With the axes of the statistics.
+    dtype : {"float32", "float64"}
+        Of the statistics; no wider than `lse`.
     base : {"e", "2"}
     inf_is_empty : bool
         +inf stands for -inf.
@@ -69,20 +71,23 @@ def statistics(lse: Any, base: str, inf_is_empty: bool) -> tuple[Any, Any]:
     Returns
     -------
     maximum, total : array, shape (*lse.shape, 8)
-        Views of stride 0 along the lanes; for base "e" the maximum is one of `lse`, unless `inf_is_empty`.
+        Views of stride 0 along the lanes; for base "e" and the dtype of `lse` the maximum is one of it, unless `inf_is_empty`.
     """
     xp = library(lse)
+    own = getattr(xp, dtype)
     if inf_is_empty:
         lse = xp.where(lse == math.inf, -math.inf, lse)
-    maximum, total = lse, np.ones((), lse.dtype) if xp is np else xp.ones((), dtype=lse.dtype, device=lse.device)
-    if base == "2":
-        natural = cast(lse, xp.float64) * _LN2
-        maximum = cast(natural, lse.dtype)
+    maximum, total = lse, np.ones((), own) if xp is np else xp.ones((), dtype=own, device=lse.device)
+    if base == "2" or lse.dtype != own:  # what the rounding of the maximum loses, the sum keeps
+        natural = cast(lse, xp.float64)
+        if base == "2":
+            natural = natural * _LN2
+        maximum = cast(natural, own)
         finite = xp.isfinite(natural)
         lost = xp.where(finite, natural, 0.0) - cast(xp.where(finite, maximum, 0.0), xp.float64)
         lost = xp.where(abs(lost) <= 64, lost, 0.0)  # beyond 2**30 a step of float32 is too much for l
         # What the maximum lost by rounding has no gradient: with it the two parts of one number would cancel.
-        total = cast(exp_nonpositive(lost if xp is np else lost.detach()), lse.dtype)
+        total = cast(exp_nonpositive(lost if xp is np else lost.detach()), own)
     shape = (*lse.shape, 8)
     return xp.broadcast_to(maximum[..., None], shape), xp.broadcast_to(total[..., None], shape)
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.arrays import kind_of, not_an_array
-from rau.layouts import LAYOUTS
+from rau.arrays import another_dtype, kind_of, not_an_array, swapped, tensor_inside
+from rau.layouts import LAYOUTS, OTHER_LSE_LAYOUTS, check_layout
 from rau.lengths import NAME
 from rau.lse import LSE_LAYOUTS, lse_layouts
 from rau.rules import Report
@@ -29,7 +29,7 @@ def check_base(report: Report, base: object) -> None:
     report.choice("base", "base", base, ("e", "2"), note)
 
 
-def check_layouts(report: Report, layout: object, lse_layout: object) -> bool:
+def check_layouts(report: Report, layout: object, lse_layout: object) -> str:
     """Check the names of a layout of attention and of one of its log-sum-exp.
 
     Parameters
@@ -37,17 +37,26 @@ def check_layouts(report: Report, layout: object, lse_layout: object) -> bool:
     report : Report
     layout : object
     lse_layout : object
-        None stands for the first of :func:`lse_layouts`.
+        None stands for "BNS", save in layout "TND", which has no default: both orders are common there, no shape tells
+        them apart where T = N, and taken for one another they give wrong numbers without a word.
 
     Returns
     -------
-    bool
-        Whether both exist and go together.
+    str
+        The layout of the log-sum-exp; empty where a name does not exist, or the two do not go together.
     """
-    known = report.choice("layout", "layout", layout, LAYOUTS)
+    known = check_layout(report, layout)
     names = lse_layouts(str(layout)) if known else tuple(LSE_LAYOUTS)
+    if lse_layout is None:
+        if known and layout != "TND":
+            return names[0]
+        if known:
+            report.add("lse-layout", 'lse_layout is None; layout "TND" expects the axes of lse by name: "TN" for (T, N) '
+                       '(FlashInfer), "NT" for (N, T) (vLLM, FlashAttention\'s varlen calls).')  # fmt: skip
+        return ""
     note = f' With layout "{layout}" lse is {" or ".join(map(LSE_LAYOUTS.__getitem__, names))}.' if known else ""
-    return (lse_layout is None or report.choice("lse-layout", "lse_layout", lse_layout, names, note)) and known
+    named = report.choice("lse-layout", "lse_layout", lse_layout, names, note, OTHER_LSE_LAYOUTS)
+    return str(lse_layout) if named and known else ""
 
 
 class Described(NamedTuple):
@@ -83,7 +92,7 @@ def check_array(report: Report, name: str, array: Any, rule: str, dtypes: tuple[
         None where it is not.
     """
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
+    if torch is not None and isinstance(array, torch.Tensor) and not tensor_inside(type(array)):
         # Not through its kind: a compiler that traces this would guard the kinds' tables, which grow meanwhile.
         its = Described("torch", str(array.dtype).removeprefix("torch."), str(array.device))
     else:
@@ -98,7 +107,8 @@ def check_array(report: Report, name: str, array: Any, rule: str, dtypes: tuple[
         its = Described("numpy", kind.dtype(array), kind.device(array))
     if dtypes and its.dtype not in dtypes:
         expected = f"one of {', '.join(dtypes)}" if len(dtypes) > 1 else dtypes[0]
-        report.add(rule, f"{name} has dtype {its.dtype}; expected {expected}.")
+        hint = another_dtype(name, its.kind, its.dtype, dtypes[0]) if rule == "dtype-stats" else swapped(its.dtype)
+        report.add(rule, f"{name} has dtype {its.dtype}; expected {expected}.{hint}")
         return None
     return its
 
@@ -120,6 +130,24 @@ def check_alike(report: Report, name: str, its: Described, other_name: str, othe
                    "for both. Move one of them first.")  # fmt: skip
 
 
+def check_float64(report: Report, name: str, array: Any, its: Described) -> None:
+    """Refuse a tensor on a device without float64, in which log-sum-exps are computed.
+
+    Parameters
+    ----------
+    report : Report
+    name : str
+    array : array
+    its : Described
+    """
+    if its.kind == "torch":
+        from rau.frameworks import has_float64
+
+        if not has_float64(array.device):
+            report.add("array-device", f"{name} is on {its.device}, which has no float64, in which log-sum-exps are computed; "
+                       f"expected a device that has it. Pass {name}.cpu().")  # fmt: skip
+
+
 def check_lengths_here(report: Report, lengths: Any, name: str, stats: Any) -> None:
     """Refuse lengths on a device for statistics that are on the host.
 
@@ -136,52 +164,68 @@ def check_lengths_here(report: Report, lengths: Any, name: str, stats: Any) -> N
                    f"Pass {NAME}.cpu().")  # fmt: skip
 
 
-def check_shapes(report: Report, attn_out: Any, lse: Any, layout: str, lse_layout: str | None) -> str:
-    """Check that an output and a log-sum-exp fit together, and that it is known which axis is which.
+def check_heads(report: Report, heads: int | None) -> int | None:
+    """Check a number of query heads.
+
+    Parameters
+    ----------
+    report : Report
+    heads : int or None
+        As the caller gave it; None where there is nothing to check.
+
+    Returns
+    -------
+    int or None
+        None as well where it is no such number.
+    """
+    if heads is None or (isinstance(heads, (int, np.integer)) and not isinstance(heads, bool) and heads >= 0):
+        return heads
+    report.add("heads", f"heads = {heads!r}; expected the number N of query heads, an int.")
+    return None
+
+
+def check_shapes(report: Report, attn_out: Any, lse: Any, layout: str, lse_layout: str, heads: int | None) -> None:
+    """Check that an output and a log-sum-exp fit together.
 
     Parameters
     ----------
     report : Report
     attn_out, lse : array
-    layout : str
-    lse_layout : str or None
-        A valid name.
-
-    Returns
-    -------
-    str
-        The name of the layout of `lse`.
+    layout, lse_layout : str
+        Valid names.
+    heads : int or None
+        What :func:`check_heads` returns.
     """
-    axes, names = LAYOUTS[layout], lse_layouts(layout)
-    name = lse_layout or names[0]
+    axes = LAYOUTS[layout]
     shape, given = tuple(attn_out.shape), tuple(lse.shape)
-    form = LSE_LAYOUTS[name]
     if len(shape) != axes.attn.count(",") + 1:
         report.add("rank", f'attn_out has shape {shape}; layout "{layout}" expects {axes.attn}.')
-    elif len(given) != len(name):
-        known = f'lse_layout "{name}"' if lse_layout else f'layout "{layout}"'
-        hint = " Drop its last axis: lse[..., 0]." if given == (*given[: len(name)], 1) else ""
-        report.add("rank", f"lse has shape {given}; {known} expects {form}.{hint}")
+    elif len(given) != len(lse_layout):
+        hint = " Drop its last axis: lse[..., 0]." if given == (*given[: len(lse_layout)], 1) else ""
+        if layout == "TND" and len(given) == 3 and not hint:
+            hint = (" Padded, (sequences, N, longest)? Join what is real of it: concatenate([lse[i, :, :length] for i, length in "
+                    'enumerate(lengths)], 1), which is lse_layout "NT".')  # fmt: skip
+        report.add("rank", f'lse has shape {given}; lse_layout "{lse_layout}" expects {LSE_LAYOUTS[lse_layout]}.{hint}')
     else:
-        expected = {each: _expected(shape, given, layout, each) for each in names}
-        other = names[name == names[0]]
-        if given != expected[name]:
-            _say_shapes(report, shape, given, layout, name, expected)
-        elif layout == "TND" and lse_layout is None and given == expected[other] and given[0] > 1:
-            # Both orders are common, and taken for one another they give wrong numbers without a word.
-            report.add("lse-layout", f"lse has shape {given}: with T = N = {given[0]} it does not tell (T, N) from "
-                       '(N, T). Pass lse_layout="TN" (FlashInfer) or "NT" (vLLM, FlashAttention\'s varlen calls).')  # fmt: skip
-    return name
+        if heads is not None and axes.attn_head is not None and shape[axes.attn_head] != heads:
+            report.add("heads", f'attn_out has N = {shape[axes.attn_head]} heads (shape {shape}, in layout "{layout}"); expected '
+                       f"heads = {heads}.")  # fmt: skip
+            return
+        expected = {each: _expected(shape, given, layout, each, heads) for each in lse_layouts(layout)}
+        if given != expected[lse_layout]:
+            _say_shapes(report, shape, given, layout, lse_layout, heads, expected)
 
 
-def _expected(shape: tuple[int, ...], given: tuple[int, ...], layout: str, name: str) -> tuple[int, ...] | None:
-    """Shape of a log-sum-exp in a layout; None where H is no multiple of the heads that `given` would have."""
+def _expected(
+    shape: tuple[int, ...], given: tuple[int, ...], layout: str, name: str, heads: int | None
+) -> tuple[int, ...] | None:
+    """Shape of a log-sum-exp in a layout; None where H is no multiple of the heads, `given`'s if nobody says how many."""
     axes = LAYOUTS[layout]
     tokens = shape[axes.attn_token]
     if axes.attn_head is not None:
         heads = shape[axes.attn_head]
     else:
-        heads = given[name.index("N")]
+        heads = given[name.index("N")] if heads is None else heads
         if shape[-1] % heads if heads else shape[-1]:
             return None
     rows = (tokens, heads) if name in ("BSN", "TN") else (heads, tokens)
@@ -194,6 +238,7 @@ def _say_shapes(
     given: tuple[int, ...],
     layout: str,
     name: str,
+    heads: int | None,
     expected: dict[str, tuple[int, ...] | None],
 ) -> None:
     """Note a log-sum-exp that does not fit, and what it seems to be."""
@@ -201,13 +246,18 @@ def _say_shapes(
     for other in expected:
         if other != name and given == expected[other]:
             hint = f' It looks like {LSE_LAYOUTS[other]}: pass lse_layout="{other}".'
-    wanted = expected[name]
+    wanted, its = expected[name], given[name.index("N")]
     if wanted is None:
-        heads = given[name.index("N")]
-        report.add("heads-divide-hidden", f"attn_out has H = {shape[-1]} and lse N = {heads} heads (shape {given}, read "
-                   f"as {LSE_LAYOUTS[name]}); expected H = N * D.{hint}")  # fmt: skip
+        source = f"heads = {heads}"
+        if heads is None:
+            source = f"lse N = {its} heads (shape {given}, read as {LSE_LAYOUTS[name]})"
+        report.add("heads-divide-hidden", f"attn_out has H = {shape[-1]} and {source}; expected H = N * D.{hint}")
         return
+    number = wanted[name.index("N")]
+    if not hint and 0 < its < number and not number % its:
+        hint = f" Its {its} heads seem to be the key heads of grouped-query attention: pass one number for each query head."
     if not hint and name == "BNS" and given[:-1] == wanted[:-1] and given[-1] > wanted[-1]:
         hint = f" Some kernels pad it: pass lse[..., :{wanted[-1]}]."
-    report.add("shape-stats", f'lse has shape {given}; for attn_out of shape {shape} layout "{layout}" expects '
+    known = "" if heads is None else f" and heads = {heads}"
+    report.add("shape-stats", f'lse has shape {given}; for attn_out of shape {shape}{known} layout "{layout}" expects '
                f"{LSE_LAYOUTS[name]} = {wanted}.{hint}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""``out``: the arrays to write into, and what they may share memory with."""
+"""``out``: the arrays to write into, what they may share memory with, and who is told of the write."""
 
 from __future__ import annotations
 
@@ -6,13 +6,55 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rau.arrays import Kind, described, kind_of, not_an_array
+from rau.errors import UnsupportedError
 from rau.layouts import packed_row_stride
+from rau.problem import Problem
 from rau.rules import Report
 from rau.state import AttentionState
 
 FIELDS = AttentionState._fields
 
 Names = Callable[[int, int], str]  # (state, field) -> the name that the caller knows it by
+
+
+def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> AttentionState:
+    """Have a backend merge states: the one way to a backend, so that none of them has to think of autograd.
+
+    Parameters
+    ----------
+    call : str
+        "merge_states" takes its `merge`, any other its `update`.
+    backend : Backend
+    problem : Problem
+    states : sequence of triples of arrays
+    out : triple of arrays, or None
+
+    Returns
+    -------
+    AttentionState
+
+    Raises
+    ------
+    UnsupportedError
+        If the arrays' library forbids the write; if the backend has no `merge`.
+
+    Notes
+    -----
+    The library is told of a write before it, and so where a backend fails half way, too.
+    """
+    states = [state if type(state) is AttentionState else AttentionState(*state) for state in states]
+    if out is not None:
+        if type(out) is not AttentionState:
+            out = AttentionState(*out)
+        if problem.kind != "numpy":  # which keeps no account of writes
+            kind = kind_of(out[0])
+            assert kind is not None  # the validator has seen to that
+            kind.will_write(out)
+    if call != "merge_states":
+        return backend.update(problem, *states, out)
+    if not hasattr(backend, "merge"):
+        raise UnsupportedError(f'backend "{backend.name}" has no merge; derive it from rau.backends.Backend.')
+    return backend.merge(problem, states, out)
 
 
 def is_triple(report: Report, out: Any) -> bool:

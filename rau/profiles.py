@@ -1,4 +1,9 @@
-"""The profiles: which limits hold, the reference page's, those of CANN's V2 entry, or none but shapes and dtypes."""
+"""The profiles: which limits hold.
+
+"mindspore": those of the reference page of ``mindspore.ops.ring_attention_update``. "cann-v2": those of CANN's second
+entry, and by the vendor's pages of 2026-07 of its first one too, so torch_npu's and MindSpeed's. "portable": none but
+shapes and dtypes.
+"""
 
 from __future__ import annotations
 

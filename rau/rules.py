@@ -6,7 +6,7 @@ entry of the vendor's operator library; *rau* a rule of this package, with its r
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from rau.errors import ConstraintError, DTypeError, LayoutError, OptionError, ShapeError
@@ -26,7 +26,8 @@ RULES: dict[str, Rule] = {
     "softmax-layout": Rule(LayoutError, "TND statistics come in two orders", "CANN V2"),
     "profile": Rule(OptionError, "a profile names a set of limits", "rau"),
     "base": Rule(OptionError, "logarithms to base 2 and e are mixed up silently", "rau"),
-    "lse-layout": Rule(OptionError, "(T, N) and (N, T) both exist in TND", "rau"),
+    "lse-layout": Rule(OptionError, "(T, N) and (N, T) both exist in TND, and no shape tells them apart where T = N", "rau"),
+    "heads": Rule(ShapeError, "key heads of grouped queries look like fewer query heads", "rau"),
     "to": Rule(OptionError, "statistics are reordered to one of two orders", "rau"),
     "mode": Rule(OptionError, "the configuration is printed or returned", "rau"),
     "threads": Rule(OptionError, "at least one thread runs a call", "rau"),
@@ -65,6 +66,7 @@ RULES: dict[str, Rule] = {
     "value-lanes": Rule(ConstraintError, "the 8 lanes hold one number", "page"),
     "value-sum": Rule(ConstraintError, "a sum of exponentials is not negative and not NaN", "rau"),
     "value-max": Rule(ConstraintError, "a score's maximum is a number, or -inf for an empty row", "rau"),
+    "value-memory": Rule(ConstraintError, "a state that the next one has overwritten is lost", "rau"),
     "document-max-positive": Rule(ConstraintError, "the reference page says that max is positive", "page"),
 }
 
@@ -88,8 +90,16 @@ class Report:
         """
         self.broken.append((rule, message))
 
-    def choice(self, rule: str, argument: str, value: object, known: Collection[str], note: str = "") -> bool:
-        """Note an option whose value does not exist, with the closest one that does.
+    def choice(
+        self,
+        rule: str,
+        argument: str,
+        value: object,
+        known: Collection[str],
+        note: str = "",
+        others: Mapping[str, tuple[str, str]] | None = None,
+    ) -> bool:
+        """Note an option whose value does not exist, with the one that seems to be meant.
 
         Parameters
         ----------
@@ -101,6 +111,8 @@ class Report:
         known : collection of str
         note : str, optional
             Appended: what the values mean.
+        others : mapping, optional
+            For values that are no words, as :func:`meant` takes it. Without it the closest spelling is named.
 
         Returns
         -------
@@ -109,27 +121,24 @@ class Report:
         """
         if isinstance(value, str) and value in known:  # asked in this order, anything can be tested
             return True
-        import difflib
         import reprlib  # an array in the wrong place may be long
 
         expected = ", ".join(f'"{name}"' for name in known)
         text = f"{argument} = {reprlib.repr(value)}; expected one of {expected}."
         if isinstance(value, str):
-            lowered = {name.lower(): name for name in known}
-            close = difflib.get_close_matches(value.lower(), lowered, n=1)
-            if close:
-                text += f' Did you mean "{lowered[close[0]]}"?'
+            text += _closest(value, known) if others is None else meant(value, known, others)
         self.add(rule, text + note)
         return False
 
     def error(self) -> ConstraintError:
-        """Word everything noted as one error, of the class of the first broken rule."""
-        lines = [f"[{rule}] {message}" for rule, message in self.broken]
+        """Word everything noted as one error, of the class of the first broken rule; what several states share, once."""
+        broken = list(_folded(self.broken))
+        lines = [f"[{rule}] {message}" for rule, message in broken]
         if len(lines) == 1:
             text = f"{self.call}: {lines[0]}"
         else:
             text = "\n  ".join([f"{self.call}: {len(lines)} rules are broken:", *lines])
-        return RULES[self.broken[0][0]].error(text, (rule for rule, _ in self.broken))
+        return RULES[broken[0][0]].error(text, (rule for rule, _ in broken))
 
     def raise_if_broken(self) -> None:
         """Raise what was noted.
@@ -141,3 +150,52 @@ class Report:
         """
         if self.broken:
             raise self.error()
+
+
+def _folded(broken: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Say once what is said alike of several states: "states[0..63].softmax_max has dtype ..."."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for rule, message in broken:
+        before, _, rest = message.partition("states[")
+        index, _, after = rest.partition("]")
+        if index.isdecimal():
+            alike.setdefault((rule, before, after), []).append(int(index))
+        else:
+            alike.setdefault((rule, message), [])
+    for (rule, *parts), indices in alike.items():
+        runs: list[list[int]] = []  # each its first and its last
+        for k in indices:
+            if runs and k == runs[-1][-1] + 1:
+                runs[-1][1:] = [k]
+            else:
+                runs.append([k])
+        yield rule, f"states[{', '.join('..'.join(map(str, run)) for run in runs)}]".join(parts)
+
+
+def meant(name: str, known: Collection[str], others: Mapping[str, tuple[str, str]]) -> str:
+    """Word which of some names another library's is: by what it means, since names alike in spelling may mean other axes.
+
+    Parameters
+    ----------
+    name : str
+    known : collection of str
+        In capitals.
+    others : mapping of str to (str, str)
+        Other libraries' names, in capitals: the one of `known`, or "" where there is none, and what else has to be done.
+
+    Returns
+    -------
+    str
+        To be appended to a message; empty where nothing is known of the name.
+    """
+    name = name.upper()
+    ours, how = (name, "") if name in known else others.get(name, ("", ""))
+    return f' Did you mean "{ours}"?{how}' if ours in known else how
+
+
+def _closest(name: str, known: Collection[str]) -> str:
+    import difflib
+
+    lowered = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f' Did you mean "{lowered[close[0]]}"?' if close else ""

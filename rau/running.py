@@ -11,6 +11,7 @@ from rau import registry
 from rau.arrays import ForeignKind, NumPyKind, kind_of
 from rau.constraints import FIELDS, bind
 from rau.errors import UnsupportedError
+from rau.outputs import hand_over
 from rau.parts import halves
 from rau.problem import Problem
 from rau.rules import Report
@@ -139,7 +140,7 @@ class Running:
             self._merge_adapted(chosen, problem, whole, places, cur, on_host)
             return
         prev = places if problem.half is None else whole
-        result = chosen.update(problem, prev, cur, prev)
+        result = hand_over(UPDATE, chosen, problem, (prev, cur), prev)
         if self.own_kind:
             self.state = AttentionState(*result)
 
@@ -177,7 +178,7 @@ class Running:
             prev = prev if half is None else whole
             calls.append((places, bound, prev, AttentionState(*states[1]), None if out is None else prev))
         for places, bound, prev, cur, out in calls:
-            result = chosen.update(bound, prev, cur, out)
+            result = hand_over(UPDATE, chosen, bound, (prev, cur), out)
             if self.own_kind and not on_host:
                 self.state = AttentionState(*result)
             elif on_host or out is None:

@@ -7,10 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.layouts import LAYOUTS
+from rau.layouts import LAYOUTS, check_softmax_layout
 from rau.lengths import bind_lengths
-from rau.lse import arranged, log_sum_exp, lse_layouts, reordered, statistics
-from rau.lse_checks import check_alike, check_array, check_base, check_layouts, check_lengths_here, check_shapes
+from rau.lse import arranged, log_sum_exp, reordered, statistics
+from rau.lse_checks import (
+    check_alike,
+    check_array,
+    check_base,
+    check_float64,
+    check_heads,
+    check_layouts,
+    check_lengths_here,
+    check_shapes,
+)
 from rau.rules import Report
 
 
@@ -55,6 +64,7 @@ class AttentionState(NamedTuple):
         layout: str = "SBH",
         lse_layout: str | None = None,
         inf_is_empty: bool = False,
+        heads: int | None = None,
     ) -> AttentionState:
         """Make a state of what most attention kernels return: an output and its log-sum-exp.
 
@@ -62,26 +72,30 @@ class AttentionState(NamedTuple):
         ----------
         attn_out : ndarray or torch.Tensor, float16, bfloat16, float32 or float64
             In `layout`; it is taken as it is, not copied.
-        lse : ndarray or torch.Tensor, float32 (float64 with a float64 output)
-            Log-sum-exp of each row, as `lse_layout` says; on the device of `attn_out`.
+        lse : ndarray or torch.Tensor, float32 or float64 (float64 with a float64 output)
+            Log-sum-exp of each row, as `lse_layout` says; on the device of `attn_out`. 16 bits are refused: weights would be
+            off by up to abs(lse) * 2**-9 (bfloat16) or 2**-12 (float16). Cast it, if that is all there is.
         base : {"e", "2"}
             Base of the logarithm, without default: FlashAttention, PyTorch and vLLM hand out natural
             logarithms, FlashInfer logarithms to base 2, and mixing them up gives wrong numbers silently.
         layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
             Layout of `attn_out`.
-        lse_layout : {"BNS", "BSN", "TN", "NT"}, optional
-            Axes of `lse`. In layout "TND": "TN" for (T, N), the default (FlashInfer), or "NT" for (N, T) (vLLM,
-            FlashAttention's varlen calls). In the others: "BNS" for (B, N, S), the default (FlashAttention, torch's
-            SDPA and flex attention), or "BSN" for (B, S, N).
+        lse_layout : {"BNS", "BSN", "TN", "NT"}, optional except in layout "TND"
+            Axes of `lse`. In layout "TND" without default: "TN" for (T, N) (FlashInfer), or "NT" for (N, T) (vLLM,
+            FlashAttention's varlen calls). In the others: "BNS" for (B, N, S), the default at every size, S = N too
+            (FlashAttention, torch's SDPA and flex attention), or "BSN" for (B, S, N).
         inf_is_empty : bool, default False
             Read +inf as -inf, a row without keys: FlashAttention 2 writes it for one (and for a row whose sum is
             NaN, which is then lost).
+        heads : int, optional
+            Number N of query heads; checked where given. In layout "SBH" nothing else tells it: N is read off `lse`, so that
+            statistics of the key heads of grouped-query attention would be taken for those of fewer query heads.
 
         Returns
         -------
         AttentionState
-            With 8-lane statistics of stride 0, read-only in NumPy. For base "e" they are views of `lse` itself,
-            with softmax_sum = 1 (with `inf_is_empty` of a copy of it).
+            With 8-lane statistics of stride 0, read-only in NumPy; float32, or float64 with a float64 output. For base "e"
+            and an `lse` of that dtype they are views of it, with softmax_sum = 1 (with `inf_is_empty` of a copy of it).
 
         Raises
         ------
@@ -90,15 +104,18 @@ class AttentionState(NamedTuple):
 
         Notes
         -----
-        A shape that does not fit `lse_layout` is refused, with the name that would. Where T = N both of "TN" and "NT"
-        fit, so that in layout "TND" a name must be given then; whether it is the right one, nobody can see. Where
-        S = N, "BNS" is assumed.
+        A shape that does not fit `lse_layout` is refused, with the name that would. Where T = N, or S = N, both names
+        fit: whether the one given, or the default, is the right one, nobody can see then.
 
         lse = -inf becomes the empty row. For base "2", m = float32(lse * ln 2) and l = float32(exp(lse * ln 2 - m)),
         so that what the rounding of m loses, l keeps: :meth:`lse` gives back a float32 lse exactly where its magnitude
         is from 2 to 2**30, within 2**-23 below that, and within a unit in the last place above; a float64 one within
         2**-51 times its magnitude. For base "e" it always comes back exactly. NumPy arrays and torch tensors give the
         same bits.
+
+        A float64 lse beside a float32 or 16-bit output is split in the same way: m = float32(lse), l = float32(exp(lse - m)).
+        Up to a magnitude of 2**30, m + log(l) is within 2**-24 of it (in base 2, 2**-52 * abs(lse) more); above, within half a
+        unit in the last place of float32. Rounded to float32 alone it would be off by up to abs(lse) * 2**-24.
 
         On torch tensors a gradient flows back to both arguments. Kernels whose log-sum-exp has no gradient lose that
         part: docs/interop.md tells which.
@@ -107,23 +124,25 @@ class AttentionState(NamedTuple):
         --------
         >>> import numpy as np
         >>> out, lse = np.ones((3, 2, 4), np.float32), np.full((3, 2), 1.5, np.float32)
-        >>> state = AttentionState.from_lse(out, lse, base="2", layout="TND")
-        >>> np.array_equal(state.lse(base="2", layout="TND"), lse)
+        >>> how = {"base": "2", "layout": "TND", "lse_layout": "TN"}
+        >>> np.array_equal(AttentionState.from_lse(out, lse, **how).lse(**how), lse)
         True
         """
         report = Report("AttentionState.from_lse")
         check_base(report, base)
-        known = check_layouts(report, layout, lse_layout)
+        axes = check_layouts(report, layout, lse_layout)
+        number = check_heads(report, heads)
         out = check_array(report, "attn_out", attn_out, "dtype-attn", ("float16", "bfloat16", "float32", "float64"))
         wide = out is not None and out.dtype == "float64"
-        its = check_array(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32",))
+        its = check_array(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
         if out is not None and its is not None:
             check_alike(report, "lse", its, "attn_out", out)
-            if known:
-                lse_layout = check_shapes(report, attn_out, lse, layout, lse_layout)
+            if its.dtype == "float64" or (isinstance(base, str) and base == "2"):
+                check_float64(report, "lse", lse, its)
+            if axes:
+                check_shapes(report, attn_out, lse, layout, axes, number)
         report.raise_if_broken()
-        assert lse_layout is not None  # check_shapes has chosen one
-        return cls(attn_out, *statistics(arranged(lse, lse_layout), base, inf_is_empty))
+        return cls(attn_out, *statistics(arranged(lse, axes), "float64" if wide else "float32", base, inf_is_empty))
 
     def lse(
         self,
@@ -146,8 +165,8 @@ class AttentionState(NamedTuple):
             Order of the statistics in layout "TND"; packed ones ("SBH") need `actual_seq_qlen`.
         actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
             Cumulative sequence lengths.
-        lse_layout : {"BNS", "BSN", "TN", "NT"}, optional
-            Axes of the result, as in :meth:`from_lse`: "TN" by default in layout "TND", "BNS" in the others.
+        lse_layout : {"BNS", "BSN", "TN", "NT"}, optional except in layout "TND"
+            Axes of the result, as in :meth:`from_lse`.
 
         Returns
         -------
@@ -176,8 +195,8 @@ class AttentionState(NamedTuple):
         """
         report = Report("AttentionState.lse")
         check_base(report, base)
-        check_layouts(report, layout, lse_layout)
-        report.choice("softmax-layout", "softmax_layout", softmax_layout, ("TND", "SBH"))
+        axes = check_layouts(report, layout, lse_layout)
+        check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
         arrays = [
             check_array(report, name, stats, "dtype-stats", ("float32", "float64"))
             for name, stats in (("softmax_max", self.softmax_max), ("softmax_sum", self.softmax_sum))
@@ -185,6 +204,7 @@ class AttentionState(NamedTuple):
         report.raise_if_broken()
         assert arrays[0] is not None and arrays[1] is not None
         check_alike(report, "softmax_sum", arrays[1], "softmax_max", arrays[0])
+        check_float64(report, "softmax_max", self.softmax_max, arrays[0])
         form = LAYOUTS[layout].stats.format(lanes="8 or 1")
         shape, its = tuple(self.softmax_max.shape), tuple(self.softmax_sum.shape)
         for name, each in (("softmax_max", shape), ("softmax_sum", its)):
@@ -204,7 +224,7 @@ class AttentionState(NamedTuple):
         # What is infinite or no number is no news; torch does not speak of it in the first place.
         with np.errstate(all="ignore") if isinstance(maximum, np.ndarray) else nullcontext():
             result = log_sum_exp(maximum, total, base)
-        return arranged(result, lse_layout or lse_layouts(layout)[0])
+        return arranged(result, axes)
 
 
 def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> Any:
@@ -243,7 +263,7 @@ def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> Any:
            [ 5,  6]])
     """
     report = Report("reorder_softmax")
-    report.choice("to", "to", to, ("TND", "SBH"))
+    check_softmax_layout(report, "to", "to", to)
     tokens = None
     if check_array(report, "stats", stats, "dtype-stats"):
         shape = tuple(stats.shape)

@@ -136,7 +136,10 @@ class StreamingMerge:
 
     @property
     def running(self) -> AttentionState | None:
-        """The running state itself, which later updates change; None before there is one. :meth:`result` copies."""
+        """The running state itself, which later updates change (and tell torch so); None before there is one.
+
+        :meth:`result` copies.
+        """
         return None if self._running is None else self._running.state
 
     def update(self, attn_out: Any, softmax_max: Any, softmax_sum: Any, *, tokens: slice | str | None = None) -> None:
@@ -161,7 +164,8 @@ class StreamingMerge:
             tokens where `like` was not given, for a half of a sequence of odd length, for arrays of other shapes, and for
             a partial state that shares memory with the running one.
         UnsupportedError
-            If an input requires grad or is traced by torch; if the backend asked for cannot run this.
+            If an input requires grad or is traced by torch, or somebody made the running state require grad; if the
+            backend asked for cannot run this.
 
         Notes
         -----

@@ -8,7 +8,7 @@ from typing import Any
 
 from rau import registry, remembered
 from rau.constraints import FIELDS, bind
-from rau.errors import UnsupportedError
+from rau.outputs import hand_over
 from rau.several import as_states
 from rau.state import AttentionState
 
@@ -59,8 +59,9 @@ def ring_attention_update(
         The second part; in profile "portable" it may be 16-bit where `prev_attn_out` is float32.
     cur_softmax_max, cur_softmax_sum : array, shape and dtype of `prev_softmax_max`
     actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
-        Cumulative sequence lengths in tokens, non-decreasing from 0 to T. Read in layout "TND" only; required there,
-        save for token-major statistics in profile "portable", where int32 is taken as well.
+        Cumulative sequence lengths in tokens, non-decreasing from 0 to T; padding at the buffer's end is a sequence of its
+        own. Read in layout "TND" only; required there, save for token-major statistics in profile "portable", where int32
+        is taken as well.
     layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
         Layout of the attention outputs.
     softmax_layout : {"TND", "SBH"}, default "TND"
@@ -75,7 +76,8 @@ def ring_attention_update(
         Which limits hold: the reference page's, those of CANN's V2 entry, or none but shapes and dtypes.
     check : {"metadata", "values", "document"}, default "metadata"
         "metadata" reads no values of the arrays. "values" also checks that lanes are equal, that no sum is negative or
-        NaN and no max NaN or +inf. "document" also holds the page to its word that max is positive.
+        NaN and no max NaN or +inf, and that no two states with keys in one row have their outputs in one place, as a kernel
+        that reuses its buffer leaves them. "document" also holds the page to its word that max is positive.
 
     Returns
     -------
@@ -89,7 +91,8 @@ def ring_attention_update(
         If the call breaks a rule; the message lists all that are broken. A RuntimeError, as the reference page
         promises; its subclasses ShapeError and LayoutError are ValueErrors too, DTypeError is a TypeError too.
     UnknownBackendError, BackendUnavailableError, UnsupportedError
-        If the backend asked for does not exist, cannot be used here, or does not take the call.
+        If the backend asked for does not exist, cannot be used here, or does not take the call. UnsupportedError also for
+        an `out` where torch wants a gradient of the call or traces it.
 
     Notes
     -----
@@ -106,6 +109,11 @@ def ring_attention_update(
 
     A side whose sum is 0 or whose max is -inf is empty: the other side comes back bit for bit, whatever stands behind
     the empty one. With both empty the result is empty: output 0, max -inf, sum 0.
+
+    Torch tensors that require grad get one, which under ``create_graph=True`` can be differentiated again (in float64,
+    slower). Torch is told of every write into `out`: a graph that has kept one of its tensors raises in its backward. Of
+    memory that it shares with NumPy arrays torch knows nothing; write into the tensor itself. An `out` that requires grad
+    is refused while grad mode is on.
 
     Packed and token-major statistics have the same shape, and reading one as the other leaves max and sum right and
     corrupts attn_out alone. What ``npu_fusion_attention`` emits for TND is packed.
@@ -232,14 +240,4 @@ def run(
             remembered.remember(signature, problem, states, out)
     chosen, origin = registry.select(problem, backend)
     registry.log_call(call, chosen, origin)
-    target = None if out is None else _state(out)
-    bound = [_state(state) for state in states]
-    if call == "ring_attention_update":
-        return chosen.update(problem, *bound, target)
-    if not hasattr(chosen, "merge"):
-        raise UnsupportedError(f'backend "{chosen.name}" has no merge; derive it from rau.backends.Backend.')
-    return chosen.merge(problem, bound, target)
-
-
-def _state(triple: Sequence[Any]) -> AttentionState:
-    return triple if type(triple) is AttentionState else AttentionState(*triple)
+    return hand_over(call, chosen, problem, states, out)

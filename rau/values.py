@@ -27,6 +27,10 @@ def check_values(
     check : {"values", "document"}
         "document" also holds the reference page to its word that max is positive.
     """
+    if kind.device(states[0][0]) == "meta":
+        report.add("array-device", f'{names(0, 0)} is on meta, where tensors have no values; check = "{check}" expects a device '
+                   'that has them. Leave check at "metadata".')  # fmt: skip
+        return
     for k, state in enumerate(states):
         maximum, total = (kind.to_numpy(array) for array in state[1:])
         for name, stats in ((names(k, 1), maximum), (names(k, 2), total)):
@@ -39,6 +43,45 @@ def check_values(
             _note(report, "document-max-positive", names(k, 1), maximum, ~(maximum > 0),
                   'a positive number, as the reference page says (real maxima are often negative: check="values")')
         _note(report, "value-sum", names(k, 2), total, ~(total >= 0), "a number that is not negative")
+
+
+def check_memory(
+    report: Report,
+    kind: Kind,
+    states: Sequence[Sequence[Any]],
+    regular: Sequence[Sequence[Any]],
+    names: Callable[[int, int], str],
+) -> None:
+    """Note outputs of several states in one place: a kernel that writes into one buffer has overwritten the earlier ones.
+
+    A place may be shared where no row has seen keys in both states, as the rows of a buffer that several kernels fill.
+
+    Parameters
+    ----------
+    report : Report
+    kind : Kind
+    states : sequence of triples of arrays
+        Where they lie.
+    regular : sequence of triples of arrays
+        The same values, readable.
+    names : callable
+        Gives the caller's name of array `field` of state `state`.
+    """
+    first: dict[Any, int] = {}
+    for k, (attn_out, _, _) in enumerate(states):
+        if 0 in attn_out.shape:
+            continue
+        low, high = kind.extent(attn_out)
+        earlier = first.setdefault((low, high) if low < high else id(attn_out), k)
+        if earlier != k and bool((_live(kind, regular[earlier]) & _live(kind, regular[k])).any()):
+            report.add("value-memory", f"{names(k, 0)} lies where {names(earlier, 0)} does, and some rows have seen keys in both "
+                       "states; expected memory of its own for each. A kernel that writes into one buffer has overwritten the "
+                       "earlier state: copy that before the next call.")  # fmt: skip
+
+
+def _live(kind: Kind, state: Sequence[Any]) -> np.ndarray:
+    maximum, total = (kind.to_numpy(array)[..., 0] for array in state[1:])
+    return (total != 0) & (maximum != -np.inf)
 
 
 def _note(report: Report, rule: str, name: str, stats: np.ndarray, wrong: np.ndarray, expected: str) -> None:

@@ -89,8 +89,9 @@ def test_more_states_than_the_kernel_takes():
     assert not differences([Case(id="many", tokens=5, states=MAX_STATES + 1, statistics="empty", dtype="bfloat16")])
 
 
-def test_wrong_calls_and_threads():
-    report = check_backend(CUDA, cases=[], select="calls/*")
+@pytest.mark.parametrize("select", ["calls/*", "autograd/*"])
+def test_wrong_calls_threads_and_writes(select):
+    report = check_backend(CUDA, cases=[], select=select)
     assert report.passed, str(report)
 
 

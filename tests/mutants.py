@@ -255,12 +255,36 @@ class FusedUndeclared(Fused):
     capabilities = Capabilities(array_types=NUMPY, dtypes=("float16", "bfloat16", "float32"))
 
 
+class FiveBits(Plain):
+    """It keeps five bits of a 16-bit result, to nearest, and declares what rows in float32 do."""
+
+    name = "five-bits-at-tolerance-40"
+    capabilities = Capabilities(array_types=NUMPY, tolerance=40.0)
+
+    def compute(self, rows: Rows) -> AttentionState:
+        result = rows.merge()
+        if rows.dtype.itemsize > 2:
+            return result
+        fraction, exponent = np.frexp(result.attn_out.astype(np.float32))
+        return result._replace(attn_out=np.ldexp(np.rint(fraction * 32) / 32, exponent).astype(rows.dtype))
+
+
+class Truncated(Plain):
+    """It cuts a 16-bit result off, and declares what rows in float32 do."""
+
+    name = "truncated-at-tolerance-40"
+    capabilities = Capabilities(array_types=NUMPY, tolerance=40.0)
+
+    def compute(self, rows: Rows) -> AttentionState:
+        return MISTAKES["truncated"](rows) or rows.merge()
+
+
 OF_MISTAKES: dict[str, type[Plain]] = {name: _of(mistake) for name, mistake in MISTAKES.items()}
 OTHERS: dict[str, type[Backend]] = {
     mutant.name: mutant
     for mutant in (
         Overwriting, Wrapped, Offsets32, ThreadDependent, ChangesInput, OneLane, IgnoresOut, NotWritten, WrongDtype,
-        WritesBeside, ReturnsInput, RowsInFloat32Undeclared, FusedUndeclared,
+        WritesBeside, ReturnsInput, RowsInFloat32Undeclared, FusedUndeclared, FiveBits, Truncated,
     )
 }  # fmt: skip
 MUTANTS: dict[str, type[Backend]] = {**OF_MISTAKES, **OTHERS}

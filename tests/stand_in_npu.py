@@ -143,16 +143,13 @@ def in_rows(stats, lengths, layout, order):
     return rows
 
 
-def check(six, lengths, layout, newer):
+def check(six, lengths, layout):
     """Refuse what the vendor's host code refuses."""
     assert all(part.is_contiguous() for part in six)
     if layout == "TND":
         _, heads, head_dim = six[0].shape
         assert lengths.dtype == torch.int64 and lengths.dim() == 1
-        size = six[0].element_size()
-        need = -(-heads * head_dim // 64) * 64 * (size * 6 + 8) + -(-heads * 8 // 64) * 64 * 56
-        fits = heads <= 256 and head_dim <= 768 if newer else need <= 192 * 1024
-        if head_dim % 64 or not fits:
+        if heads > 256 or head_dim > 768 or head_dim % 64:
             raise RuntimeError("Input conflicts with TND constraints! Please check your input.")
     if 0 in six[0].shape:
         raise RuntimeError("Division by zero is not supported")
@@ -167,7 +164,7 @@ def mindspeed_operator(
     parts = (prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum)
     six = [part.held for part in parts]
     lengths = None if actual_seq_qlen is None else actual_seq_qlen.held
-    check(six, lengths, layout, newer=False)
+    check(six, lengths, layout)
     return [NPUTensor(part) for part in kernel(*six, lengths, layout, "SBH")]
 
 
@@ -175,7 +172,7 @@ ORDERS = []  # what torch_npu's operator was told of the statistics
 
 
 def _torch_npu_operator(*six, actual_seq_qlen=None, input_layout="SBH", input_softmax_layout=""):
-    check(six, actual_seq_qlen, input_layout, newer=True)
+    check(six, actual_seq_qlen, input_layout)
     assert input_softmax_layout in ("", "SBH", "TND")
     ORDERS.append(input_softmax_layout)
     return kernel(*six, actual_seq_qlen, input_layout, input_softmax_layout)

@@ -296,6 +296,10 @@ def test_difftest_json(folder, capsys):
     assert list(found["backends"]) == ["numpy", "mine"]
     for backend in found["backends"].values():
         assert backend["cases"] == found["cases"] and 0.9 < backend["attn_share"] <= 1 and backend["tolerance"] == 1
+        worst = backend["by_dtype"]
+        assert set(worst) == {"float32", "bfloat16", "float16", "float64"}
+        assert max(shares["attn_share"] for shares in worst.values()) == backend["attn_share"]
+        assert 0.3 < worst["float64"]["attn_share"] < worst["bfloat16"]["attn_share"]  # each by a bound of its own
         assert len(backend["histogram"]) == 21 and backend["histogram"][-1] == 0 and sum(backend["histogram"]) > 1e5
     (pair,) = found["pairs"]
     assert pair["backends"] == ["numpy", "mine"] and pair["different"] == 0 and pair["cases"] == found["cases"]

@@ -92,18 +92,66 @@ def test_wrong_names_are_refused(options):
         npu_ring_attention_update(*six(), actual_seq_qlen=LENGTHS, **options)
 
 
-def test_the_limits_are_those_of_the_operator_whose_spelling_it_is():
-    many = six(N=256, D=768)  # CANN's second entry takes it
-    assert npu_ring_attention_update(*many, actual_seq_qlen=LENGTHS, input_layout="TND")[0].shape == (8, 256, 768)
-    for call in (npu_ring_attention_update, ring_attention_update):
-        with pytest.raises(rau.ConstraintError) as caught:
-            call(*many, LENGTHS, "TND")
-        assert caught.value.rules == ("tnd-unified-buffer",)
-    wide = six(N=1, D=832)  # and the first one this
-    assert npu_ring_attention_update(*wide, LENGTHS, "TND")[0].shape == (8, 1, 832)
+def op_plugins_call(lengths, **sizes):
+    """As in op-plugin's own test: 5 tokens, token-major statistics."""
+    return npu_ring_attention_update(
+        *six(T=5, **sizes), actual_seq_qlen=lengths, input_layout="TND", input_softmax_layout="TND"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("lengths", [np.array([2, 5]), np.array([2, 5], np.int32), [2, 5], [9, -1], []], ids=str)
+def test_lengths_that_torch_npu_does_not_read_are_not_read(lengths, dtype):
+    expected = rau.ring_attention_update(*six(T=5, dtype=dtype), layout="TND", profile="portable")
+    assert_is(op_plugins_call(lengths, dtype=dtype), expected)
+
+
+def test_lengths_that_are_not_read_are_asked_for_all_the_same():
     with pytest.raises(rau.ConstraintError) as caught:
-        npu_ring_attention_update(*wide, actual_seq_qlen=LENGTHS, input_layout="TND")
-    assert caught.value.rules == ("tnd-head-dim-768",)
+        op_plugins_call(None)
+    assert caught.value.rules == ("tnd-qlen-required",)
+
+
+@pytest.mark.parametrize("order", ["", "SBH"])
+def test_lengths_that_are_read_are_checked(order):
+    for lengths, rule in (([2, 5], "tnd-qlen-cumulative"), (np.array([0, 5], np.int32), "qlen-dtype")):
+        with pytest.raises(rau.ConstraintError) as caught:
+            npu_ring_attention_update(
+                *six(T=5), actual_seq_qlen=lengths, input_layout="TND", input_softmax_layout=order
+            )
+        assert caught.value.rules == (rule,)
+
+
+def test_what_is_no_array_is_said_before_lengths_matter():
+    for wrong in ([[1.0]], 1.0, np.float32(1)):
+        with pytest.raises(rau.ConstraintError) as caught:
+            npu_ring_attention_update(wrong, *six()[1:], actual_seq_qlen=[2, 5], input_layout="TND",
+                                      input_softmax_layout="TND")  # fmt: skip
+        assert "prev_attn_out" in str(caught.value) and "actual_seq_qlen" not in str(caught.value)
+
+
+def test_the_limits_are_those_of_the_operator_whose_spelling_it_is():
+    def mindspeed(arrays):
+        return npu_ring_attention_update(*arrays, LENGTHS, "TND")
+
+    def torch_npu(arrays):
+        return npu_ring_attention_update(*arrays, actual_seq_qlen=LENGTHS, input_layout="TND")
+
+    def mindspore(arrays):
+        return ring_attention_update(*arrays, LENGTHS, "TND")
+
+    def broken(call, arrays):
+        with pytest.raises(rau.ConstraintError) as caught:
+            call(arrays)
+        return caught.value.rules
+
+    many, wide, more = six(N=256, D=768), six(N=1, D=832), six(N=257, D=64)
+    for call in (mindspeed, torch_npu):
+        assert call(many)[0].shape == (8, 256, 768)
+        assert broken(call, wide) == ("tnd-head-dim-768",)
+        assert broken(call, more) == ("tnd-heads-256",)
+    assert broken(mindspore, many) == ("tnd-unified-buffer",)
+    assert mindspore(wide)[0].shape == (8, 1, 832)
 
 
 def test_backends_are_chosen_around_it():
@@ -150,6 +198,22 @@ def test_torch_tensors_with_a_gradient_and_compiled():
     assert bits(part.detach().numpy() for part in result) == bits(expected)
     result[0].sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)
+
+
+def test_lengths_that_are_not_read_while_torch_traces():
+    torch = torch_or_skip()
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def step(lengths, *parts):
+        return npu_ring_attention_update(
+            *parts, actual_seq_qlen=lengths, input_layout="TND", input_softmax_layout="TND"
+        )
+
+    for tokens in (5, 7):
+        arrays = six(T=tokens)
+        expected = rau.ring_attention_update(*arrays, layout="TND", profile="portable")
+        result = step(torch.tensor([2, 5], dtype=torch.int32), *map(torch.from_numpy, arrays))
+        assert bits(part.numpy() for part in result) == bits(expected)
 
 
 def blocks(language):

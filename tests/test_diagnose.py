@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+import rau
+from rau import AttentionState
 from rau.__main__ import main
 from rau.testing.cases import Case
 from rau.testing.diagnosis import diagnose
@@ -47,6 +49,7 @@ CASES = [
     Case(id="sbh", tokens=40, heads=3, head_dim=32, statistics="empty", unequal_lanes=True),
     Case(id="token-major", **TND, dtype="bfloat16", statistics="attention"),
     Case(id="packed", **TND, softmax_layout="SBH", dtype="float16", statistics="huge-gaps"),
+    Case(id="hops", tokens=20, heads=3, head_dim=16, states=5, dtype="bfloat16"),
 ]
 
 
@@ -65,6 +68,168 @@ def test_every_mistake_is_named_first(name, case, rows):
     else:
         assert diagnosis.recognised[0].mistake.name == name, str(diagnosis)
         assert diagnosis.recognised[0].same_bits or rows is SingleRows
+
+
+def named(case, numbers, observed):
+    return [candidate.mistake.name for candidate in diagnose(Record(case, numbers, AttentionState(*observed))).recognised]
+
+
+def rows_of(case, numbers):
+    """The rows of a call, and its right result in them: outputs, maximum, total; and where both sides are empty."""
+    rows = Rows(case.make(numbers).states, case.lengths_argument(), case.layout, case.softmax_layout)
+    with np.errstate(all="ignore"):
+        factors = rows.factors()
+        return rows, (rows.combine(rows.weights(factors)), rows.maximum, rows.total(factors)), ~rows.live.any(axis=0)
+
+
+# Rows of all kinds with anything behind empty sides; and one row alone, of which nothing else can be told.
+EMPTY = [CASES[0], Case(id="both-empty", tokens=1, heads=1, head_dim=8)]
+
+
+@pytest.mark.parametrize("stats", ["kept", "sum NaN", "all NaN"])
+@pytest.mark.parametrize("case", EMPTY, ids=lambda case: case.id)
+def test_nan_from_two_empty_sides_is_that(case, stats):
+    numbers = case.fill()
+    if case.id == "both-empty":
+        for state in numbers:
+            state.softmax_max[...], state.softmax_sum[...] = -np.inf, 0
+    rows, (output, maximum, total), nothing = rows_of(case, numbers)
+    assert nothing.any()
+    maximum = np.where(nothing & (stats == "all NaN"), np.nan, maximum)
+    total = np.where(nothing & (stats != "kept"), np.nan, total)
+    names = named(case, numbers, rows.store(np.where(nothing, np.nan, output), maximum, total))
+    assert names[0] == "empty-sides-not-guarded" and not {"sums-left-out", "sums-left-out-of-the-output"} & {*names}
+
+
+def test_what_leaks_from_behind_an_empty_side_is_that():
+    case = Case(id="leaks", tokens=40, heads=3, head_dim=32, outputs="special", statistics="empty")
+    numbers = case.fill()
+    rows, (_, maximum, total), nothing = rows_of(case, numbers)
+    with np.errstate(all="ignore"):
+        weights = rows.weights(rows.factors())
+        output = weights[0] * rows.outputs[0] + weights[1] * rows.outputs[1]
+    assert (np.isnan(output) & ~np.isnan(rows_of(case, numbers)[1][0])).any()
+    assert named(case, numbers, rows.store(output, maximum, total)) == ["empty-sides-not-guarded"]
+
+
+@pytest.mark.parametrize("statistics", ["empty", "huge-gaps", "ordinary", "zero-maxima"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_lost_sign_of_zero_is_no_mistake_about_numbers(dtype, statistics):
+    case = Case(id=f"signs-{dtype}-{statistics}", tokens=40, heads=3, head_dim=32, dtype=dtype, outputs="signed-zeros",
+                statistics=statistics)  # fmt: skip
+    numbers = case.fill()
+    rows, (output, *stats), _ = rows_of(case, numbers)
+    negative = (output == 0) & np.signbit(output)
+    assert negative.any()
+    observed = rows.store(np.where(negative, 0, output), *stats)
+    assert not diagnose(Record(case, numbers, observed)).right
+    assert named(case, numbers, observed) == []
+    # Products of empty sides and of weights of 0 that are added as 0 lose it in some places.
+    with np.errstate(all="ignore"):
+        weights = rows.weights(rows.factors())
+        output = weights[0] * rows.outputs[0] + weights[1] * rows.outputs[1]
+    observed = rows.store(output, *stats)
+    assert named(case, numbers, observed) == ([] if statistics in ("ordinary", "zero-maxima") else ["empty-sides-not-guarded"])
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_no_mistake_makes_another_with_two_empty_sides(name):
+    """But those that are about empty sides, or leave what stands behind one."""
+    case = Case(id="none", tokens=4, heads=2, head_dim=8, statistics="empty", dtype="bfloat16", states=3)
+    numbers = case.fill()
+    for state in numbers:
+        state.softmax_max[...] = np.array([-np.inf, 5, np.nan, -np.inf])[:, None]
+        state.softmax_sum[...] = np.array([0, 0, -0.0, np.nan])[:, None]
+    about = "empty-sides-not-guarded", "sigmoid-form", "prev-returned", "cur-returned", "last-token-dropped"
+    rows, _, nothing = rows_of(case, numbers)
+    made = MISTAKES[name](rows)
+    assert nothing.all()
+    assert name in about or made is None or (made.attn_out.astype("f4") == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_right_result_is_given_no_name(case):
+    numbers = case.fill()
+    for backend in ("numpy", "cython"):
+        diagnosis = diagnose(Record(case, numbers, case.make(numbers).run(backend)))
+        assert diagnosis.right and not diagnosis.candidates and not diagnosis.recognised
+
+
+CHANGES = {
+    "a bit more": lambda x: x * (1 + 2.0**-6) + 2.0**-20, "half as much again": lambda x: x * 1.5, "1 more": lambda x: x + 1,
+    "0": lambda x: 0 * x, "the other sign": lambda x: -x, "NaN": lambda x: np.nan + x, "infinite": lambda x: np.inf + x,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_one_wrong_number_is_given_no_name(case, change):
+    rng = np.random.default_rng(7)
+    numbers, right = make(case)
+    wrong = 0
+    for part in (0, 0, 1, 2):
+        observed = [array.copy() for array in right]
+        numbers_of_it = observed[part].reshape(-1) if part == 0 else observed[part].reshape(-1, 8)
+        place = rng.choice(np.flatnonzero(np.isfinite(right[part].astype("f4")).reshape(len(numbers_of_it), -1).all(axis=1)))
+        with np.errstate(all="ignore"):
+            numbers_of_it[place] = CHANGES[change](numbers_of_it[place].astype("f8"))
+        diagnosis = diagnose(Record(case, numbers, AttentionState(*observed)))
+        wrong += not diagnosis.right
+        assert not diagnosis.recognised, str(diagnosis)
+    assert wrong
+
+
+def log_sum_exp_states(count, offset):
+    """States as from_lse makes them: the log-sum-exp for max, and a sum of 1."""
+    case = Case(id=f"lse-{offset}", tokens=40, heads=3, head_dim=32, states=count)
+    rng = np.random.default_rng(3)
+    return case, [
+        state._replace(
+            softmax_max=case.in_all_lanes((offset + rng.standard_normal((1, 3, 40))).astype("f4")),
+            softmax_sum=np.ones_like(state.softmax_sum),
+        )
+        for state in case.fill()
+    ]
+
+
+def test_weights_that_do_not_sum_to_1():
+    """As TransformerEngine corrects outputs: out_i * exp(lse_i - lse), in float32."""
+    case, numbers = log_sum_exp_states(2, 1000)
+    rows, (output, maximum, total), _ = rows_of(case, numbers)
+    one, other = (part.astype("f4") for part in rows.maxima)
+    whole = np.maximum(one, other) + np.log1p(np.exp(-np.abs(one - other)))
+    weights = np.exp(one - whole), np.exp(other - whole)
+    observed = rows.store(weights[0] * rows.outputs[0] + weights[1] * rows.outputs[1], maximum, total)
+    assert 1e-5 < np.abs(weights[0] + weights[1] - 1).max() < 1e-4
+    assert named(case, numbers, observed) == ["weights-do-not-sum-to-1"]
+
+
+def test_the_sigmoid_form():
+    """As ring-flash-attention updates, in float32: out - sigmoid(block_lse - lse) * (out - block_out)."""
+    case, numbers = log_sum_exp_states(2, 3)
+    numbers[0].softmax_max[..., :9, :] = numbers[1].softmax_max[..., 5:15, :] = -np.inf
+    numbers[0].attn_out[:9] = 1e8
+    rows, (output, maximum, total), nothing = rows_of(case, numbers)
+    (prev, cur), (lse, block) = rows.outputs, (part.astype("f4") for part in rows.maxima)
+    with np.errstate(all="ignore"):
+        observed = rows.store(prev - 1 / (1 + np.exp(lse - block)) * (prev - cur), maximum, total)
+    assert np.isnan(observed.attn_out).sum() == nothing.sum() * 32 and (observed.attn_out[:5] == 0).any()
+    assert named(case, numbers, observed)[0] == "sigmoid-form"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounding_at_every_hop(dtype):
+    """A chain of updates with a 16-bit running output; one that keeps float32 is right."""
+    case = Case(id=f"chain-{dtype}", tokens=20, heads=3, head_dim=32, states=8, dtype=dtype)
+    numbers = case.fill()
+    running = numbers[0]
+    for state in numbers[1:]:
+        running = rau.ring_attention_update(*running, *state, backend="numpy")
+    assert named(case, numbers, running) == ["rounded-at-every-hop"]
+    ring = rau.StreamingMerge(backend="numpy")
+    for state in numbers:
+        ring.update(*state)
+    assert named(case, numbers, ring.result(numbers[0].attn_out.dtype)) == []
 
 
 def test_every_mistake_is_visible_in_some_case():

@@ -60,12 +60,13 @@ def test_all_that_is_wrong_is_in_one_error():
     assert (
         str(caught.value)
         == f"""ring_attention_update: 11 rules are broken:
-  [softmax-layout] softmax_layout = 'BSH'; expected one of "TND", "SBH". Did you mean "SBH"? "TND" is token-major; \
+  [softmax-layout] softmax_layout = 'BSH'; expected one of "TND", "SBH". "TND" is token-major; \
 "SBH" is packed per sequence, as the vendor's kernels emit.
   [check] check = 'none'; expected one of "metadata", "values", "document".
   [dtype-match] cur_attn_out has dtype float16 and prev_attn_out float32; expected the same dtype. A 16-bit state is \
 merged into a float32 one by profile="portable".
-  [dtype-stats] cur_softmax_max has dtype float64; expected float32.
+  [dtype-stats] cur_softmax_max has dtype float64; expected float32. Pass softmax_max.astype(numpy.float32): weights are off by up to \
+abs(softmax_max) * 2**-25.
   [shape-stats] cur_softmax_sum has shape (7, 43, 8); for prev_attn_out of shape (8, 43, 129) and N = 43 heads \
 layout "TND" expects (T, N, 8) = (8, 43, 8).
   [tnd-head-dim-64] the last axis of prev_attn_out is D = 129; layout "TND" takes multiples of 64. {CHIP}
@@ -134,6 +135,40 @@ def test_merge_states_refuses(states, rules, says):
         assert str(caught.value) == f"merge_states: [{rules[0]}] {says}"
 
 
+def narrow(state):
+    return state._replace(softmax_max=state.softmax_max.astype("f2"))
+
+
+def test_one_mistake_in_many_states_is_said_once():
+    shared = "has dtype float16; expected float32. Compute it in float32; or pass"
+    states = [sbh()] * 64
+    for k in (0, 1, 2, 5, 7, 62, 63):
+        states[k] = narrow(states[k])
+    with pytest.raises(rau.DTypeError) as caught:
+        rau.merge_states(states)
+    assert caught.value.rules == ("dtype-stats",)
+    assert str(caught.value).startswith(f"merge_states: [dtype-stats] states[0..2, 5, 7, 62..63].softmax_max {shared} softmax_max.")
+    # In both statistics, and something else in one state: three messages.
+    wrong = narrow(sbh())
+    states = [wrong._replace(softmax_sum=wrong.softmax_max)] * 64
+    states[9] = states[9]._replace(attn_out=sbh(S=5)[0])
+    with pytest.raises(rau.DTypeError) as caught:
+        rau.merge_states(states)
+    assert caught.value.rules == ("dtype-stats", "dtype-stats", "shape-match")
+    head, *lines = str(caught.value).splitlines()
+    assert head == "merge_states: 3 rules are broken:"
+    assert [line.partition(" has ")[0] for line in lines] == [
+        "  [dtype-stats] states[0..63].softmax_max", "  [dtype-stats] states[0..63].softmax_sum",
+        "  [shape-match] states[9].attn_out",
+    ]  # fmt: skip
+    # Not alike: what each holds.
+    states = [sbh(S=4 + k) for k in range(3)]
+    with pytest.raises(rau.ShapeError) as caught:
+        rau.merge_states(states)
+    assert [line.partition(" has ")[0][-18:] for line in str(caught.value).splitlines()[1:]].count("states[1].attn_out") == 1
+    assert "states[2].attn_out has shape (6, 2, 24)" in str(caught.value)
+
+
 @pytest.mark.parametrize("n", [0, -1, 1025, 2**80, 1.5, True, np.True_, "2", None, [], np.array([1, 2])], ids=repr)
 def test_set_num_threads_refuses(n):
     before = rau.get_num_threads()
@@ -186,7 +221,7 @@ def test_every_rule_has_a_reason_a_source_and_an_error():
         assert rule.source, name
     tried = {rule for case in CASES for rule in case.values[0].rules}
     elsewhere = {  # test_constraints.py, test_state.py, test_registry.py, test_config.py and above
-        "array-kind", "array-device", "states", "threads", "mode", "to", "base", "lse-layout",
+        "array-kind", "array-device", "states", "threads", "mode", "to", "base", "lse-layout", "heads", "value-memory",
         "value-lanes", "value-max", "value-sum", "document-max-positive",
     }  # fmt: skip
     elsewhere |= {"first-update", "tokens", "tokens-odd"}  # test_streaming_errors.py

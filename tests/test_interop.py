@@ -234,7 +234,7 @@ def test_flash_attention_varlen(installed, empty):
     out, lse = varlen(q.double().numpy(), *whole, q_lengths, [parts * length for length in k_lengths])
     close(merged.attn_out, out, BFLOAT16)
     assert not merged.attn_out[2:5].any()  # the sequence without keys
-    close(merged.lse(base="e", layout="TND"), lse, 2e-6)
+    close(merged.lse(base="e", layout="TND", lse_layout="TN"), lse, 2e-6)
 
 
 # ------------------------------------------------------------------------------------------------- FlashInfer and vLLM
@@ -409,10 +409,10 @@ def test_the_kit_finds_what_goes_wrong(name, mutant, monkeypatch):
 
     statistics, its = home.statistics, interop.RECIPES[name]
 
-    def wrong(lse, base, inf_is_empty):
+    def wrong(lse, dtype, base, inf_is_empty):
         if mutant == "order":
-            return tuple(part[..., ::-1, :, :] for part in statistics(lse, base, inf_is_empty))
-        return statistics(lse, "e" if mutant == "base" else base, inf_is_empty and mutant != "inf")
+            return tuple(part[..., ::-1, :, :] for part in statistics(lse, dtype, base, inf_is_empty))
+        return statistics(lse, dtype, "e" if mutant == "base" else base, inf_is_empty and mutant != "inf")
 
     monkeypatch.setattr(home, "statistics", wrong)
     wrongs = {"base": its.base == "2", "inf": its.inf_is_empty, "order": True}

@@ -31,6 +31,8 @@ CAUGHT_BY = {
     "statistics-in-bfloat16": "layout/SBH*",
     "weights-in-float16": "layout/SBH*",
     "weights-in-bfloat16": "layout/SBH*",
+    "weights-do-not-sum-to-1": "layout/SBH*",
+    "rounded-at-every-hop": "states/8-bfloat16",
     "elements-in-16-bits": "dtype/*float16",
     "truncated": "dtype/*float16",
     "lane-by-element": "lanes/unequal-*",
@@ -42,6 +44,7 @@ CAUGHT_BY = {
     "last-token-dropped": "tnd/packed-zero-length*",
     "last-token-zero": "tnd/packed-zero-length*",
     "empty-sides-not-guarded": "statistics/empty-float32",
+    "sigmoid-form": "statistics/empty-float32",
     "prev-returned": "layout/SBH*",
     "cur-returned": "layout/SBH*",
     "in-place-reads-what-it-overwrote": "in-place/contiguous-*",
@@ -57,6 +60,8 @@ CAUGHT_BY = {
     "input-returned": "tnd/*-attention",
     "rows-in-float32-undeclared": "layout/SBH*",
     "fused-undeclared": "algebra/commutativity-*",
+    "five-bits-at-tolerance-40": "dtype/bfloat16",
+    "truncated-at-tolerance-40": "dtype/bfloat16",
 }
 NAMED = named()
 
@@ -87,6 +92,13 @@ def test_the_kit_catches(name):
     assert report.backend == name
     assert report.failures, str(report)
     assert not report.passed
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["five-bits-at-tolerance-40", "truncated-at-tolerance-40"])
+def test_a_tolerance_does_not_cover_a_bad_rounding_to_16_bits(name, dtype):
+    report = check_backend(MUTANTS[name], select=f"dtype/{dtype}")
+    assert [failure.id for failure in report.failures] == [f"dtype/{dtype}"], str(report)
 
 
 @pytest.mark.parametrize("mutant", WITHIN_THEIR_TOLERANCE, ids=lambda mutant: mutant.name)

@@ -600,6 +600,35 @@ def test_compare_with_a_declared_tolerance():
     assert comparison.passed and comparison.attn_share == pytest.approx(4 / 3, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_tolerance_is_the_arithmetics_and_not_that_of_storing_in_16_bits(dtype):
+    rng = np.random.default_rng(0)
+    states = [state(rng.standard_normal((50, 8)), np.zeros(50), np.ones(50), dtype) for _ in range(2)]
+    expected, (right, *stats) = oracle(states), recipe(states)
+    arithmetic = oracle([state(s[0][:, 0].astype(np.float32), np.zeros(50), np.ones(50)) for s in states]).attn_bound
+    for away in (-39.9, 0, 39.9):  # off by less than 40 bounds, then rounded
+        stored = (expected.attn_out + away * arithmetic).astype(dtype)
+        assert compare((stored, *stats), expected, tolerance=40).passed
+    # The next number on the other side of the exact one: not twice the bound away, and no arithmetic leads there.
+    size = np.abs(right.astype(np.float64))
+    towards = np.where(size == 0, 0, np.where(size < np.abs(expected.attn_out), 1, -1))
+    comparison = compare(((right.view(np.uint16) + towards).astype(np.uint16).view(dtype), *stats), expected, tolerance=40)
+    assert not comparison.passed and 1 < comparison.attn_share <= 2
+    assert " times the bound at tolerance 40, " in comparison.problems[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_what_a_tolerance_allows_is_rounded_where_it_leads(dtype):
+    """Of terms that cancel nothing is left but the error, and half a unit in the last place is that of the error."""
+    states = [state([[1.0]], 0, 1, dtype), state([[-1.0]], 0, 1, dtype)]
+    expected, stats = oracle(states), recipe(states)[1:]
+    furthest = 40 * 3 * U
+    for share in np.linspace(-1, 1, 201):
+        stored = np.array([[[share * furthest]]]).astype(dtype)
+        assert compare((stored, *stats), expected, tolerance=40).passed
+    assert not compare((np.array([[[1.02 * furthest]]]).astype(dtype), *stats), expected, tolerance=40).passed
+
+
 def test_the_module_is_cheap_and_needs_no_test_tools():
     code = (
         "import sys, rau.testing; before = set(sys.modules); rau.testing.compare, rau.testing.oracle;"

@@ -18,6 +18,7 @@ from rau import AttentionState, reorder_softmax
 INF, NAN = float("inf"), float("nan")
 LN2 = decimal.Context(prec=60).ln(2)
 HARD = [0.0, -0.0, 1.0, -1.0, 2.0, 1e-30, -1e-30, 1e-45, 0.1, 1.44, 88.7, -745.1, 12345.678, 3e38, -3e38]
+TND = {"layout": "TND", "lse_layout": "TN"}
 finite = st.floats(-(2.0**127), 2.0**127, width=32) | st.sampled_from(HARD)
 
 
@@ -37,7 +38,6 @@ FORMS = {  # layout, lse_layout: attn_out's shape and lse's for B, S, N, D = 2, 
     ("SBH", None): ((3, 2, 20), (2, 4, 3)),
     ("SBH", "BNS"): ((3, 2, 20), (2, 4, 3)),
     ("SBH", "BSN"): ((3, 2, 20), (2, 3, 4)),
-    ("TND", None): ((3, 4, 5), (3, 4)),
     ("TND", "TN"): ((3, 4, 5), (3, 4)),
     ("TND", "NT"): ((3, 4, 5), (4, 3)),
     ("BSND", None): ((2, 3, 4, 5), (2, 4, 3)),
@@ -77,17 +77,54 @@ def test_from_lse_multiplies_nothing_by_8(layout, lse_layout, dtype, base):
     np.testing.assert_array_equal(back, lse) if base == "e" else np.testing.assert_allclose(back, lse, 1e-6)
     # As it is, it can be merged.
     merged = rau.merge_states([state, state], layout=layout)
-    np.testing.assert_allclose(merged.lse(base=base, layout=layout), rows + (math.log(2) if base == "e" else 1), 1e-6)
+    got = merged.lse(base=base, layout=layout, lse_layout="TN" if layout == "TND" else "BNS")
+    np.testing.assert_allclose(got, rows + (math.log(2) if base == "e" else 1), 1e-6)
 
 
-def test_where_the_shape_does_not_tell_the_name_does():
-    """T = N: a wrong name cannot be seen, so that without one the call is refused (test_state_errors.py)."""
-    lse = np.arange(9.0, dtype="float32").reshape(3, 3)
-    for lse_layout in ("TN", "NT"):
-        state = AttentionState.from_lse(np.zeros((3, 3, 4), "f4"), lse, base="e", layout="TND", lse_layout=lse_layout)
-        np.testing.assert_array_equal(state.softmax_max[..., 0], in_order(lse, lse_layout))
-    one = AttentionState.from_lse(np.zeros((1, 1, 4), "f4"), lse[:1, :1], base="e", layout="TND")
-    assert one.softmax_max.shape == (1, 1, 8)
+@pytest.mark.parametrize("layout", ["SBH", "TND", "BSND", "BNSD"])
+def test_no_size_changes_what_axes_mean(layout):
+    """Not S = N and not T = N, where no shape tells: a default, a name and the want of one are alike at every size."""
+    B, N, D = 2, 3, 4
+    for S in (N - 1, N, N + 1):
+        shape = {"SBH": (S, B, N * D), "TND": (S, N, D), "BSND": (B, S, N, D), "BNSD": (B, N, S, D)}[layout]
+        rows = np.arange(B * S * N, dtype="float32").reshape(B, N, S)  # of head n and token s, whatever the layout
+        if layout == "TND":
+            rows = rows[0].T
+        attn_out = np.zeros(shape, "f4")
+        for lse_layout in ("TN", "NT") if layout == "TND" else ("BNS", "BSN", None):
+            how = {"base": "e", "layout": layout, "lse_layout": lse_layout}
+            state = AttentionState.from_lse(attn_out, in_order(rows, lse_layout), **how)
+            np.testing.assert_array_equal(state.softmax_max[..., 0], rows)
+            np.testing.assert_array_equal(state.lse(**how), in_order(rows, lse_layout))
+        if layout == "TND":
+            for call in (
+                lambda: AttentionState.from_lse(attn_out, rows, base="e", layout="TND"),
+                lambda: AttentionState.from_lse(attn_out, rows.T, base="e", layout="TND"),
+                lambda: state.lse(base="e", layout="TND"),
+            ):
+                with pytest.raises(rau.OptionError) as caught:
+                    call()
+                assert str(caught.value).partition(": ")[2] == (
+                    '[lse-layout] lse_layout is None; layout "TND" expects the axes of lse by name: "TN" for (T, N) '
+                    '(FlashInfer), "NT" for (N, T) (vLLM, FlashAttention\'s varlen calls).'
+                )
+
+
+@pytest.mark.parametrize(("layout", "lse_layout"), FORMS)
+def test_the_number_of_query_heads_is_checked_in_every_layout(layout, lse_layout):
+    """Of SBH above all, where key heads of grouped queries pass for fewer query heads with longer rows."""
+    shape, lse_shape = FORMS[layout, lse_layout]
+    attn_out, lse = np.zeros(shape, "f4"), np.zeros(lse_shape, "f4")
+    how = {"base": "e", "layout": layout, "lse_layout": lse_layout}
+    assert bits(AttentionState.from_lse(attn_out, lse, **how, heads=4)) == bits(AttentionState.from_lse(attn_out, lse, **how))
+    AttentionState.from_lse(attn_out, lse, **how, heads=np.int64(4))
+    grouped = lse[:, :2] if lse_layout in ("TN", None, "BNS") else lse[..., :2] if lse_layout == "BSN" else lse[:2]
+    if layout == "SBH":
+        AttentionState.from_lse(attn_out, grouped, **how)  # unseen
+    with pytest.raises(rau.ShapeError, match="Its 2 heads seem to be the key heads of grouped-query attention"):
+        AttentionState.from_lse(attn_out, grouped, **how, heads=4)
+    with pytest.raises(rau.ShapeError, match="heads = 2"):
+        AttentionState.from_lse(attn_out, lse, **how, heads=2)
 
 
 def peak(call):
@@ -124,7 +161,7 @@ def test_lanes_of_stride_0_are_copied_nowhere(base, backend):
 @given(st.lists(finite, min_size=1, max_size=20))
 def test_base_2_against_decimal(numbers):
     attn_out, lse = tokens(numbers)
-    state = AttentionState.from_lse(attn_out, lse, base="2", layout="TND")
+    state = AttentionState.from_lse(attn_out, lse, base="2", **TND)
     for number, m, total in zip(lse[:, 0], state.softmax_max[:, 0, 0], state.softmax_sum[:, 0, 0], strict=True):
         natural = exact(number) * LN2
         assert m == np.float32(float(natural))
@@ -137,8 +174,8 @@ def test_base_2_against_decimal(numbers):
 def test_round_trips(numbers):
     attn_out, lse = tokens(numbers)
     for base in ("e", "2"):
-        state = AttentionState.from_lse(attn_out, lse, base=base, layout="TND")
-        back = state.lse(base=base, layout="TND")
+        state = AttentionState.from_lse(attn_out, lse, base=base, **TND)
+        back = state.lse(base=base, **TND)
         if base == "e":
             np.testing.assert_array_equal(back, lse)
         else:
@@ -155,25 +192,25 @@ def test_round_trips(numbers):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_minus_infinity_is_the_empty_row(base, dtype):
     attn_out, lse = tokens([-INF, 0.5], dtype)
-    state = AttentionState.from_lse(attn_out, lse, base=base, layout="TND")
+    state = AttentionState.from_lse(attn_out, lse, base=base, **TND)
     assert (state.softmax_max[0] == -INF).all()
     assert (state.softmax_sum[0] > 0).all()
     attn_out[0] = NAN
-    other = AttentionState.from_lse(np.full_like(attn_out, 3), np.zeros_like(lse), base=base, layout="TND")
+    other = AttentionState.from_lse(np.full_like(attn_out, 3), np.zeros_like(lse), base=base, **TND)
     assert (rau.merge_states([state, other], layout="TND").attn_out[0] == 3).all()
-    assert state.lse(base=base, layout="TND").tolist()[0] == [-INF]
+    assert state.lse(base=base, **TND).tolist()[0] == [-INF]
 
 
 @pytest.mark.parametrize("base", ["e", "2"])
 def test_plus_infinity_is_the_empty_row_on_request(base):
     attn_out, lse = tokens([INF, -INF, NAN, 0.5])
     before = lse.copy()
-    state = AttentionState.from_lse(attn_out, lse, base=base, layout="TND", inf_is_empty=True)
+    state = AttentionState.from_lse(attn_out, lse, base=base, **TND, inf_is_empty=True)
     np.testing.assert_array_equal(lse, before)
     np.testing.assert_array_equal(state.softmax_max[:2], -INF)
     assert np.isnan(state.softmax_max[2]).all()
-    np.testing.assert_array_equal(state.lse(base=base, layout="TND")[:, 0], np.float32([-INF, -INF, NAN, 0.5]))
-    as_it_is = AttentionState.from_lse(attn_out, lse, base=base, layout="TND")
+    np.testing.assert_array_equal(state.lse(base=base, **TND)[:, 0], np.float32([-INF, -INF, NAN, 0.5]))
+    as_it_is = AttentionState.from_lse(attn_out, lse, base=base, **TND)
     assert (as_it_is.softmax_max[0] == INF).all()
 
 
@@ -181,17 +218,58 @@ def test_plus_infinity_is_the_empty_row_on_request(base):
 def test_round_trip_of_float64(numbers):
     attn_out, lse = tokens(numbers, "float64")
     for base in ("e", "2"):
-        back = AttentionState.from_lse(attn_out, lse, base=base, layout="TND").lse(base=base, layout="TND")
+        back = AttentionState.from_lse(attn_out, lse, base=base, **TND).lse(base=base, **TND)
         if base == "e":
             np.testing.assert_array_equal(back, lse)
         else:
             assert (np.abs(back - lse) <= 2.0**-51 * np.abs(lse)).all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32"])
+@given(st.lists(st.floats(-(2.0**35), 2.0**35) | st.floats(-100, 100) | st.sampled_from(HARD), min_size=1, max_size=20))
+def test_a_float64_log_sum_exp_beside_a_narrower_output(dtype, numbers):
+    """The sum keeps what the rounding of the maximum loses."""
+    attn_out, lse = np.ones((len(numbers), 1, 4), dtype), np.array(numbers).reshape(-1, 1)
+    for base in ("e", "2"):
+        state = AttentionState.from_lse(attn_out, lse, base=base, **TND)
+        assert [part.dtype for part in state[1:]] == [np.float32] * 2
+        for number, m, total in zip(lse[:, 0], state.softmax_max[:, 0, 0], state.softmax_sum[:, 0, 0], strict=True):
+            natural = exact(number) * (LN2 if base == "2" else 1)
+            assert m == np.float32(float(natural))
+            two = decimal.Decimal(2)
+            allowed = two**-24 if abs(number) <= 2.0**30 else exact(np.spacing(np.abs(m))) / 2
+            if base == "2":
+                allowed += abs(exact(number)) * two**-52
+            assert abs(exact(m) + exact(total).ln() - natural) <= allowed
+
+
+def test_a_float64_log_sum_exp_is_worth_it():
+    """At 10,000 the weights of two states are off by 1e-4 where their log-sum-exps are rounded to float32."""
+    rng = np.random.default_rng(0)
+    lse = 1e4 + rng.uniform(-1, 1, (2, 500, 1))
+    true = 1 / (1 + np.exp(lse[1] - lse[0]))
+    outs = np.array([1, 0], "f4")[:, None, None, None].repeat(500, 1)
+    errors = []
+    for dtype in ("f8", "f4"):
+        states = [AttentionState.from_lse(o, one.astype(dtype), base="e", **TND) for o, one in zip(outs, lse, strict=True)]
+        errors.append(np.abs(rau.merge_states(states, layout="TND").attn_out[..., 0] - true).max())
+    assert errors[0] <= 3 * 2.0**-24 < 1e-4 < errors[1] < 1e4 * 2.0**-24
+
+
+def test_special_numbers_of_a_float64_log_sum_exp():
+    attn_out, lse = np.ones((5, 1, 4), "f4"), np.array([[-INF], [INF], [NAN], [1e300], [-1e300]])
+    for base in ("e", "2"):
+        state = AttentionState.from_lse(attn_out, lse, base=base, **TND)
+        np.testing.assert_array_equal(state.softmax_max[:, 0, 0], np.float32([-INF, INF, NAN, INF, -INF]))
+        assert (state.softmax_sum == 1).all()
+        state = AttentionState.from_lse(attn_out, lse, base=base, **TND, inf_is_empty=True)
+        np.testing.assert_array_equal(state.softmax_max[:2], -INF)
+
+
 def test_float64_keeps_its_precision():
     attn_out, lse = tokens([0.1, -300.7, 1e5], "float64")
     for base in ("e", "2"):
-        state = AttentionState.from_lse(attn_out, lse, base=base, layout="TND")
+        state = AttentionState.from_lse(attn_out, lse, base=base, **TND)
         assert state.softmax_max.dtype == np.float64
         for number, m in zip(lse[:, 0], state.softmax_max[:, 0, 0], strict=True):
             natural = exact(number) * (LN2 if base == "2" else 1)
@@ -207,7 +285,7 @@ def test_float64_keeps_its_precision():
 )
 def test_lse_against_decimal(rows, base):
     stats = np.array(rows, "float32")[:, :, None, None]
-    got = AttentionState(None, stats[:, 0], stats[:, 1]).lse(base=base, layout="TND")
+    got = AttentionState(None, stats[:, 0], stats[:, 1]).lse(base=base, **TND)
     assert got.dtype == np.float32
     for (m, total), number in zip(stats[:, :, 0, 0], got[:, 0], strict=True):
         true = exact(m) + exact(total).ln()
@@ -224,7 +302,7 @@ def test_lse_against_decimal(rows, base):
 def test_lse_of_special_rows():
     rows = [(-INF, 0), (-INF, 5), (3, 0), (3, -0.0), (NAN, 0), (-INF, NAN), (INF, 1), (NAN, 1), (0, INF), (0, -1)]
     stats = np.array(rows, "float32")[:, :, None, None]
-    got = AttentionState(None, stats[:, 0], stats[:, 1]).lse(base="e", layout="TND")[:, 0].tolist()
+    got = AttentionState(None, stats[:, 0], stats[:, 1]).lse(base="e", **TND)[:, 0].tolist()
     assert got[:6] == [-INF] * 6
     assert math.isnan(got[7])
     assert math.isnan(got[9])
@@ -235,12 +313,12 @@ def test_lse_of_special_rows():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_lse_of_every_layout(lanes, dtype):
     sum_, log = {"float32": (1e-6, "f4"), "float64": (1e-15, "f8")}[dtype]
-    for state, layout in ((sbh(lanes=lanes, dtype=dtype), "SBH"), (tnd(lanes=lanes, dtype=dtype), "TND")):
+    for state, how in ((sbh(lanes=lanes, dtype=dtype), {"layout": "SBH"}), (tnd(lanes=lanes, dtype=dtype), TND)):
         expected = state.softmax_max[..., 0] + np.log(state.softmax_sum[..., 0])
-        got = state.lse(base="e", layout=layout)
+        got = state.lse(base="e", **how)
         assert got.dtype == log
         np.testing.assert_allclose(got, expected, rtol=sum_, atol=sum_)
-        np.testing.assert_allclose(state.lse(base="2", layout=layout), expected / math.log(2), rtol=sum_, atol=sum_)
+        np.testing.assert_allclose(state.lse(base="2", **how), expected / math.log(2), rtol=sum_, atol=sum_)
 
 
 QLEN = [0, 0, 3, 3, 4, 8, 8]
@@ -251,7 +329,7 @@ def test_lse_of_packed_statistics():
     packed = state._replace(
         softmax_max=packed_by_hand(state.softmax_max, QLEN), softmax_sum=packed_by_hand(state.softmax_sum, QLEN)
     )
-    options = {"base": "e", "layout": "TND"}
+    options = {"base": "e", **TND}
     expected = state.lse(**options)
     assert bits([packed.lse(**options, softmax_layout="SBH", actual_seq_qlen=QLEN)]) == bits([expected])
     assert bits([packed.lse(**options)]) != bits([expected])
@@ -340,7 +418,7 @@ def test_merging_parts_is_softmax_over_all_keys(layout, lse_layout, base, parts,
 
     def state(chosen):
         out, lse = attend(chosen)
-        if lse_layout == "BSN" or (layout == "TND" and lse_layout != "NT"):
+        if lse_layout in ("BSN", "TN"):
             lse = lse.swapaxes(1, 2)
         out, lse = out.transpose(order).reshape(shape), lse.reshape(lse_shape)
         return out.astype("float32"), np.ascontiguousarray(lse, "float32")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_state import FORMS, HARD, QLEN, finite
+from test_state import FORMS, HARD, QLEN, TND, finite
 
 import rau
 from rau import AttentionState, reorder_softmax
@@ -78,8 +78,19 @@ def test_no_copy_on_the_way_to_a_backend(layout, lse_layout, backend, monkeypatc
 @given(st.lists(finite | st.sampled_from([INF, -INF, NAN]), min_size=1, max_size=20), st.sampled_from("e2"), st.booleans())
 def test_the_bits_of_numpy(lse, base, inf_is_empty):
     arrays, tensors = numbers(lse)
-    options = {"base": base, "layout": "TND", "inf_is_empty": inf_is_empty}
+    options = {"base": base, **TND, "inf_is_empty": inf_is_empty}
     one, other = AttentionState.from_lse(*arrays, **options), AttentionState.from_lse(*tensors, **options)
+    assert not same_bits(one, [part.numpy() for part in other])
+
+
+@given(st.lists(st.floats() | st.floats(-100, 100), min_size=1, max_size=20), st.sampled_from("e2"), st.booleans())
+def test_the_bits_of_numpy_of_a_float64_log_sum_exp(lse, base, inf_is_empty):
+    """Beside a float32 output."""
+    out, lse = np.ones((len(lse), 1, 4), np.float32), np.array(lse).reshape(-1, 1)
+    options = {"base": base, **TND, "inf_is_empty": inf_is_empty}
+    one = AttentionState.from_lse(out, lse, **options)
+    other = AttentionState.from_lse(torch.from_numpy(out), torch.from_numpy(lse), **options)
+    assert other.softmax_sum.dtype == torch.float32
     assert not same_bits(one, [part.numpy() for part in other])
 
 
@@ -88,7 +99,7 @@ def test_the_bits_of_numpy_on_many_numbers():
     lse = np.concatenate([rng.normal(0, scale, 200_000) for scale in (1, 30, 1e4, 1e9, 1e12)])
     for dtype in (np.float32, np.float64):
         arrays, tensors = numbers(lse, dtype)
-        one, other = (AttentionState.from_lse(*given, base="2", layout="TND") for given in (arrays, tensors))
+        one, other = (AttentionState.from_lse(*given, base="2", **TND) for given in (arrays, tensors))
         assert not same_bits(one, [part.numpy() for part in other])
 
 
@@ -96,7 +107,7 @@ def test_the_bits_of_numpy_on_many_numbers():
 def test_round_trips(lse):
     _, (attn_out, lse) = numbers(lse)
     for base in ("e", "2"):
-        back = AttentionState.from_lse(attn_out, lse, base=base, layout="TND").lse(base=base, layout="TND").numpy()
+        back = AttentionState.from_lse(attn_out, lse, base=base, **TND).lse(base=base, **TND).numpy()
         given_, size = lse.numpy(), np.abs(lse.numpy())
         exactly = np.full(size.shape, True) if base == "e" else ~((size < 2) | (np.isfinite(given_) & (size > 2.0**30)))
         np.testing.assert_array_equal(back[exactly], given_[exactly])
@@ -113,8 +124,8 @@ def test_round_trips(lse):
 def test_lse_is_that_of_numpy(rows, base):
     """To the last bit but one: the two have logarithms of their own, in float64."""
     stats = np.array(rows, np.float32)[:, :, None, None]
-    one = AttentionState(None, stats[:, 0], stats[:, 1]).lse(base=base, layout="TND")
-    other = AttentionState(None, *map(torch.from_numpy, (stats[:, 0], stats[:, 1]))).lse(base=base, layout="TND").numpy()
+    one = AttentionState(None, stats[:, 0], stats[:, 1]).lse(base=base, **TND)
+    other = AttentionState(None, *map(torch.from_numpy, (stats[:, 0], stats[:, 1]))).lse(base=base, **TND).numpy()
     both = np.isfinite(one)
     np.testing.assert_array_equal(other[~both], one[~both])
     # Where m and log(l) cancel, a unit in the last place of the logarithm is larger than one of the result.
@@ -126,13 +137,13 @@ def test_lse_is_that_of_numpy(rows, base):
 def test_special_rows(base):
     _, (attn_out, lse) = numbers([-INF, INF, NAN, 0.5])
     attn_out[:2] = NAN
-    state = AttentionState.from_lse(attn_out, lse, base=base, layout="TND", inf_is_empty=True)
-    back = state.lse(base=base, layout="TND")[:, 0].tolist()
+    state = AttentionState.from_lse(attn_out, lse, base=base, **TND, inf_is_empty=True)
+    back = state.lse(base=base, **TND)[:, 0].tolist()
     assert back[:2] == [-INF, -INF] and math.isnan(back[2]) and back[3] == 0.5
-    other = AttentionState.from_lse(torch.full_like(attn_out, 3), torch.zeros_like(lse), base=base, layout="TND")
+    other = AttentionState.from_lse(torch.full_like(attn_out, 3), torch.zeros_like(lse), base=base, **TND)
     merged = rau.merge_states([state, other], layout="TND")
     assert (merged.attn_out[:2] == 3).all() and merged.attn_out[2].isnan().all()
-    as_it_is = AttentionState.from_lse(attn_out, lse, base=base, layout="TND").lse(base=base, layout="TND")
+    as_it_is = AttentionState.from_lse(attn_out, lse, base=base, **TND).lse(base=base, **TND)
     assert as_it_is[1] == INF
 
 
@@ -188,10 +199,28 @@ def test_gradients_through_the_whole_pipe(layout, lse_layout, base, inf_is_empty
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("base", ["e", "2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_a_float64_log_sum_exp(base, dtype):
+    """It arrives in float64, and is that of the float32 numbers up to their rounding."""
+    how = {"base": base, **TND}
+    pairs = [pair("TND", "TN", dtype, seed) for seed in (1, 2)]
+    upstream, grads = torch.randn(pairs[0][0].shape).to(dtype), []
+    for wide in (torch.float64, torch.float32):
+        lses = [lse.to(wide).requires_grad_() for _, lse in pairs]
+        states = [AttentionState.from_lse(out, lse, **how) for (out, _), lse in zip(pairs, lses, strict=True)]
+        merged = rau.merge_states(states, layout="TND")
+        loss = (merged.attn_out * upstream).sum() + merged.lse(**how).sum()
+        grads.append(torch.autograd.grad(loss, lses))
+        assert all(grad.dtype == wide for grad in grads[-1])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_of_a_row_without_keys_is_zero():
     lse = torch.tensor([[-INF, 0.5]], dtype=torch.float64).T.requires_grad_()
-    state = AttentionState.from_lse(torch.ones(2, 1, 4, dtype=torch.float64), lse, base="e", layout="TND")
-    (grad,) = torch.autograd.grad(state.lse(base="e", layout="TND").nan_to_num(neginf=0).sum(), lse)
+    state = AttentionState.from_lse(torch.ones(2, 1, 4, dtype=torch.float64), lse, base="e", **TND)
+    (grad,) = torch.autograd.grad(state.lse(base="e", **TND).nan_to_num(neginf=0).sum(), lse)
     assert grad[:, 0].tolist() == [0, 1]
 
 
@@ -244,7 +273,7 @@ def test_on_their_device():
         back = state.lse(**options)
         assert (back.device.type, back.shape) == ("meta", lse.shape)
         lengths = torch.tensor([0, 3], device="meta")
-        back = state.lse(base=base, layout="TND", softmax_layout="SBH", actual_seq_qlen=lengths)
+        back = state.lse(base=base, **TND, softmax_layout="SBH", actual_seq_qlen=lengths)
         assert (back.device.type, back.shape) == ("meta", lse.mT.shape)
 
 
@@ -259,8 +288,14 @@ def test_refused():
     )
     with pytest.raises(rau.ConstraintError, match="lse is on meta and attn_out on cpu; expected one device for both"):
         AttentionState.from_lse(out, lse.to("meta"), **options)
-    with pytest.raises(rau.DTypeError, match="lse has dtype bfloat16; expected float32"):
+    with pytest.raises(rau.DTypeError) as caught:
         AttentionState.from_lse(out.bfloat16(), lse.bfloat16(), **options)
+    assert str(caught.value) == (
+        "AttentionState.from_lse: [dtype-stats] lse has dtype bfloat16; expected one of float32, float64. Compute it in float32, "
+        "with autocast off; or pass lse.float(), at the price of 8 significant bits: weights are off by up to abs(lse) * 2**-9."
+    )
+    with pytest.raises(rau.DTypeError, match=r"expected float64. Pass lse.double\(\), which is exact."):
+        AttentionState.from_lse(out.double(), lse, **options)
     with pytest.raises(rau.ShapeError, match="It looks like \\(B, N, S\\): pass lse_layout=\"BNS\""):
         AttentionState.from_lse(out, lse, **options, lse_layout="BSN")
     state = AttentionState.from_lse(out, lse, **options)
@@ -275,9 +310,9 @@ def test_mindspore_tensors_are_refused_with_what_to_do():
         shape, dtype = (3, 2), "Float32"
 
     Tensor.__module__, Tensor.__qualname__ = "mindspore.common.tensor", "Tensor"
-    out, _ = pair("TND", None)
+    out, _ = pair("TND", "TN")
     with pytest.raises(rau.DTypeError) as caught:
-        AttentionState.from_lse(out, Tensor(), base="e", layout="TND")
+        AttentionState.from_lse(out, Tensor(), base="e", **TND)
     assert str(caught.value) == (
         "AttentionState.from_lse: [array] lse is a mindspore array; expected a NumPy one or a torch tensor. "
         "Convert it: lse.asnumpy()."

@@ -61,6 +61,7 @@ def replace(**parts):
 
 SWAP = " Convert it to native byte order: a.astype(a.dtype.newbyteorder('='))."
 LIST = " Convert it with numpy.asarray(..., dtype=...)."
+LETTERS = " The letters are the axes of attn_out: B batch, S or T tokens, N heads, D head dimension, H = N * D."
 LAYOUTS = 'expected one of "SBH", "TND", "BSND", "BNSD".'
 
 ARRAYS = {
@@ -140,7 +141,15 @@ ARRAYS = {
         ("dtype-stats",),
         rau.DTypeError,
         {"prev_softmax_max": lambda a: a.astype("float64")},
-        says="prev_softmax_max has dtype float64; expected float32.",
+        says="prev_softmax_max has dtype float64; expected float32. Pass softmax_max.astype(numpy.float32): weights are off "
+        "by up to abs(softmax_max) * 2**-25.",
+    ),
+    "float16 statistics": Wrong(
+        ("dtype-stats",),
+        rau.DTypeError,
+        {"cur_softmax_sum": lambda a: a.astype("float16")},
+        says="cur_softmax_sum has dtype float16; expected float32. Compute it in float32; or pass softmax_sum.astype("
+        "numpy.float32), at the price of 11 significant bits: weights are off by up to 2**-12.",
     ),
     "float32 statistics of float64": Wrong(
         ("dtype-stats",) * 4,
@@ -151,7 +160,8 @@ ARRAYS = {
         ("dtype-stats",),
         rau.DTypeError,
         {name: lambda a: a.astype("float64") for name in NAMES[:5]} | {"out": None, "profile": "portable"},
-        says="cur_softmax_sum has dtype float32; expected float64, since prev_attn_out is float64.",
+        says="cur_softmax_sum has dtype float32; expected float64, since prev_attn_out is float64. Pass softmax_sum.astype("
+        "numpy.float64), which is exact.",
     ),
 }
 
@@ -250,21 +260,33 @@ SHAPES = {
 
 OPTIONS = {
     "layout BSH": Wrong(
-        ("layout",), rau.LayoutError, {"layout": "BSH"}, says=f"layout = 'BSH'; {LAYOUTS} Did you mean \"SBH\"?"
+        ("layout",), rau.LayoutError, {"layout": "BSH"},
+        says=f"layout = 'BSH'; {LAYOUTS} Did you mean \"BSND\"? Pass attn_out.reshape(B, S, N, D).{LETTERS}",
+    ),
+    "layout in small letters": Wrong(
+        ("layout",), rau.LayoutError, {"layout": "tnd"}, says=f"layout = 'tnd'; {LAYOUTS} Did you mean \"TND\"?{LETTERS}"
+    ),
+    "layout of letters in another order": Wrong(  # alike in spelling, and other axes
+        ("layout",), rau.LayoutError, {"layout": "BSDN"}, says=f"layout = 'BSDN'; {LAYOUTS}{LETTERS}"
+    ),
+    "layout that rau lacks": Wrong(
+        ("layout",), rau.LayoutError, {"layout": "HND"},
+        says=f"layout = 'HND'; {LAYOUTS} rau has no layout (N, T, D): pass attn_out.swapaxes(0, 1) as \"TND\", with "
+        f"statistics (T, N, 8).{LETTERS}",
     ),
     "layout None": Wrong(
-        ("layout",), rau.LayoutError, {"layout": None}, says=f"layout = None; {LAYOUTS} It names the axes of attn_out."
+        ("layout",), rau.LayoutError, {"layout": None}, says=f"layout = None; {LAYOUTS}{LETTERS}"
     ),
     "layout a list": Wrong(
-        ("layout",), rau.LayoutError, {"layout": []}, says=f"layout = []; {LAYOUTS} It names the axes of attn_out."
+        ("layout",), rau.LayoutError, {"layout": []}, says=f"layout = []; {LAYOUTS}{LETTERS}"
     ),
     "layout an array": Wrong(("layout",), rau.LayoutError, {"layout": np.zeros(2)}),
     "layout not in the profile": Wrong(("layout-profile", "rank", "rank"), rau.LayoutError, {"layout": "BSND"}),
     "softmax_layout": Wrong(
         ("softmax-layout",),
         rau.LayoutError,
-        {"softmax_layout": "TDN"},
-        says='softmax_layout = \'TDN\'; expected one of "TND", "SBH". Did you mean "TND"? '
+        {"softmax_layout": "NTD"},  # head-major within a sequence, perhaps: "TND", alike in spelling, is what it is not
+        says='softmax_layout = \'NTD\'; expected one of "TND", "SBH". '
         '"TND" is token-major; "SBH" is packed per sequence, as the vendor\'s kernels emit.',
     ),
     "softmax_layout an array": Wrong(("softmax-layout",), rau.LayoutError, {"softmax_layout": np.zeros(2)}),

@@ -7,6 +7,7 @@ import rau
 
 CHIP = 'This is a limit of the Ascend chip; profile="portable" lifts it.'
 SUMS = "pass numpy.concatenate([[0], numpy.cumsum(lengths)])"
+PADDED = "The buffer is longer than the last length: padding? As a sequence of its own:"
 TO_T = "expected a non-decreasing sequence from 0 to T = 8."
 LENGTHS = {
     "missing": Wrong(
@@ -45,7 +46,28 @@ LENGTHS = {
         rau.ConstraintError,
         {"actual_seq_qlen": [0, 3, 7]},
         "TND",
-        says=f"actual_seq_qlen = [0, 3, 7]: it ends at 7; {TO_T}",
+        says=f"actual_seq_qlen = [0, 3, 7]: it ends at 7; {TO_T} {PADDED} [0, 3, 7, 8].",
+    ),
+    "padded, and a sum of T": Wrong(  # five reports: these are no lengths
+        ("tnd-qlen-cumulative",),
+        rau.ConstraintError,
+        {"actual_seq_qlen": [0, 2, 6]},
+        "TND",
+        says=f"actual_seq_qlen = [0, 2, 6]: it ends at 6; {TO_T} {PADDED} [0, 2, 6, 8].",
+    ),
+    "padded, nothing but": Wrong(
+        ("tnd-qlen-cumulative",),
+        rau.ConstraintError,
+        {"actual_seq_qlen": [0]},
+        "TND",
+        says=f"actual_seq_qlen = [0]: it ends at 0; {TO_T} {PADDED} [0, 8].",
+    ),
+    "padded, 9 entries": Wrong(
+        ("tnd-qlen-cumulative",),
+        rau.ConstraintError,
+        {"actual_seq_qlen": [0] * 8 + [1]},
+        "TND",
+        says=f"actual_seq_qlen = [0, 0, 0, 0, 0, 0, 0, 0, 1]: it ends at 1; {TO_T} {PADDED} numpy.append(actual_seq_qlen, 8).",
     ),
     "decreasing": Wrong(
         ("tnd-qlen-cumulative",),
@@ -65,10 +87,10 @@ LENGTHS = {
     "many lengths": Wrong(
         ("tnd-qlen-cumulative",),
         rau.ConstraintError,
-        {"actual_seq_qlen": [0] * 8 + [1] * 8},
+        {"actual_seq_qlen": [1] * 8 + [0] * 8},
         "TND",
-        says=f"actual_seq_qlen = [0, 0, 0, 0, 0, ..., 1, 1, 1]: it ends at 1; {TO_T} It looks like the "
-        f"lengths themselves: {SUMS}.",
+        says=f"actual_seq_qlen = [1, 1, 1, 1, 1, ..., 0, 0, 0]: it decreases from 1 at index 7 to 0; {TO_T} It looks like "
+        f"the lengths themselves: {SUMS}.",
     ),
     "missing, packed, by the vendor's profile": Wrong(
         ("tnd-qlen-required",),

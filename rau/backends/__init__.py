@@ -41,6 +41,8 @@ class Capabilities:
     halves : bool
         It takes problems with a `half`, as any that walks ``problem.blocks`` does. Of others StreamingMerge makes several
         calls without.
+    float64 : bool
+        It computes in torch's float64, so that a device has to have that.
     differentiable : bool
     deterministic : bool
         The same bits at every run and for any number of threads.
@@ -50,8 +52,8 @@ class Capabilities:
         Further reasons against a :class:`Problem`, a list of str, for what the fields above cannot say: a limit of one
         layout alone, or one on a product. It looks at sizes and dtypes, never at where the arrays are.
     tolerance : float
-        Multiple of the contract's bound that it keeps: 1 for the arithmetic of rau, larger for a kernel
-        that computes its rows in float32.
+        Multiple of the contract's bound that its arithmetic keeps: 1 for that of rau, larger for a kernel
+        that computes its rows in float32. A result is rounded to 16 bits as well as any, whatever it is.
     """
 
     array_types: tuple[str, ...]
@@ -63,6 +65,7 @@ class Capabilities:
     lanes: tuple[int, ...] = (8, 1)
     in_place: bool = True
     halves: bool = False
+    float64: bool = False
     differentiable: bool = False
     deterministic: bool = True
     max_heads: int | None = None
@@ -142,6 +145,11 @@ class Capabilities:
             reasons.append(f"{problem.array_types[0]} is none of {', '.join(self.array_types)}")
         if self.devices is not None and problem.device.partition(":")[0] not in self.devices:
             reasons.append(f"device {problem.device} is none of {', '.join(self.devices)}")
+        if self.float64 and problem.kind == "torch":
+            from rau.frameworks import has_float64
+
+            if not has_float64(problem.device):
+                reasons.append(f"device {problem.device} has no float64, in which it computes rows: pass .cpu() of each tensor")
         return reasons
 
 
@@ -163,7 +171,8 @@ class Backend:
         prev, cur : AttentionState
             The arrays, of the types in `capabilities`.
         out : AttentionState or None
-            Arrays to fill, those of `prev` or `cur` themselves where the call is in place; None: allocate.
+            Arrays to fill, those of `prev` or `cur` themselves where the call is in place; None: allocate. Torch has been
+            told that its tensors will be written.
 
         Returns
         -------

@@ -75,8 +75,6 @@ class CudaBackend(TorchBackend):
                 torch.empty(problem.shape, dtype=first.attn_out.dtype, device=first.attn_out.device),
                 *(torch.empty(problem.stats_shape, dtype=part.dtype, device=part.device) for part in first[1:]),
             )
-        else:
-            torch.autograd.graph.increment_version(out)  # what autograd may have saved of it will be gone
         if problem.T * problem.N:
             with torch.cuda.device_of(first.attn_out), self._alone():
                 lengths = self._lengths(problem) if problem.packed or problem.half else None

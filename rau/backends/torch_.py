@@ -109,7 +109,7 @@ class TorchBackend(Backend):
     """Runs on torch tensors, wherever they are."""
 
     name = "torch"
-    capabilities = Capabilities(array_types=("torch:Tensor",), devices=None, differentiable=True)
+    capabilities = Capabilities(array_types=("torch:Tensor",), devices=None, float64=True, differentiable=True)
 
     def __init__(self) -> None:
         try:

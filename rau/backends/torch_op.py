@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from rau import update
 from rau.arithmetic import merge_rows, weigh
+from rau.arrays import tensor_inside
 from rau.backends.torch_ import Geometry
 from rau.constraints import bind
 from rau.errors import DTypeError, UnsupportedError
@@ -39,21 +40,22 @@ def wanted(states: Sequence[Sequence[Any]]) -> bool:
     bool
     """
     arrays = [array for state in states for array in state]
-    if not isinstance(arrays[0], Tensor) and not any([isinstance(array, Tensor) for array in arrays]):
+    if type(arrays[0]) is not Tensor and not any([isinstance(array, Tensor) for array in arrays]):
         return False
     if torch.compiler.is_compiling():
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return True
-    gradients = torch.is_grad_enabled()
+    gradients, found = torch.is_grad_enabled(), False
     for array in arrays:
         cls = type(array)
         if cls is Tensor or cls is Parameter:
-            if gradients and array.requires_grad:
-                return True
+            found = found or (gradients and array.requires_grad)
         elif isinstance(array, Tensor):
-            return True
-    return False
+            if tensor_inside(cls):
+                return False  # the validator says what to pass in its place; the operators would not
+            found = True
+    return found
 
 
 def through_operator(
@@ -178,7 +180,7 @@ def _keep(ctx: Any, states: Sequence[Sequence[Tensor]], actual_seq_qlen: Tensor 
     ctx.layout, ctx.softmax_layout = layout, softmax_layout
 
 
-def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[list[Tensor]]:
+def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Sequence[Tensor | None]]:
     """Gradients of all inputs, a triple for each state.
 
     Notes
@@ -193,13 +195,11 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[list[Tensor]]:
     The lanes' gradients are summed, and an input's goes to its lane 0. An empty side gets zeros; where a weight is 0,
     s_i counts as 0 and o_i is not read.
     """
-    if torch.is_grad_enabled():
-        raise UnsupportedError(
-            "rau: the gradient of a merge was asked for with create_graph=True; differentiating twice is not implemented"
-        )
     *saved, actual_seq_qlen = ctx.saved_tensors
     states = [saved[k : k + 3] for k in range(0, len(saved), 3)]
     geometry = Geometry.of(states[0], actual_seq_qlen, ctx.layout, ctx.softmax_layout)
+    if torch.is_grad_enabled():  # create_graph: they are to be differentiated in their turn
+        return _gradients_in_a_graph(states, geometry, grads)
     maxima, sums = ([geometry.rows(state[field]) for state in states] for field in (1, 2))
     weighed = weigh(maxima, sums)
     wide = weighed.weights[0].dtype
@@ -237,6 +237,51 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[list[Tensor]]:
             statistics.append(lanes)
         result.append([grad_row.reshape(states[k][0].shape), *statistics])
     return result
+
+
+def _gradients_in_a_graph(
+    states: Sequence[Sequence[Tensor]], geometry: Geometry, grads: Sequence[Tensor | None]
+) -> Sequence[Sequence[Tensor | None]]:
+    """The same by torch's own differentiation: slower and in more memory, and to be differentiated in their turn."""
+    # Each input anew, with its graph behind it: where one tensor stands in two places, each has a gradient of its own.
+    seen = [[part.view_as(part) for part in state] for state in states]
+    through = [
+        (part, torch.zeros_like(part) if grad is None else grad.double())
+        for part, grad in zip(_merged(seen, geometry), grads, strict=True)
+        if part.requires_grad
+    ]
+    outputs, upstream = zip(*through, strict=True)
+    asked = [part for state in seen for part in state if part.requires_grad]
+    found = iter(torch.autograd.grad(outputs, asked, upstream, create_graph=True))
+    return [[next(found) if part.requires_grad else None for part in state] for state in seen]
+
+
+def _merged(states: Sequence[Sequence[Tensor]], geometry: Geometry) -> Triple:
+    """The merge as torch can differentiate it, any number of times: out of place, all of it in float64.
+
+    Notes
+    -----
+    What is not to be read (empty sides, outputs of weight 0) is replaced by harmless numbers before it is computed with:
+    selected away behind that, its infinities would come back as 0 * inf. Which weights are 0, `weigh` says.
+    """
+    maxima, sums = ([geometry.rows(state[field]) for state in states] for field in (1, 2))
+    with torch.no_grad():
+        weighed = weigh(maxima, sums)
+        read = torch.stack(weighed.weights) != 0
+        shared = read & ~weighed.alone  # a side that is alone has weight 1, whatever its statistics
+        live = torch.stack(weighed.live)
+        scale = torch.where(weighed.total.isinf(), 2.0**-64, 1.0)  # as in `weigh`
+    m = torch.where(live, torch.stack(maxima).double(), -torch.inf)
+    l = torch.where(live, torch.stack(sums).double(), 0.0)  # noqa: E741
+    maximum = m.amax(0)  # equal ones share its gradient
+    a = l * torch.where(live, m - maximum, -torch.inf).exp()
+    part = torch.where(shared, a * scale, 0.0)
+    whole = torch.where(shared.any(0), part.sum(0), 1.0)
+    weights = torch.where(shared, part / whole, read.double()).unsqueeze(-1)
+    rows = torch.stack([geometry.heads(state[0]).double() for state in states])
+    attn_out = (weights * torch.where(read.unsqueeze(-1), rows, 0.0)).sum(0)
+    maximum, total = (geometry.statistics(row).expand_as(states[0][1]) for row in (maximum, a.sum(0)))
+    return attn_out.reshape(states[0][0].shape), maximum, total
 
 
 def _keep_update(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:

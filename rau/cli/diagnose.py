@@ -91,6 +91,7 @@ def _document(file: str, case: Case, diagnosis: Diagnosis) -> dict[str, Any]:
                 "same_bits": candidate.same_bits,
                 "explained": candidate.explained,
                 "spoiled": candidate.spoiled,
+                "misfit": candidate.misfit,
                 "off": candidate.off,
                 "everything": candidate.everything,
                 "wrong": candidate.mistake.wrong,

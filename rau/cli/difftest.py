@@ -184,6 +184,13 @@ def _print_report(this: Run, folder: str | None) -> None:
         for name, standing in report.standings.items()
     ]  # fmt: skip
     print_table(columns, rows, right=columns[1:6])
+    columns = ["worst by dtype", "dtype", "attn_out", "softmax_sum"]
+    rows = [
+        [this.title(name), dtype, session.share(share), session.share(standing.sum_shares[dtype])]
+        for name, standing in report.standings.items()
+        for dtype, share in standing.attn_shares.items()
+    ]
+    print_table(columns, rows, right=columns[2:])
     print(session.LEGEND)
     if report.pairs:
         columns = ["pair", "cases", "different bits", "apart"]

@@ -101,6 +101,10 @@ def document(this: Run) -> dict[str, Any]:
                 "wrong": report.wrong.get(name, 0),
                 "attn_share": standing.attn_share,
                 "sum_share": standing.sum_share,
+                "by_dtype": {
+                    dtype: {"attn_share": share, "sum_share": standing.sum_shares[dtype]}
+                    for dtype, share in standing.attn_shares.items()
+                },
                 "worst_case": standing.worst,
                 "histogram": standing.histogram.tolist(),
             }

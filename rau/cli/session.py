@@ -18,7 +18,8 @@ EXIT_STATUS = (
 )
 LEGEND = (
     "attn_out, softmax_sum: largest error against the oracle, as a share of the bound: 1 is the limit, or the "
-    "backend's tolerance; inf: a bit was not kept, or NaN stands where it must not"
+    "backend's tolerance, which does not widen the rounding to 16 bits; inf: a bit was not kept, or NaN stands where it "
+    "must not"
 )
 BACKEND = "a registered backend, or module:Class for a class in a module of the current folder, not installed"
 

@@ -18,6 +18,7 @@ from rau import registry
 from rau.errors import BackendUnavailableError, UnknownBackendError
 from rau.testing import memory
 from rau.testing.algebra import laws
+from rau.testing.autograd import writes
 from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
 from rau.testing.checks import check_case, described, excluded_by, run
@@ -113,11 +114,12 @@ def check_backend(
 
     Notes
     -----
-    Each case checks the values against the oracle (within the bound times ``capabilities.tolerance``), dtypes and shapes,
+    Each case checks the values against the oracle (within the bound at ``capabilities.tolerance``), dtypes and shapes,
     equal lanes, array kind and device, that inputs are unchanged, that `out` is what comes back and nothing beside it is
     written, and that a second run with another number of threads gives the same bits. Beside the cases stand the laws of
     merging, every way in which other libraries hand out a state, a StreamingMerge over the backend in each layout, whole
-    and in parts, a wrong call (nothing may be written), and calls from several threads at once.
+    and in parts, what autograd learns of writes into torch tensors, a wrong call (nothing may be written), and calls from
+    several threads at once.
 
     Examples
     --------
@@ -183,7 +185,7 @@ def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*")
         case = _fitting(backend, case)
         if fnmatchcase(case.id, select):
             every.append(Check(case.id, partial(_case, backend, case), excluded_by(backend, case)))
-    for id, law, dtype, reason in (*laws(backend), *recipes(backend), *streams(backend)):
+    for id, law, dtype, reason in (*laws(backend), *recipes(backend), *streams(backend), *writes(backend)):
         every.append(Check(id, partial(law, backend, dtype), [reason] if reason else []))
     every.append(Check("calls/wrong-call-writes-nothing", partial(_wrong_call, backend), []))
     several = [_ordinary(backend, f"calls/threads-{i}", 40 + i) for i in range(4)]

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rau.constraints import FIELDS
 from rau.state import AttentionState
 from rau.testing.bits import same_bits
 from rau.testing.checks import expected_of, problem_of
@@ -19,10 +18,9 @@ from rau.testing.plain import Rows
 from rau.testing.record import Record, RecordError
 from rau.testing.rows import half_ulp
 
-_EXPLAINED = 0.9  # of the wrong elements: the rest is left to what else may be wrong
-_SPOILED = 0.01  # of the right ones
-_NEARER = 8  # an element is explained by a mistake that it is so many times nearer to than to the truth
-_SLIGHT = 64.0  # times the bound: about what rows computed in float32 come to
+_MISFIT = 0.1  # so much of what is wrong is left to what else may be wrong
+_ALIKE = 0.01  # a difference in misfit that another arithmetic may make
+_SLIGHT = 64.0  # a tolerance: about what rows computed in float32 come to
 
 
 @dataclass(frozen=True)
@@ -35,27 +33,30 @@ class Candidate:
     same_bits : bool
         All three arrays have the same bits.
     explained : float
-        Of the elements that are wrong, the share that the mistake explains: they are exactly, or eight times nearer to,
-        what it makes of them.
+        Of the elements that are wrong, the share that fit the mistake: they are what it makes of them, up to rounding.
     spoiled : float
-        Of the elements that are right, the share that the mistake would have made wrong.
+        Of the elements that are right, the share that do not fit it.
+    misfit : float
+        The elements of both kinds that do not fit it, by those that are wrong, which do not fit the truth. 0: it accounts
+        for all that was observed; 1: no better than no mistake does.
     off : float
         How far the explained elements are from it at most, in shares of the bound.
     everything : bool
-        It explains the statistics as well as attn_out.
+        It accounts for the statistics as well as for attn_out.
     """
 
     mistake: Mistake
     same_bits: bool
     explained: float
     spoiled: float
+    misfit: float
     off: float
     everything: bool
 
     @property
     def reproduces(self) -> bool:
         """Whether the mistake accounts for what was observed."""
-        return self.same_bits or (self.explained >= _EXPLAINED and self.spoiled <= _SPOILED)
+        return self.same_bits or self.misfit <= _MISFIT
 
     def __str__(self) -> str:
         if self.same_bits:
@@ -76,7 +77,7 @@ class Diagnosis:
     comparison : Comparison
         What the oracle says.
     candidates : tuple of Candidate
-        The mistakes that account for at least some of it, best first; empty where it is right.
+        The mistakes that fit better than none, best first; empty where it is right.
     invisible : tuple of str
         Mistakes that make no difference on these inputs, so that nothing can be said about them.
     slight : bool
@@ -97,7 +98,12 @@ class Diagnosis:
     def recognised(self) -> tuple[Candidate, ...]:
         """The mistakes that reproduce it equally well, best first; more than one where the inputs cannot tell."""
         good = [candidate for candidate in self.candidates if candidate.reproduces]
-        return tuple(candidate for candidate in good if candidate.same_bits or not good[0].same_bits)
+        return tuple(
+            candidate
+            for candidate in good
+            if (candidate.same_bits, candidate.everything) == (good[0].same_bits, good[0].everything)
+            and candidate.misfit <= good[0].misfit + _ALIKE
+        )
 
     def __str__(self) -> str:
         lines = [str(self.comparison)]
@@ -156,20 +162,24 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     expected = expected_of(call)
     comparison = compare(record.observed, expected, tolerance=tolerance)
     wrong = not comparison.passed and _comparable(record.observed, expected)
-    truth = _truths(record.observed, expected, tolerance) if wrong else []
+    slight = wrong and compare(record.observed, expected, tolerance=_SLIGHT).passed
+    # Another arithmetic may be on top of a mistake: where anything is far off, what is slightly off tells nothing.
+    truth = _truths(record.observed, expected, tolerance if slight else max(tolerance, _SLIGHT)) if wrong else []
     rows = Rows(call.states, record.case.lengths_argument(), record.case.layout, record.case.softmax_layout)
     candidates, invisible = [], []
     for mistake in MISTAKES.values():
-        result = mistake(rows)
-        if result is None or compare(result, expected, tolerance=tolerance).passed:
+        results = [r for r in mistake.results(rows) if not compare(r, expected, tolerance=tolerance).passed]
+        if not results:
             invisible.append(mistake.name)
-        elif truth:
-            candidates.append(_judge(mistake, record.observed, result, truth))
-    candidates = [candidate for candidate in candidates if candidate.same_bits or candidate.explained > 0]
-    candidates.sort(key=lambda c: (c.same_bits, c.reproduces, c.everything, c.explained - c.spoiled), reverse=True)
-    largest = max(comparison.attn_share, comparison.sum_share)
-    slight = wrong and largest <= _SLIGHT and bool(truth[1].right.all())  # [1] is softmax_max
+        elif any(part.wrong.any() for part in truth):
+            candidates.append(min((_judge(mistake, record.observed, r, truth) for r in results), key=_order))
+    candidates = [candidate for candidate in candidates if candidate.same_bits or candidate.misfit < 1]
+    candidates.sort(key=_order)
     return Diagnosis(comparison, tuple(candidates), tuple(invisible), slight)
+
+
+def _order(candidate: Candidate) -> tuple[bool, bool, bool, float]:
+    return not candidate.same_bits, not candidate.reproduces, not candidate.everything, candidate.misfit
 
 
 def _comparable(observed: AttentionState, expected: Expected) -> bool:
@@ -181,70 +191,64 @@ def _comparable(observed: AttentionState, expected: Expected) -> bool:
     )
 
 
-def _judge(mistake: Mistake, observed: AttentionState, result: AttentionState, truth: Sequence[_Truth]) -> Candidate:
-    parts = [
-        _explain(widen(seen), widen(made), true) for seen, made, true in zip(observed, result, truth, strict=True)
-    ]
-    # attn_out decides wherever it is wrong: the statistics may be kept in other ways.
-    deciding = parts[next((i for i, true in enumerate(truth) if true.telling.any()), 0)]
-    everything = all(part.explained >= _EXPLAINED and part.spoiled <= _SPOILED for part in parts)
-    return Candidate(mistake, not same_bits(observed, result), *deciding, everything)
-
-
-class _Part(NamedTuple):
-    """What a mistake explains of one array, as `Candidate` has it."""
-
-    explained: float
-    spoiled: float
-    off: float
-
-
 class _Truth(NamedTuple):
     """What one array should be, and where it is not."""
 
     exact: np.ndarray
-    grain: np.ndarray  # the bound, as far as there is one
+    low: np.ndarray | float
+    error: np.ndarray  # of the arithmetic
     dtype: str
-    telling: np.ndarray  # the elements that are wrong by so much that a mistake must explain them
-    right: np.ndarray
+    tolerance: float
+    wrong: np.ndarray  # the elements that do not fit it
 
 
 def _truths(observed: AttentionState, expected: Expected, tolerance: float) -> list[_Truth]:
     targets = (
-        (expected.attn_out, expected._attn_low, expected.attn_bound),
-        (expected.softmax_max, 0.0, np.zeros(())),
+        (expected.attn_out, expected._attn_low, expected.attn_error),
+        (expected.softmax_max + 0.0, 0.0, np.zeros(())),
         (expected.softmax_sum, expected._sum_low, expected.sum_bound),
     )
-    found, off = [], []
-    for name, seen, (exact, low, bound) in zip(FIELDS, observed, targets, strict=True):
-        x, bound = widen(seen), np.broadcast_to(bound, seen.shape)
-        if name == "softmax_max":  # a zero of either sign is right
-            x, exact = x + 0.0, exact + 0.0
-        off.append(shares(x, exact, low, bound, seen.dtype.name))
-        found.append((exact, np.where(bound < np.inf, bound, 0.0), seen.dtype.name))
-    # Another arithmetic may be on top of a mistake: where anything is far off, what is slightly off tells nothing.
-    limit = _SLIGHT if any((share > _SLIGHT).any() for share in off) else tolerance
-    return [
-        _Truth(*parts, share > max(limit, tolerance), share <= tolerance)
-        for parts, share in zip(found, off, strict=True)
-    ]
+    found = []
+    for seen, part, (exact, low, error) in zip(_numbers(observed), observed, targets, strict=True):
+        error, dtype = np.broadcast_to(error, part.shape), part.dtype.name
+        wrong = shares(seen, exact, low, error, dtype, tolerance) > 1
+        found.append(_Truth(exact, low, error, dtype, tolerance, wrong))
+    return found
 
 
-def _explain(seen: np.ndarray, made: np.ndarray, truth: _Truth) -> _Part:
-    with np.errstate(all="ignore"):
-        grain = truth.grain + half_ulp(np.where(np.isfinite(made), np.abs(made), 0.0), truth.dtype)
-        off = _apart(seen, made) / grain
-        explained = (off == 0) | ((off < np.inf) & (off * _NEARER <= _apart(seen, truth.exact) / grain))
-    return _Part(
-        float(explained[truth.telling].mean()) if truth.telling.any() else 1.0,
-        # What is right may be so by another arithmetic; it speaks against a mistake that would have moved it well away.
-        float((off > 2)[truth.right].mean()) if truth.right.any() else 0.0,
-        float(off[truth.telling & explained].max(initial=0.0)),
+def _numbers(state: AttentionState) -> list[np.ndarray]:
+    attn_out, maximum, total = map(widen, state)
+    return [attn_out, maximum + 0.0, total]  # a max of zero may have either sign
+
+
+def _judge(mistake: Mistake, observed: AttentionState, result: AttentionState, truth: Sequence[_Truth]) -> Candidate:
+    compared = [_fit(*numbers) for numbers in zip(_numbers(observed), _numbers(result), truth, strict=True)]
+    # attn_out decides where it is wrong, whatever the statistics are: they may be kept in other ways. Where it is right a
+    # mistake of the statistics has left it so.
+    telling = next(i for i, part in enumerate(truth) if part.wrong.any()) + 1
+    wrong = np.concatenate([part.wrong.ravel() for part in truth[:telling]])
+    fits, off = (np.concatenate([part.ravel() for part in parts]) for parts in zip(*compared[:telling], strict=True))
+    return Candidate(
+        mistake,
+        not same_bits(observed, result),
+        explained=float(fits[wrong].mean()),
+        spoiled=float((~fits)[~wrong].mean()) if not wrong.all() else 0.0,
+        misfit=float((~fits).sum() / wrong.sum()),
+        off=float(off[wrong & fits].max(initial=0.0)),
+        everything=all(
+            (~part).sum() <= _MISFIT * true.wrong.sum() for (part, _), true in zip(compared, truth, strict=True)
+        ),
     )
 
 
-def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the distance: 0 where both are NaN, or the same infinity; infinite where one alone is."""
-    same = (one == other) | (np.isnan(one) & np.isnan(other))
-    apart = np.abs(one - other)
-    return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
+def _fit(seen: np.ndarray, made: np.ndarray, truth: _Truth) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which elements of an array are what a mistake makes of them, and how far off they are in shares of the bound."""
+    # What the mistake makes is no more exact than the truth, nor than numbers of its size are in float32. But a zero that
+    # is to be kept bit for bit has its sign.
+    wide = "float64" if truth.dtype == "float64" else "float32"
+    error = np.maximum(truth.error, half_ulp(np.where(np.isfinite(made), np.abs(made), 0.0), wide))
+    error = np.where((truth.error == 0) & (made == 0), 0.0, error)
+    # Where it makes no difference it fits as well as the truth, and no better.
+    without_effect = shares(made, truth.exact, truth.low, truth.error, truth.dtype) <= 1
+    near = shares(seen, made, 0.0, error, truth.dtype, truth.tolerance) <= 1
+    return np.where(without_effect, ~truth.wrong, near), shares(seen, made, 0.0, error, truth.dtype)

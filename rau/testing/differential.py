@@ -37,20 +37,30 @@ class Standing:
         Cases that it ran.
     excluded : dict of str to str
         Cases that its capabilities exclude, with the reason.
-    attn_share, sum_share : float
-        Its worst errors, as shares of the bound.
+    attn_shares, sum_shares : dict of str to float
+        Its worst errors, as shares of the bound, by the dtype of the result: each has a bound of its own.
     worst : str
-        Id of the case with the worst attn_share.
+        Id of the case with the worst share in attn_out.
     histogram : ndarray of int64, shape (BINS + 1,)
         How many elements of attn_out have which share; elements that are exact bit for bit are in the first bin.
     """
 
     cases: int = 0
     excluded: dict[str, str] = field(default_factory=dict)
-    attn_share: float = 0.0
-    sum_share: float = 0.0
+    attn_shares: dict[str, float] = field(default_factory=dict)
+    sum_shares: dict[str, float] = field(default_factory=dict)
     worst: str = ""
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS + 1, np.int64))
+
+    @property
+    def attn_share(self) -> float:
+        """The worst of all dtypes."""
+        return max(self.attn_shares.values(), default=0.0)
+
+    @property
+    def sum_share(self) -> float:
+        """The worst of all dtypes."""
+        return max(self.sum_shares.values(), default=0.0)
 
 
 @dataclass
@@ -141,6 +151,10 @@ class Differential:
                 f"  {name}: {standing.cases} cases, {len(standing.excluded)} excluded; worst {standing.attn_share:.3f} (attn_out) "
                 f"and {standing.sum_share:.3f} (softmax_sum) of the bound"
             )
+            lines += [
+                f"    {dtype}: {share:.3f} (attn_out) and {standing.sum_shares[dtype]:.3f} (softmax_sum)"
+                for dtype, share in standing.attn_shares.items()
+            ]
         for (one, other), pair in self.pairs.items():
             lines.append(f"  {one}, {other}: {pair.cases} cases, {pair.different} with different bits, {pair.share:.3g} of the bound")
         for finding in self.findings:
@@ -180,7 +194,7 @@ def run_differential(
 
     Notes
     -----
-    A backend is wrong where a value is beyond ``capabilities.tolerance`` times the bound, or where it fails any other
+    A backend is wrong where a value is beyond the bound at ``capabilities.tolerance``, or where it fails any other
     check of :mod:`rau.testing.checks`. Two backends that declare tolerance 1, and are not wrong, must have the same bits.
 
     Examples
@@ -260,8 +274,9 @@ def judge(instances: Sequence[Any], case: Case, report: Differential | None = No
             comparison = folding.judge(instance, case, numbers, result, expected)
             problems = [*comparison.problems, *problems]
             if comparison.attn_share > standing.attn_share or not standing.worst:
-                standing.attn_share, standing.worst = comparison.attn_share, case.id
-            standing.sum_share = max(standing.sum_share, comparison.sum_share)
+                standing.worst = case.id
+            for worst, share in ((standing.attn_shares, comparison.attn_share), (standing.sum_shares, comparison.sum_share)):
+                worst[case.dtype] = max(worst.get(case.dtype, 0.0), share)
             standing.histogram += histogram(result, expected)
             results.append((instance, result))
         if problems:
@@ -296,7 +311,7 @@ def histogram(result: AttentionState, expected: Expected) -> np.ndarray:
     if result.attn_out.shape != expected.attn_out.shape or not result.attn_out.size:
         return np.zeros(BINS + 1, np.int64)
     share = shares(
-        widen(result.attn_out), expected.attn_out, expected._attn_low, expected.attn_bound, expected.dtype
+        widen(result.attn_out), expected.attn_out, expected._attn_low, expected.attn_error, expected.dtype
     ).ravel()
     place = np.where(share > 1.0, BINS, np.minimum(share * BINS, BINS - 1)).astype(np.int64)
     return np.bincount(place, minlength=BINS + 1)

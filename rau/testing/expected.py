@@ -17,7 +17,9 @@ weights w_i = a_i / l, a_i = l_i exp(m_i - m), and K live states in the row:
   additions count A = sum(abs(a_j)) / abs(l) times (1 unless sums are negative), the division once.
 - An element takes the rounding of the weight to float32, a product and K - 1 additions: K + 1 roundings of u.
   Where weights or products are subnormal, 2^-150 abs(o_i) a weight and 2^-150 a product come on top.
-- A 16-bit result is rounded once more: half a unit in the last place of its format.
+- A 16-bit result is rounded once more: half a unit in the last place of its format. A backend's tolerance is about its
+  arithmetic and multiplies all but this: rows in float32 are no reason to round badly. (The half unit of a sum is
+  float32's, in which such rows are computed: that is multiplied.)
 - float64 problems keep the weights in float64: a product and K - 1 additions, K roundings of e, and the
   subnormal terms at 2^-1074 (twice what they are, because float64 cannot hold 2^-1075).
 """
@@ -46,9 +48,10 @@ class Expected:
         Exact output, rounded to float64 only.
     softmax_max, softmax_sum : ndarray of float64, shape of the first state's statistics
         Exact statistics, equal in all lanes.
-    attn_bound, sum_bound : ndarray of float64, shapes of `attn_out` and `softmax_sum`
-        Largest error allowed. 0: bit for bit, the sign of a zero included; any NaN is as good as another.
-        Infinity: the contract promises nothing here, and any value will do.
+    attn_error, sum_bound : ndarray of float64, shapes of `attn_out` and `softmax_sum`
+        Largest error allowed, of attn_out before it is stored in 16 bits: what a tolerance multiplies. 0: bit for bit,
+        the sign of a zero included; any NaN is as good as another. Infinity: the contract promises nothing here, and
+        any value will do.
     dtype, stats_dtype : str
         Names of the dtypes that the output and the statistics must have.
     """
@@ -56,13 +59,37 @@ class Expected:
     attn_out: np.ndarray
     softmax_max: np.ndarray
     softmax_sum: np.ndarray
-    attn_bound: np.ndarray
+    attn_error: np.ndarray
     sum_bound: np.ndarray
     dtype: str
     stats_dtype: str
     # What the exact values have beyond float64; an infinity or NaN has nothing.
     _attn_low: np.ndarray | float = field(repr=False, default=0.0)
     _sum_low: np.ndarray | float = field(repr=False, default=0.0)
+
+    @property
+    def attn_bound(self) -> np.ndarray:
+        """Largest error allowed of attn_out as it is stored; float64, shape of `attn_out`."""
+        return once_stored(self.attn_error, self.attn_out, self.dtype)
+
+
+def once_stored(error: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
+    """Add what storing may to the error of the arithmetic: in 16 bits half a unit in the last place.
+
+    Parameters
+    ----------
+    error, exact : ndarray of float64, same shape
+        An error of 0, bit for bit, stays 0.
+    dtype : str
+        Name of the format. In float32 and float64 the arithmetic's last rounding is that of storing.
+
+    Returns
+    -------
+    ndarray of float64
+    """
+    if dtype not in ("float16", "bfloat16"):
+        return error
+    return np.where(error == 0, 0.0, error + half_ulp(np.abs(exact) + error, dtype))
 
 
 def oracle(
@@ -126,7 +153,7 @@ def oracle(
     dtype, double = outputs[0].dtype.name, outputs[0].dtype.name == "float64"
 
     attn_shape = flat_out[0].shape
-    attn, attn_bound = np.empty(attn_shape), np.empty(attn_shape)
+    attn, attn_error = np.empty(attn_shape), np.empty(attn_shape)
     attn_low = np.empty(attn_shape) if double else None
     stats = {name: np.empty(order.size) for name in ("maximum", "total", "total_low", "total_bound")}
     step = max(1, min(_SLAB // max(1, attn_shape[1]), _SLAB // len(states)))
@@ -137,7 +164,7 @@ def oracle(
             for name, column in stats.items():
                 column[slab] = getattr(rows, name)
             value, low, bound = _merge_elements([widen(part[slab]) for part in flat_out], rows, dtype)
-            attn[slab], attn_bound[slab] = value, bound
+            attn[slab], attn_error[slab] = value, bound
             if attn_low is not None:
                 attn_low[slab] = low
 
@@ -150,7 +177,7 @@ def oracle(
         attn_out=attn.reshape(shape),
         softmax_max=in_call_order(stats["maximum"]),
         softmax_sum=in_call_order(stats["total"]),
-        attn_bound=attn_bound.reshape(shape),
+        attn_error=attn_error.reshape(shape),
         sum_bound=in_call_order(stats["total_bound"]),
         dtype=dtype,
         stats_dtype=maxima[0].dtype.name,
@@ -221,7 +248,8 @@ def _merge_elements(parts: list[np.ndarray], rows: Rows, dtype: str) -> tuple[np
     Returns
     -------
     value, low, bound : ndarray of float64, shape (rows, D)
-        Exact value as a sum of two float64 numbers (low is 0.0 unless the problem is float64), and its bound.
+        Exact value as a sum of two float64 numbers (low is 0.0 unless the problem is float64), and its bound before it is
+        stored.
     """
     double = dtype == "float64"
     value = np.full_like(parts[0], -0.0)  # the sum of nothing: -0.0 + x is x, whatever zero x may be
@@ -249,8 +277,6 @@ def _merge_elements(parts: list[np.ndarray], rows: Rows, dtype: str) -> tuple[np
             reach += np.where(np.isfinite(part) & ~skipped[:, None], np.abs(weight[:, None] * part), 0)
         limit = 2.0 ** FORMATS["float64" if double else "float32"].exponent
         bound[rows.mixed[:, None] & (reach >= limit)] = np.inf
-    if dtype in ("float16", "bfloat16"):
-        bound += half_ulp(np.abs(value) + bound, dtype)
     zero = value == 0
     if zero.any():
         # Zero times anything is exact, and so is the sign of the sum of zeros.

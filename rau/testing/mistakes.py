@@ -27,18 +27,25 @@ class Mistake(NamedTuple):
         What it does, in a sentence.
     change : str
         What to do about it.
-    make : callable
-        Returns the wrong result of `Rows`, or None where the call leaves no room for the mistake.
+    makes : tuple of callable
+        Each returns a wrong result of `Rows`, or None where the call leaves no room for the mistake: the first one makes
+        it as a whole, the others a part of it each.
     """
 
     name: str
     wrong: str
     change: str
-    make: Make
+    makes: tuple[Make, ...]
 
     def __call__(self, rows: Rows) -> AttentionState | None:
+        """Make it as a whole."""
         with np.errstate(all="ignore"):
-            return self.make(rows)
+            return self.makes[0](rows)
+
+    def results(self, rows: Rows) -> list[AttentionState]:
+        """Make it in every way."""
+        with np.errstate(all="ignore"):
+            return [result for result in (make(rows) for make in self.makes) if result is not None]
 
 
 MISTAKES: dict[str, Mistake] = {}
@@ -52,7 +59,15 @@ _LAST = "Look at the end of the loop over tokens: cumulative lengths are exclusi
 def _known(wrong: str, change: str) -> Callable[[Make], Make]:
     def enter(make: Make) -> Make:
         name = make.__name__.replace("_", "-")
-        MISTAKES[name] = Mistake(name, wrong, change, make)
+        MISTAKES[name] = Mistake(name, wrong, change, (make,))
+        return make
+
+    return enter
+
+
+def _part_of(name: str) -> Callable[[Make], Make]:
+    def enter(make: Make) -> Make:
+        MISTAKES[name] = MISTAKES[name]._replace(makes=(*MISTAKES[name].makes, make))
         return make
 
     return enter
@@ -109,8 +124,13 @@ def log_sum_exp_instead_of_max_and_sum(rows: Rows) -> AttentionState | None:
 )
 def sums_left_out(rows: Rows) -> AttentionState | None:
     bare = np.where(rows.live, exponential(rows.maxima - rows.maximum), 0.0)
-    total = bare[0] * rows.sums[0] + add(bare[1:]) if len(bare) > 1 else bare[0] * rows.sums[0]
-    return rows.store(rows.combine((bare / total).astype(rows.stats_dtype)), rows.maximum, total)
+    total = add(np.stack([rows.factors()[0], *bare[1:]]))
+    return rows.store(rows.combine(_over(bare, total, rows)), rows.maximum, total)
+
+
+def _over(factors: Array, total: Array, rows: Rows) -> Array:
+    """Divide by l, where there is anything: what comes of empty sides is another mistake."""
+    return np.where(rows.live, factors / total, 0.0).astype(rows.stats_dtype)
 
 
 @_known(
@@ -120,7 +140,7 @@ def sums_left_out(rows: Rows) -> AttentionState | None:
 def sums_left_out_of_the_output(rows: Rows) -> AttentionState | None:
     total = rows.total(rows.factors())
     bare = np.where(rows.live, exponential(rows.maxima - rows.maximum), 0.0)
-    return rows.store(rows.combine((bare / total).astype(rows.stats_dtype)), rows.maximum, total)
+    return rows.store(rows.combine(_over(bare, total, rows)), rows.maximum, total)
 
 
 @_known(
@@ -174,18 +194,54 @@ def _with_weights(rows: Rows, narrow: Callable[[Array], Array]) -> AttentionStat
 
 
 @_known(
+    "The weights are exp(lse_i - lse), and the log-sum-exps were rounded to float32: they do not sum to 1.",
+    "That rounding changes all weights of a row, by up to abs(lse) * 2**-24 of each. Divide a_i = l_i * exp(m_i - m) by "
+    "what they add up to, l = a_1 + ... + a_K.",
+)
+def weights_do_not_sum_to_1(rows: Rows) -> AttentionState | None:
+    each = np.where(rows.live, _log_sum_exps(rows), -np.inf)
+    whole = np.logaddexp.reduce(each, axis=0).astype(rows.stats_dtype)
+    weights = np.where(rows.live, np.exp(each - whole), 0.0).astype(rows.stats_dtype)
+    return rows.store(rows.combine(weights), rows.maximum, rows.total(rows.factors()))
+
+
+def _log_sum_exps(rows: Rows) -> Array:
+    """Rounded as they are stored. In float64 otherwise, whatever the rows are in: that rounding is large enough to tell."""
+    exact = rows.maxima.astype(np.float64) + np.log(rows.sums.astype(np.float64))
+    return exact.astype(rows.stats_dtype).astype(np.float64)
+
+
+_NARROW = {"float16": to_float16, "bfloat16": to_bfloat16}
+
+
+@_known(
+    "The running output was rounded to 16 bits after every update.",
+    "Keep it in float32 and round once, after the last: rau.StreamingMerge does, and rau.merge_states merges all at once.",
+)
+def rounded_at_every_hop(rows: Rows) -> AttentionState | None:
+    narrow = _NARROW.get(rows.dtype.name)
+    if narrow is None or len(rows.states) < 3:
+        return None
+    output, maximum, total = rows.outputs[0], rows.maxima[0], rows.sums[0]
+    for k in range(1, len(rows.states)):
+        pair = rows.having(np.stack([maximum, rows.maxima[k]]), np.stack([total, rows.sums[k]]))
+        pair.outputs = [output, rows.outputs[k]]
+        factors = pair.factors()
+        output = narrow(pair.combine(pair.weights(factors)))
+        maximum, total = pair.maximum, pair.total(factors).astype(rows.stats_dtype)
+    return rows.store(output, maximum, total)
+
+
+@_known(
     "Weights, products and sums of the outputs were all rounded to the output's 16 bits.",
     "Widen the outputs to float32, and round once, at the end.",
 )
 def elements_in_16_bits(rows: Rows) -> AttentionState | None:
-    if rows.dtype.name not in ("float16", "bfloat16"):
+    narrow = _NARROW.get(rows.dtype.name)
+    if narrow is None:
         return None
-    narrow = to_float16 if rows.dtype.name == "float16" else to_bfloat16
     factors = rows.factors()
-    result = np.zeros_like(rows.outputs[0])
-    for weight, output in zip(narrow(rows.weights(factors)), rows.outputs, strict=True):
-        result = np.where(weight != 0, narrow(result + narrow(weight * output)), result)
-    return rows.store(result, rows.maximum, rows.total(factors))
+    return rows.store(rows.combine(narrow(rows.weights(factors)), narrow), rows.maximum, rows.total(factors))
 
 
 @_known(
@@ -283,14 +339,55 @@ def last_token_zero(rows: Rows) -> AttentionState | None:
 
 
 @_known(
-    "What stands behind an empty side leaks: 0 * NaN, or -inf - (-inf), is NaN.",
-    "A side with sum 0 or max -inf is empty: return the other one as it is, and 0, -inf, 0 where both are.",
+    "What stands behind an empty side leaks: 0 * NaN, -inf - (-inf) and 0 / 0 are NaN, and adding 0 takes the sign off -0.0.",
+    "A side with sum 0 or max -inf is empty: return the other one as it is, and 0, -inf, 0 where both are. Leave products "
+    "of a weight of 0 out.",
 )
 def empty_sides_not_guarded(rows: Rows) -> AttentionState | None:
-    maximum = rows.maxima.max(axis=0)
-    factors = rows.sums * np.exp(rows.maxima - maximum)
+    maximum, factors = _unguarded(rows)
     weights = (factors / add(factors)).astype(rows.stats_dtype)
-    output = add(np.stack([weight * part for weight, part in zip(weights, rows.outputs, strict=True)]))
+    return rows.store(_all_products(rows, weights), maximum, add(factors))
+
+
+@_part_of("empty-sides-not-guarded")
+def _two_empty_sides(rows: Rows) -> AttentionState | None:
+    factors = rows.factors()
+    output = np.where(rows.live.any(axis=0), rows.combine(rows.weights(factors)), np.nan)
+    return rows.store(output, rows.maximum, rows.total(factors))
+
+
+@_part_of("empty-sides-not-guarded")
+def _what_is_behind(rows: Rows) -> AttentionState | None:
+    factors = rows.factors()
+    return rows.store(_all_products(rows, rows.weights(factors)), rows.maximum, rows.total(factors))
+
+
+def _unguarded(rows: Rows) -> tuple[Array, Array]:
+    maximum = rows.maxima.max(axis=0)
+    return maximum, rows.sums * np.exp(rows.maxima - maximum)
+
+
+def _all_products(rows: Rows, weights: Array) -> Array:
+    """Add up, a weight of 0 times whatever there is included: NaN for NaN, and the sign of -0.0 is lost."""
+    result, *others = (weight * output for weight, output in zip(weights, rows.outputs, strict=True))
+    for product in others:
+        result = result + product
+    return result
+
+
+@_known(
+    "The update is o - sigmoid(lse_cur - lse) * (o - o_cur), which is NaN where both sides are empty, as -inf - (-inf) is, "
+    "and reads what stands behind an empty side: large numbers there cancel what is right.",
+    "A side with sum 0 or max -inf is empty: return the other one as it is, and 0, -inf, 0 where both are. Elsewhere add "
+    "the two products, o_prev * (a / l) + o_cur * (b / l).",
+)
+def sigmoid_form(rows: Rows) -> AttentionState | None:
+    output, (lse, *others) = rows.outputs[0], _log_sum_exps(rows)
+    for part, its in zip(rows.outputs[1:], others, strict=True):
+        weight = (1 / (1 + np.exp(lse - its))).astype(rows.stats_dtype)
+        output = output - weight * (output - part)
+        lse = (lse + np.logaddexp(0.0, its - lse)).astype(rows.stats_dtype).astype(np.float64)
+    maximum, factors = _unguarded(rows)
     return rows.store(output, maximum, add(factors))
 
 

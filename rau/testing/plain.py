@@ -136,13 +136,14 @@ class Rows:
         weights = np.where(self.live, np.where(alone, 1.0, factors / add(factors)), 0.0)
         return weights.astype(self.stats_dtype)
 
-    def combine(self, weights: Array) -> Array:
-        """Add up weight times output in the outputs' precision; a weight of 0 leaves its side out."""
+    def combine(self, weights: Array, rounded: Callable[[Array], Array] = lambda values: values) -> Array:
+        """Add up weight times output in the outputs' precision, or rounded further; a weight of 0 leaves its side out."""
         result = np.zeros_like(self.outputs[0])
         started = np.zeros(result.shape, bool)
         for weight, output in zip(weights, self.outputs, strict=True):
-            term, used = (weight * output).astype(result.dtype), np.broadcast_to(weight != 0, result.shape)
-            result = np.where(used, np.where(started, result + term, term), result)
+            term = rounded((weight * output).astype(result.dtype))
+            used = np.broadcast_to(weight != 0, result.shape)
+            result = np.where(used, np.where(started, rounded(result + term), term), result)
             started = started | used
         return result
 

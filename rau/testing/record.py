@@ -28,9 +28,9 @@ import numpy as np
 
 from rau.constraints import FIELDS
 from rau.errors import RauError
-from rau.layouts import LAYOUTS
+from rau.layouts import LAYOUTS, OTHER_LAYOUTS
 from rau.lengths import bind_lengths
-from rau.rules import Report
+from rau.rules import Report, meant
 from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
 
@@ -153,7 +153,8 @@ def _describe(path: Any, states: list[AttentionState], arrays: dict[str, np.ndar
     """Work out what call the arrays stand for."""
     layout, order = _text(arrays, "layout", "SBH"), _text(arrays, "softmax_layout", "TND")
     if layout not in LAYOUTS:
-        raise RecordError(f"{path}: layout {layout!r} is none of {', '.join(LAYOUTS)}")
+        hint = meant(layout, LAYOUTS, OTHER_LAYOUTS)
+        raise RecordError(f"{path}: layout {layout!r} is none of {', '.join(LAYOUTS)}.{hint}")
     attn, stats = states[0].attn_out.shape, states[0].softmax_max.shape
     axes = LAYOUTS[layout]
     if len(attn) != axes.attn.count(",") + 1 or len(stats) != axes.stats.count(",") + 1:
