@@ -35,6 +35,9 @@ COEFFICIENTS = tuple(
     )
 )
 UNDERFLOW = -708.0
+# Relative errors, in units of 2**-53, proven by proofs/: of q, and of q + q * lost against the exponential of d + lost.
+BOUND = 1.71
+DIFFERENCE_BOUND = 2.42
 
 
 def library(array: Any) -> Any:
@@ -78,6 +81,8 @@ def difference(a: Any, b: Any) -> tuple[Any, Any]:
 
 def exp_nonpositive(x: Any, lost: Any = None) -> Any:
     """exp(x + lost) of float64 arrays of one shape, for x <= 0 or NaN and `lost` below its last place; 0 below -708.
+
+    Its relative error is at most 1.71 * 2**-53 without `lost`, 2.42 * 2**-53 with it (and 2**-1075), as proofs/ proves.
 
     Examples
     --------

@@ -76,9 +76,11 @@ class StreamingMerge:
     partial states are widened; for one that does not write in place, results are copied.
 
     The float32 state has the bits of a chain of :func:`ring_attention_update` with ``out=`` the running state, on every
-    backend of this package. Each of its n - 1 merges keeps within 3 * 2**-24 * (abs(w1*o1) + abs(w2*o2)) of the exact
-    merge of what it is given, and rounds the sum once: for n partial states it is off by at most
-    4 * (n - 1) * 2**-24 * sum(abs(w_i * o_i)) to first order, plus the subnormal terms, whatever the partials' dtype.
+    backend of this package. With u = 2**-24, v = 2**-53, S = sum(abs(w_i * o_i)) and M = max(abs(o_i)), after n partial states
+    an element is within ((1 + u)**(4*n - 5) * (1 + 5.43 * (n - 1) * v) - 1) * S + 2**-148 * n * (1 + M) of the exact merge of
+    all of them (to first order (4*n - 5) * u * S), whatever the partials' dtype, where the sums are normal float32 numbers;
+    in float64 within 7.43 * (n - 1) * v * S + 2**-507 * n * M + 2**-1073 * n, where all sums, the running one's too, are in
+    [2**-256, 2**256]. proofs/README.md has the proofs.
 
     A whole ring can be captured into a CUDA graph, from the making of the StreamingMerge to its result; a replay starts
     from the empty state then. `actual_seq_qlen` has to be on the device for that. Nobody reads it there: with sequences of

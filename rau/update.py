@@ -102,9 +102,12 @@ def ring_attention_update(
         l = a + b,    o = o_prev * (a / l) + o_cur * (b / l)
 
     Rows are computed in float64 and their weights rounded once to float32; elements in float32 without fused
-    operations, rounded once more where stored in 16 bits. Each float32 element is within
-    3 * 2**-24 * (abs(w1*o1) + abs(w2*o2)) of the exact result (plus at most 2**-149 + 2**-150 * (abs(o1) + abs(o2))
-    where something is subnormal); 16 bits add half a unit in the last place. Every backend of this package returns the
+    operations, rounded once more where stored in 16 bits. With u = 2**-24, v = 2**-53, S = abs(w1*o1) + abs(w2*o2) and
+    O = abs(o1) + abs(o2), each float32 element is within (3*u + 6*v) * S + (1 + u)**3 * 2**-150 * (2 + O) of the exact
+    result, where the second term counts for subnormal numbers only; 16 bits add half a unit in the last place. A float64
+    element is within 7.43 * v * S + 2**-509 * O + 2**-1073, if both sums are in [2**-256, 2**256]. Outside of that, a side
+    whose max is more than 708 below the other one's is lost whatever its sum, and a new sum may be infinite, while the
+    output is still that of the two weights. proofs/README.md has the proofs. Every backend of this package returns the
     same bits.
 
     A side whose sum is 0 or whose max is -inf is empty: the other side comes back bit for bit, whatever stands behind
@@ -171,8 +174,10 @@ def merge_states(
     Notes
     -----
     As :func:`ring_attention_update`, which is the case K = 2: the states are added left to right, each input is read
-    once, and a 16-bit result is rounded once. Each float32 element is within (K + 1) * 2**-24 * sum(abs(w_i * o_i)) of
-    the exact result, plus the subnormal term.
+    once, and a 16-bit result is rounded once. With u = 2**-24, v = 2**-53, S = sum(abs(w_i * o_i)) and O = sum(abs(o_i)), each
+    float32 element is within ((1 + u)**(K + 1) * (1 + (K + 6.85) * v) - 1) * S + (1 + u)**(K + 1) * 2**-150 * (K + O) of the
+    exact result (to first order (K + 1) * u * S), a float64 one within (2*K + 6.85) * v * S + 2**-509 * O + 2**-1074 * K, if
+    all sums are in [2**-256, 2**256]. proofs/README.md has the proofs, for K up to 2**20.
 
     Examples
     --------

@@ -92,7 +92,7 @@ class Case:
     def needs_float64_rows(self) -> bool:
         """Whether rows in float32 cannot get it right: sums near the ends of float32's range, or of both signs; NaN or
         the sign of zero behind a weight that is subnormal."""
-        hostile = ("large-sums", "subnormal-sums", "negative-sums", "subnormal-weights", "balanced")
+        hostile = ("large-sums", "subnormal-sums", "negative-sums", "subnormal-weights", "balanced", "extremes")
         return self.statistics in hostile or (self.statistics == "huge-gaps" and self.outputs != "ordinary")
 
     def lengths_argument(self) -> Any:

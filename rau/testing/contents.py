@@ -62,6 +62,13 @@ def _balanced(rng: Generator, maxima: Stats, sums: Stats) -> None:
         total[:] = rng.uniform(1.0, 4.0, count) * np.exp(gap - gaps.max(axis=0) / 2)
 
 
+def _extremes(rng: Generator, maxima: Stats, sums: Stats) -> None:
+    """Outside the domain of float64's bound: sums that overflow, or are subnormal, and a half that is lost below -708."""
+    _put(rng, sums, [1e308, 1.5e308, 5e-324, 1e-310, 1e-300], 0.6)
+    for maximum, rows in zip(maxima, _rows(rng, maxima, 0.3), strict=True):
+        maximum[rows] = -rng.uniform(700.0, 716.0, int(rows.sum()))
+
+
 # What may be done to ordinary statistics (maxima around 0, sums between 1 and 100).
 STATISTICS: dict[str, Fill] = {
     "ordinary": lambda rng, maxima, sums: None,
@@ -72,6 +79,7 @@ STATISTICS: dict[str, Fill] = {
     "infinite-sum": lambda rng, maxima, sums: _put(rng, sums, [np.inf]),
     "huge-gaps": lambda rng, maxima, sums: _put(rng, maxima, [-1e4, 1e4, 3e38, -3e38, 87.0, -87.0, 104.0, 708.0, -708.0], 0.5),
     "balanced": _balanced,
+    "extremes": _extremes,
     "equal-maxima": _equal_maxima,
     "negative-maxima": lambda rng, maxima, sums: _put(rng, maxima, [-50.0, -1e3, -1e30], 1.0),
     "zero-maxima": lambda rng, maxima, sums: _put(rng, maxima, [0.0, -0.0], 0.7),

@@ -7,10 +7,9 @@ judge all of them. It does not validate: give it calls that are valid.
 Error bounds follow from the operator's arithmetic, not from a guessed tolerance. With u = 2^-24, e = 2^-53,
 weights w_i = a_i / l, a_i = l_i exp(m_i - m), and K live states in the row:
 
-- The row is computed in float64. The difference m_i - m is kept with its own rounding error; the exponential
-  of its rounded value is good to 2.51 e, adding the error's part to another e (0.7 e more near -708, where that
-  part is subnormal), the product with l_i to another: a_i is good to g_i = 4.51 e (5.21 e), and exact for the
-  largest maximum, where the exponential is 1.
+- The row is computed in float64. The difference m_i - m is kept with its own rounding error, and its exponential is
+  good to 2.42 e (proofs/ has the proof; 2^-1075 more, which is 0.7 e near -708), the product with l_i to another e:
+  a_i is good to g_i = 3.42 e (4.12 e), and exact for the largest maximum, where the exponential is 1.
 - The sum l takes K - 1 additions: it is off by at most sum(abs(a_j) (g_j + (K - 1) e)), and by half a unit in
   the last place more when it is stored in float32.
 - The weight shares its own a_i with l, so g_i counts abs(1 - w_i) times, the other g_j abs(w_j) times; the

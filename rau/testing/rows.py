@@ -10,9 +10,8 @@ from rau.testing import doubledouble as dd
 
 _E = 2.0**-53  # unit roundoff of float64
 _U = 2.0**-24  # and of float32
-_EXPONENTIAL = 2.51  # error of the operator's exponential, in units of _E
-_CORRECTED = 1.0  # what adding the rounding error of the difference costs, in units of _E
-_SUBNORMAL = 0.7  # and what it costs more below _NEAR_FLUSH, where that term is subnormal
+_EXPONENTIAL = 2.42  # error of the operator's exp(m_i - m), in units of _E: proven, see proofs/
+_SUBNORMAL = 0.7  # more below _NEAR_FLUSH: 2^-1075, where the difference's own error makes a subnormal term
 _NEAR_FLUSH = -700.0
 _FLUSH = -708.0  # below it that exponential is 0
 _NEAR = 2.0**-20  # how close to the threshold a weight may round to 0 or not
@@ -141,7 +140,7 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
 
     # How far from it a float64 row may be; the oracle's module says where each term comes from.
     size, total_size = np.abs(scaled[0]), np.abs(total[0])
-    of_factor = _EXPONENTIAL + _CORRECTED + np.where(x[0] < _NEAR_FLUSH, _SUBNORMAL, 0)
+    of_factor = _EXPONENTIAL + np.where(x[0] < _NEAR_FLUSH, _SUBNORMAL, 0)
     inexact = np.where(x[0] == 0, 0, (of_factor + 1) * _E)
     underflow = np.ldexp(0.5, -1074 - top)  # of l_i times its exponential
     total_error = (size * (inexact + (count - 1) * _E)).sum(axis=0) + count * underflow
