@@ -7,6 +7,7 @@ The core is optional: without a C compiler the install succeeds, this file says 
 
 import os
 import tempfile
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -104,8 +105,8 @@ setup(
         Extension(
             "rau._core",
             ["rau/_core.pyx"],
-            depends=["rau/_roof.h", "rau/_rows.h", "rau/_rows_isa.h", "rau/_rows_weigh.h", "rau/_rows_merge.h"],
-            include_dirs=["rau"],  # the generated C lies elsewhere
+            depends=sorted(glob("rau/csrc/*")),
+            include_dirs=["rau/csrc"],
             optional=not REQUIRE_CORE,
         )
     ],

@@ -18,8 +18,7 @@ from importlib.util import find_spec
 import numpy as np
 
 import rau
-from rau.backends.exponential import BOUND
-from rau.backends.numpy_ import exp_nonpositive
+from rau.arithmetic import BOUND, exp_nonpositive
 from rau.testing import doubledouble as dd
 from rau.testing import compare, oracle
 
@@ -103,6 +102,24 @@ def round_trip(dtype: str, kind: str) -> Callable[[np.random.Generator, int], Me
     return measure
 
 
+def narrowed(base: str) -> Callable[[np.random.Generator, int], Measured]:
+    """A float64 log-sum-exp in the float32 statistics of a narrower output, m + log(l), as a share of what from_lse promises."""
+
+    def measure(rng: np.random.Generator, count: int) -> Measured:
+        lse = rng.choice([-1.0, 1.0], count) * 2.0 ** rng.uniform(-20, 30, count)
+        state = rau.AttentionState.from_lse(np.zeros((count, 1, 1), np.float32), lse[:, None], base=base, layout="TND",
+                                            lse_layout="TN")  # fmt: skip
+        m, l = (np.asarray(part)[:, 0, 0].astype(np.float64) for part in state[1:])  # noqa: E741
+        exact = lse if base == "e" else lse * np.log(2.0)
+        low, high = logarithm(l)[::-1]
+        rest = dd.add((m, np.zeros(count)), (high, low))
+        error = np.abs(dd.add(rest, (-exact, np.zeros(count)))[0])
+        allowed = 2.0**-24 + (0 if base == "e" else 2.0**-52 * np.abs(lse))
+        return float((error / allowed).max()), 1.0
+
+    return measure
+
+
 def _arrays(kind: str, *arrays: np.ndarray) -> Iterator[object]:
     if kind == "numpy":
         return iter(arrays)
@@ -121,6 +138,8 @@ def quantities() -> Iterator[tuple[str, Callable[[np.random.Generator, int], Mea
     yield "exponential, in units of 2^-53", exponential
     for gap in (1, 170, 350, 600):
         yield f"float64 merge, maxima {gap} apart, share of its bound", float64_rows(gap)
+    for base in ("e", "2"):
+        yield f"from_lse, base {base}, float64 beside float32, share of what is said", narrowed(base)
     for kind in ["numpy", *(["torch"] if find_spec("torch") else [])]:
         for dtype in ("float32", "float64"):
             for base in ("e", "2"):

@@ -4,8 +4,8 @@
     python3 proofs/run.py --mutants           and that the proofs fail where one number is wrong
     python3 proofs/run.py --scripts FOLDER    the scripts as they are run, to read or to run by hand
 
-The numbers are those of rau/backends/exponential.py, which the kernels use. README.md has what is proven on paper.
-Needs the standard library, and `gappa` and `sollya`, which are packages of Debian.
+The numbers are those of rau/arithmetic.py, which the kernels use. README.md has what is proven on paper.
+Needs NumPy, which that file imports, and `gappa` and `sollya`, which are packages of Debian.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-EXPONENTIAL = HERE.parent / "rau" / "backends" / "exponential.py"
+ARITHMETIC = HERE.parent / "rau" / "arithmetic.py"
 U, V = Fraction(1, 2**24), Fraction(1, 2**53)  # unit roundoffs of float32 and float64
 STATES = (2, 3, 4, 8)  # of which Gappa is asked; README.md has the proof for any number
 
@@ -112,7 +112,7 @@ def proofs(numbers: Mapping[str, Any]) -> Iterator[Proof]:
     Parameters
     ----------
     numbers : mapping
-        The names of rau/backends/exponential.py.
+        The names of rau/arithmetic.py.
     """
     values = {name: float(numbers[name]).hex() for name in ("LOG2_E", "ROUND", "LN2_HIGH", "LN2_LOW", "UNDERFLOW")}
     values |= {"RADIUS": "0.34657362", "K": "1"}
@@ -161,7 +161,7 @@ def conditions(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
     Parameters
     ----------
     numbers : mapping
-        The names of rau/backends/exponential.py.
+        The names of rau/arithmetic.py.
     """
     e, most = decimal(numbers["DIFFERENCE_BOUND"]), 2**20
     share = (1 + V) / (1 - e * V) * (1 + Fraction(1, 2**100))
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--mutants", action="store_true", help="also see each proof fail where a number is wrong")
     parser.add_argument("--scripts", metavar="FOLDER", type=Path, help="write the scripts there, and prove nothing")
     arguments = parser.parse_args()
-    numbers = runpy.run_path(str(EXPONENTIAL))
+    numbers = runpy.run_path(str(ARITHMETIC))
     if arguments.scripts:
         arguments.scripts.mkdir(parents=True, exist_ok=True)
         for i, proof in enumerate(proofs(numbers), 1):

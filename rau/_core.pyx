@@ -4,17 +4,15 @@
 Everything has been checked before: nothing here looks at an argument again.
 """
 
-from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport free, getenv, malloc
-from libc.string cimport memcmp, memset
+from libc.stdlib cimport free, malloc
 
-import os
+include "csrc/signatures.pxi"
+include "csrc/environment.pxi"
+include "csrc/roof.pxi"
 
-from numpy import ndarray as _ndarray
-
-cdef extern from "_rows.h" nogil:
+cdef extern from "versions.h" nogil:
     ctypedef struct rau_plane:
         char *base
         Py_ssize_t token
@@ -137,147 +135,6 @@ def build():
         "flags": RAU_COMPILE_FLAGS.decode(),
         "openmp": bool(RAU_OPENMP),
     }
-
-
-def environment(str name):
-    """An environment variable as the process has it now, or None; os.environ takes ten times as long to say None."""
-    cdef bytes key = name.encode()
-    cdef const char *value = getenv(key)
-    return None if value == NULL else os.fsdecode(value)
-
-
-cdef struct ArrayInterface:  # NumPy's __array_struct__ protocol
-    int two
-    int nd
-    char typekind
-    int itemsize
-    int flags
-    Py_ssize_t *shape
-    Py_ssize_t *strides
-    void *data
-    void *descr
-
-
-cdef inline char *data_of(object array) except? NULL:
-    cdef object capsule = array.__array_struct__
-    return <char *>(<ArrayInterface *>PyCapsule_GetPointer(capsule, NULL)).data
-
-
-def address(array):
-    """Address of the first element of a NumPy array."""
-    return <uintptr_t>data_of(array)
-
-
-cdef enum:  # NumPy's flags
-    READABLE = 0x301  # C-contiguous, aligned, native byte order
-    WRITABLE = 0x701
-    MOST_ARRAYS = 15  # as many as an update with out=, or a merge of four states with it
-
-cdef struct Described:
-    const void *dtype
-    int64_t nd
-    int64_t shape[4]
-
-
-def signature(arrays, Py_ssize_t inputs):
-    """Describe a call by all that decides whether it is allowed, apart from values; see rau.remembered.
-
-    Parameters
-    ----------
-    arrays : sequence of objects
-        Those of the input states, then perhaps those to write into.
-    inputs : int
-        How many of them are inputs.
-
-    Returns
-    -------
-    bytes or None
-        Equal for calls that are alike. None where that takes the validator: something is no plain array, or an output
-        meets another array otherwise than by standing exactly on an input of its own role.
-    """
-    cdef Described described[MOST_ARRAYS + 1]
-    cdef char *low[MOST_ARRAYS]
-    cdef char *high[MOST_ARRAYS]
-    cdef Py_ssize_t count = len(arrays), i, j, axis, items
-    cdef int64_t in_place = 0
-    cdef ArrayInterface *interface
-    if count > MOST_ARRAYS:
-        return None
-    memset(described, 0, sizeof(described))
-    for i in range(count):
-        array = arrays[i]
-        if type(array) is not _ndarray:
-            return None
-        capsule = array.__array_struct__
-        interface = <ArrayInterface *>PyCapsule_GetPointer(capsule, NULL)
-        wanted = READABLE if i < inputs else WRITABLE
-        if interface.nd > 4 or interface.flags & wanted != wanted:
-            return None
-        dtype = array.dtype
-        described[i].dtype = <const void *>dtype  # whoever remembers the call keeps it alive
-        described[i].nd = interface.nd
-        items = 1
-        for axis in range(interface.nd):
-            described[i].shape[axis] = interface.shape[axis]
-            items *= interface.shape[axis]
-        low[i] = <char *>interface.data
-        high[i] = low[i] + items * interface.itemsize
-    for i in range(inputs, count):
-        for j in range(count):
-            if j == i or low[j] >= high[i] or low[i] >= high[j]:
-                continue
-            if not _in_role(i, j, inputs) or low[j] != low[i] or memcmp(&described[j], &described[i], sizeof(Described)):
-                return None
-            in_place = 1
-    described[count].nd = in_place
-    return (<char *>described)[: (count + 1) * sizeof(Described)]
-
-
-cdef inline bint _in_role(Py_ssize_t output, Py_ssize_t other, Py_ssize_t inputs) noexcept:
-    """Whether an output may stand on another array: an input, attn_out on attn_out, statistics on statistics."""
-    return other < inputs and (other % 3 == 0) == (output == inputs)
-
-
-def tensor_signature(arrays, Py_ssize_t inputs, plain):
-    """Describe a call on torch tensors as `signature` does one on NumPy arrays.
-
-    Parameters
-    ----------
-    arrays : sequence of objects
-    inputs : int
-    plain : type
-        torch.Tensor; not a class derived from it.
-
-    Returns
-    -------
-    list or None
-        What makes a signature.
-    """
-    cdef uintptr_t low[MOST_ARRAYS]
-    cdef uintptr_t high[MOST_ARRAYS]
-    cdef Py_ssize_t count = len(arrays), i, j
-    cdef bint in_place = False
-    if count > MOST_ARRAYS:
-        return None
-    described = []
-    for i in range(count):
-        array = arrays[i]
-        if type(array) is not plain or not array.is_cpu or not array.is_contiguous() or array.is_neg():
-            return None
-        described.append(array.dtype)
-        described.append(array.shape)
-        if count > inputs:
-            low[i] = array.data_ptr()
-            high[i] = low[i] + <Py_ssize_t>array.nbytes
-    for i in range(inputs, count):
-        for j in range(count):
-            if j == i or low[j] >= high[i] or low[i] >= high[j]:
-                continue
-            if not _in_role(i, j, inputs) or low[j] != low[i] or described[2 * j : 2 * j + 2] != described[2 * i : 2 * i + 2]:
-                return None
-            in_place = True
-    described.append(in_place)
-    return described
 
 
 def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:, ::1] terms, tuple arrays, str dtype,
@@ -502,21 +359,3 @@ cdef inline void _place(const Call *call, rau_plane *planes, Py_ssize_t block, P
 
 rau_watch_forks()
 use_simd(simd_versions().pop())
-
-
-cdef extern from "_roof.h" nogil:
-    void rau_roof(float *to, const float *a, const float *b, Py_ssize_t n, int around, int threads)
-
-
-def roof(float[::1] to, const float[::1] a, const float[::1] b, bint around, int threads):
-    """The memory's roof: ``to = a + b / 2``, or a copy where b is None. `around` the cache; in place is ``to is a``."""
-    cdef Py_ssize_t n = to.shape[0]
-    if n == 0:
-        return
-    if a.shape[0] != n or (b is not None and b.shape[0] != n) or <uintptr_t>&to[0] % 64:
-        raise ValueError("roof: expected arrays of one length, and `to` aligned to 64 bytes")
-    cdef const float *second = NULL
-    if b is not None:
-        second = &b[0]
-    with nogil:
-        rau_roof(&to[0], &a[0], second, n, around, threads)

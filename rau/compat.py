@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rau.rules import Report
+from rau.constraints.rules import Violations
 from rau.update import ring_attention_update as _update
 
 __all__ = ["npu_ring_attention_update", "ring_attention_update"]
@@ -74,7 +74,7 @@ def npu_ring_attention_update(
     array([2., 2.], dtype=float32)
     """
     if layout is not None and input_layout is not None:
-        report = Report("npu_ring_attention_update")
+        report = Violations("npu_ring_attention_update")
         report.add("layout", f"layout = {layout!r} and input_layout = {input_layout!r} are both given; expected one of "
                    "them: the first is MindSpeed's spelling, the second torch_npu's.")  # fmt: skip
         report.raise_if_broken()

@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 from rau import registry
+from rau.constraints.rules import Violations
 from rau.errors import RauError
-from rau.rules import Report
 from rau.threads import get_num_threads, threads_origin
 
 # Every environment variable that rau reads.
@@ -36,7 +36,7 @@ def _version(distribution: str) -> str | None:
 
 def _core() -> dict[str, Any]:
     try:
-        from rau import _core
+        import rau._core as _core
     except ImportError as error:
         from rau.backends.cython_ import MISSING
 
@@ -165,7 +165,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     >>> sorted(config)
     ['backends', 'choice', 'core', 'environment', 'platform', 'threads', 'versions']
     """
-    report = Report("show_config")
+    report = Violations("show_config")
     report.choice("mode", "mode", mode, ("stdout", "dicts"))
     report.raise_if_broken()
     if mode == "dicts":

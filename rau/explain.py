@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from rau import registry
+from rau.call import NAMES
 from rau.constraints import bind
 from rau.errors import RauError
 from rau.problem import Problem
-from rau.update import _update_name
 
 
 class Verdict(NamedTuple):
@@ -113,7 +113,7 @@ actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
     'numpy'
     """
     states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
-    problem, _ = bind("explain", states, _update_name, actual_seq_qlen, layout, softmax_layout, out, profile, check)
+    problem, _ = bind("explain", states, NAMES["ring_attention_update"], actual_seq_qlen, layout, softmax_layout, out, profile, check)
     verdicts = []
     for status in registry.status():
         capabilities = registry.capabilities(status.name)

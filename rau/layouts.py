@@ -26,10 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rau.rules import Report
-
 TOKENS, HEADS = 0, 1
 ATTN, MAX, SUM = 0, 3, 6
+FIELDS = ("attn_out", "softmax_max", "softmax_sum")  # those of an AttentionState
 PER_OPERAND = 9
 
 
@@ -74,6 +73,7 @@ LAYOUTS: dict[str, Layout] = {
     "BSND": Layout("(B, S, N, D)", "(B, N, S, {lanes})", 0, 1, 2, 0, 2, 1),
     "BNSD": Layout("(B, N, S, D)", "(B, N, S, {lanes})", 0, 2, 1, 0, 2, 1),
 }
+LSE_LAYOUTS = {"BNS": "(B, N, S)", "BSN": "(B, S, N)", "TN": "(T, N)", "NT": "(N, T)"}
 
 # What other libraries call them: the layout of ours with these axes in this order, and what has to be done before.
 _NO_SUCH = ' rau has no layout (N, T, D): pass attn_out.swapaxes(0, 1) as "TND", with statistics (T, N, 8).'
@@ -94,34 +94,24 @@ OTHER_LSE_LAYOUTS: dict[str, tuple[str, str]] = {
 }
 
 
-def check_layout(report: Report, layout: object) -> bool:
-    """Check the name of a layout of attention outputs.
+def lse_layouts(layout: str) -> tuple[str, ...]:
+    """Name the layouts of a log-sum-exp that go with a layout of attention; the first has the statistics' axes.
 
     Parameters
     ----------
-    report : Report
-    layout : object
+    layout : str
+        A key of :data:`LAYOUTS`.
 
     Returns
     -------
-    bool
-        Whether it is one.
+    tuple of str
+
+    Examples
+    --------
+    >>> lse_layouts("BSND"), lse_layouts("TND")
+    (('BNS', 'BSN'), ('TN', 'NT'))
     """
-    note = " The letters are the axes of attn_out: B batch, S or T tokens, N heads, D head dimension, H = N * D."
-    return report.choice("layout", "layout", layout, LAYOUTS, note, OTHER_LAYOUTS)
-
-
-def check_softmax_layout(report: Report, rule: str, argument: str, order: object) -> None:
-    """Check the name of an order of the statistics in layout TND.
-
-    Parameters
-    ----------
-    report : Report
-    rule, argument : str
-    order : object
-    """
-    note = ' "TND" is token-major; "SBH" is packed per sequence, as the vendor\'s kernels emit.'
-    report.choice(rule, argument, order, ("TND", "SBH"), note, {})
+    return ("TN", "NT") if layout == "TND" else ("BNS", "BSN")
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -10,31 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from rau.arithmetic import cast, exp_nonpositive, library
 from rau.layouts import SUM, block_terms, row_index
 
-LSE_LAYOUTS = {"BNS": "(B, N, S)", "BSN": "(B, S, N)", "TN": "(T, N)", "NT": "(N, T)"}
 _SWAPPED = ("BSN", "NT")  # the others have the axes of the statistics
 _LN2 = math.log(2.0)
-
-
-def lse_layouts(layout: str) -> tuple[str, ...]:
-    """Name the layouts of a log-sum-exp that go with a layout of attention; the first has the statistics' axes.
-
-    Parameters
-    ----------
-    layout : str
-        A key of :data:`rau.layouts.LAYOUTS`.
-
-    Returns
-    -------
-    tuple of str
-
-    Examples
-    --------
-    >>> lse_layouts("BSND"), lse_layouts("TND")
-    (('BNS', 'BSN'), ('TN', 'NT'))
-    """
-    return ("TN", "NT") if layout == "TND" else ("BNS", "BSN")
 
 
 def arranged(lse: Any, lse_layout: str) -> Any:
@@ -44,7 +24,7 @@ def arranged(lse: Any, lse_layout: str) -> Any:
     ----------
     lse : array
     lse_layout : str
-        A key of :data:`LSE_LAYOUTS`.
+        A key of :data:`rau.layouts.LSE_LAYOUTS`.
 
     Returns
     -------
@@ -72,20 +52,21 @@ def statistics(lse: Any, dtype: str, base: str, inf_is_empty: bool) -> tuple[Any
     maximum, total : array, shape (*lse.shape, 8)
         Views of stride 0 along the lanes; for base "e" and the dtype of `lse` the maximum is one of it, unless `inf_is_empty`.
     """
-    xp = _library(lse)
+    xp = library(lse)
     own = getattr(xp, dtype)
     if inf_is_empty:
         lse = xp.where(lse == math.inf, -math.inf, lse)
     maximum, total = lse, np.ones((), own) if xp is np else xp.ones((), dtype=own, device=lse.device)
     if base == "2" or lse.dtype != own:  # what the rounding of the maximum loses, the sum keeps
-        natural = _cast(lse, xp.float64)
+        natural = cast(lse, xp.float64)
         if base == "2":
             natural = natural * _LN2
-        maximum = _cast(natural, own)
+        maximum = cast(natural, own)
         finite = xp.isfinite(natural)
-        lost = xp.where(finite, natural, 0.0) - _cast(xp.where(finite, maximum, 0.0), xp.float64)
+        lost = xp.where(finite, natural, 0.0) - cast(xp.where(finite, maximum, 0.0), xp.float64)
         lost = xp.where(abs(lost) <= 64, lost, 0.0)  # beyond 2**30 a step of float32 is too much for l
-        total = _cast(_exp(xp, lost), own)
+        # What the maximum lost by rounding has no gradient: with it the two parts of one number would cancel.
+        total = cast(exp_nonpositive(lost if xp is np else lost.detach()), own)
     shape = (*lse.shape, 8)
     return xp.broadcast_to(maximum[..., None], shape), xp.broadcast_to(total[..., None], shape)
 
@@ -103,15 +84,15 @@ def log_sum_exp(maximum: Any, total: Any, base: str) -> Any:
     -------
     array, shape and dtype of `maximum`
     """
-    xp = _library(maximum)
+    xp = library(maximum)
     empty = (total == 0) | (maximum == -math.inf)
     # Numbers that are not used are replaced before they are computed with: their gradients would be 0 * inf.
-    m = xp.where(empty, 0.0, _cast(maximum, xp.float64))
-    l = xp.where(empty, 1.0, _cast(total, xp.float64))  # noqa: E741
+    m = xp.where(empty, 0.0, cast(maximum, xp.float64))
+    l = xp.where(empty, 1.0, cast(total, xp.float64))  # noqa: E741
     result = m + xp.log(l)
     if base == "2":
         result = result / _LN2
-    return _cast(xp.where(empty, -math.inf, result), maximum.dtype)
+    return cast(xp.where(empty, -math.inf, result), maximum.dtype)
 
 
 def reordered(stats: Any, lengths: Any, to: str) -> Any:
@@ -127,7 +108,7 @@ def reordered(stats: Any, lengths: Any, to: str) -> Any:
     -------
     array, shape and dtype of `stats`
     """
-    xp = _library(stats)
+    xp = library(stats)
     rows: Any
     tokens, heads = stats.shape[:2]
     # Where the statistics of rows in token-major order stand among packed ones.
@@ -136,7 +117,7 @@ def reordered(stats: Any, lengths: Any, to: str) -> Any:
         row = (heads, 1, 1)  # strides of a (T, N, 1) array
         rows = row_index(block_terms("TND", True, (1, tokens, heads, 1), lengths, (row,) * 3).table(), 0, SUM)
     else:
-        from rau.backends.torch_ import packed_rows
+        from rau.arrays.torch_ import packed_rows
 
         rows = packed_rows(lengths, tokens, heads, stats.device)
     flat: Any = stats.reshape(tokens * heads, *stats.shape[2:])
@@ -145,31 +126,3 @@ def reordered(stats: Any, lengths: Any, to: str) -> Any:
     result = xp.empty_like(flat)
     result[rows] = flat
     return result.reshape(stats.shape)
-
-
-def _library(array: Any) -> Any:
-    """The library of an array: numpy or torch."""
-    if isinstance(array, np.ndarray):
-        return np
-    import torch
-
-    return torch
-
-
-def _cast(array: Any, dtype: Any) -> Any:
-    if not isinstance(array, np.ndarray):
-        return array.to(dtype)
-    with np.errstate(over="ignore"):  # beyond float32 it is infinite, of which torch does not speak either
-        return array.astype(dtype, copy=False)
-
-
-def _exp(xp: Any, x: Any) -> Any:
-    """The exponential of rau, for the same bits from NumPy and torch, whose own differ."""
-    if xp is np:
-        from rau.backends import numpy_
-
-        return numpy_.exp_nonpositive(x)
-    from rau.backends import torch_
-
-    # What the maximum lost by rounding has no gradient: with it the two parts of one number would cancel.
-    return torch_.exp_nonpositive(x.detach())

@@ -1,4 +1,4 @@
-"""The backends: names, status and selection. How they are found and loaded is in :mod:`rau.loading`."""
+"""The backends: names, status and selection. How they are found and loaded is in :mod:`rau.plugins`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from contextlib import ContextDecorator
 from contextvars import ContextVar
 from typing import Any
 
+from rau.arrays import foreign_types
 from rau.backends import Backend
 from rau.errors import UnknownBackendError, UnsupportedError
-from rau.loading import (
+from rau.plugins import (
     Entry,
     Status,
     array_types,
@@ -30,6 +31,8 @@ from rau.loading import (
     status,
 )
 from rau.problem import Problem
+
+foreign_types.append(array_types)
 
 try:
     from rau._core import environment

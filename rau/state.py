@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.layouts import LAYOUTS, check_softmax_layout
-from rau.lengths import bind_lengths
-from rau.lse import arranged, log_sum_exp, reordered, statistics
-from rau.lse_checks import (
+from rau.constraints.lengths import bind_lengths
+from rau.constraints.lse_arguments import (
     check_alike,
     check_array,
     check_base,
@@ -20,7 +18,10 @@ from rau.lse_checks import (
     check_lengths_here,
     check_shapes,
 )
-from rau.rules import Report
+from rau.constraints.options import check_softmax_layout
+from rau.constraints.rules import Violations
+from rau.layouts import LAYOUTS
+from rau.lse import arranged, log_sum_exp, reordered, statistics
 
 
 class AttentionState(NamedTuple):
@@ -117,6 +118,9 @@ class AttentionState(NamedTuple):
         Up to a magnitude of 2**30, m + log(l) is within 2**-24 of it (in base 2, 2**-52 * abs(lse) more); above, within half a
         unit in the last place of float32. Rounded to float32 alone it would be off by up to abs(lse) * 2**-24.
 
+        What is said of base 2, and of a float64 lse, is measured, not proven: proofs/measured.py found nothing beyond it in
+        300,000 cases of each (the round trips: in 4 million).
+
         On torch tensors a gradient flows back to both arguments. Kernels whose log-sum-exp has no gradient lose that
         part: docs/interop.md tells which.
 
@@ -128,7 +132,7 @@ class AttentionState(NamedTuple):
         >>> np.array_equal(AttentionState.from_lse(out, lse, **how).lse(**how), lse)
         True
         """
-        report = Report("AttentionState.from_lse")
+        report = Violations("AttentionState.from_lse")
         check_base(report, base)
         axes = check_layouts(report, layout, lse_layout)
         number = check_heads(report, heads)
@@ -193,7 +197,7 @@ class AttentionState(NamedTuple):
         >>> AttentionState(np.ones((2, 1, 4), np.float32), stats, stats).lse(base="e")
         array([[[1., 1.]]], dtype=float32)
         """
-        report = Report("AttentionState.lse")
+        report = Violations("AttentionState.lse")
         check_base(report, base)
         axes = check_layouts(report, layout, lse_layout)
         check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
@@ -262,7 +266,7 @@ def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> Any:
            [ 1, 11],
            [ 5,  6]])
     """
-    report = Report("reorder_softmax")
+    report = Violations("reorder_softmax")
     check_softmax_layout(report, "to", "to", to)
     tokens = None
     if check_array(report, "stats", stats, "dtype-stats"):

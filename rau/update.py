@@ -6,22 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rau import registry, remembered
-from rau.constraints import FIELDS, bind
-from rau.outputs import hand_over
-from rau.several import as_states
+from rau.call import run
+from rau.constraints.stacked import as_states
 from rau.state import AttentionState
-
-
-def _update_name(state: int, field: int) -> str:
-    return f"{('prev', 'cur')[state]}_{FIELDS[field]}"
-
-
-def _state_name(state: int, field: int) -> str:
-    return f"states[{state}].{FIELDS[field]}"
-
-
-NAMES = {"ring_attention_update": _update_name, "merge_states": _state_name}
 
 
 def ring_attention_update(
@@ -205,44 +192,9 @@ def _call(
 ) -> AttentionState:
     """Make a call here, or by its torch operator where torch traces it or wants a gradient."""
     if "torch" in sys.modules:
-        from rau.backends import torch_op
+        from rau import torch_op
 
         if torch_op.wanted(states):
             options = layout, softmax_layout, profile, check
             return AttentionState(*torch_op.through_operator(call, states, actual_seq_qlen, options, out, backend))
     return run(call, states, actual_seq_qlen, layout, softmax_layout, out, backend, profile, check)
-
-
-def run(
-    call: str,
-    states: Sequence[Sequence[Any]],
-    actual_seq_qlen: Any,
-    layout: str,
-    softmax_layout: str,
-    out: Any,
-    backend: Any,
-    profile: str,
-    check: str,
-) -> AttentionState:
-    """Check a call, choose who runs it, and run it.
-
-    Parameters
-    ----------
-    call : {"ring_attention_update", "merge_states"}
-    states : sequence of triples
-    actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
-        As in :func:`ring_attention_update`.
-
-    Returns
-    -------
-    AttentionState
-    """
-    signature = remembered.signature(call, states, layout, softmax_layout, out, profile, check)
-    problem = None if signature is None else remembered.recall(signature)
-    if problem is None:
-        problem, states = bind(call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, out, profile, check)
-        if signature is not None:
-            remembered.remember(signature, problem, states, out)
-    chosen, origin = registry.select(problem, backend)
-    registry.log_call(call, chosen, origin)
-    return hand_over(call, chosen, problem, states, out)

@@ -10,7 +10,7 @@ from running import Chain, half, joined, laid_out, on_host, own, partial, same
 
 import rau
 from rau.backends import cuda_kernel
-from rau.frameworks import TorchKind
+from rau.arrays.torch_ import TorchKind
 
 LENGTHS = (4, 4, 0, 6, 68, 2)
 ENDS = np.cumsum([0, *LENGTHS])

@@ -8,7 +8,7 @@ from stand_in_npu import CALLS, ORDERS
 
 import rau
 from rau import registry
-from rau.backends import torch_op
+from rau import torch_op
 from rau.backends.ascend_ import AscendBackend
 from rau.testing import check_backend, compare, oracle, partial_attention
 from rau.testing.bits import same_bits

@@ -77,7 +77,7 @@ def tensors(values):
 def on_npu(func, *args, **kwargs):
     """Run one operation on what the tensors hold; results are on the device again, unless asked for elsewhere."""
     if func.namespace == "rau":  # on a real device its kernel sees the device's tensors
-        from rau.backends import torch_op
+        from rau import torch_op
 
         return {"ring_attention_update": torch_op._update, "merge_states": torch_op._merge}[
             func._opname

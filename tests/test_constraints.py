@@ -8,8 +8,8 @@ from states import NAMES, arguments, bits, sbh, state, tnd
 
 import rau
 from rau.constraints import bind
-from rau.profiles import unified_buffer_bytes
-from rau.rules import RULES
+from rau.constraints.profiles import unified_buffer_bytes
+from rau.constraints.rules import RULES
 
 
 def rules_of(call):

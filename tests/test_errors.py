@@ -9,7 +9,7 @@ from wrong_calls import ARRAYS, OPTIONS, SHAPES, Wrong, frozen
 from wrong_tnd_and_out import CHIP, LENGTHS, LIMITS, OUTPUTS
 
 import rau
-from rau.rules import RULES
+from rau.constraints.rules import RULES
 
 TABLES = {"array": ARRAYS, "shape": SHAPES, "option": OPTIONS, "qlen": LENGTHS, "limit": LIMITS, "out": OUTPUTS}
 CASES = [pytest.param(case, id=f"{kind}: {name}") for kind, table in TABLES.items() for name, case in table.items()]

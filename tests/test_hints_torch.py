@@ -8,7 +8,8 @@ from states import tnd
 from test_hints import refusal
 
 import rau
-from rau import AttentionState, frameworks
+from rau import AttentionState
+from rau.arrays import torch_ as frameworks
 
 if "torch" in os.environ.get("RAU_TEST_BACKENDS", ""):
     import torch  # asked for: its absence is a failure
@@ -92,7 +93,7 @@ def test_a_device_without_float64_is_refused_before_anything_runs(call, name):
 
 def test_where_no_backend_computes_unasked(monkeypatch):
     """The message names every backend with its reason, this one among them."""
-    monkeypatch.setattr(frameworks, "has_float64", lambda device: False)
+    monkeypatch.setattr("rau.backends.has_float64", lambda device: False)
     state = AttentionState(*(part.to("meta") for part in tensors()))
     text = refusal(lambda: rau.merge_states([state] * 2, layout="TND"))
     assert "torch: device meta has no float64, in which it computes rows: pass .cpu() of each tensor" in text

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 import rau
-from rau.backends import exponential
-from rau.backends.numpy_ import difference, exp_nonpositive
+from rau import arithmetic
+from rau.arithmetic import difference, exp_nonpositive
 
 PROOFS = Path(__file__).parents[1] / "proofs"
-NUMBERS = vars(exponential)
+NUMBERS = vars(arithmetic)
 
 
 def load() -> ModuleType:
@@ -62,9 +62,9 @@ def test_a_changed_number_reaches_the_scripts(name: str, scripts: set[str]) -> N
     assert reached({name: NUMBERS[name] * (1 + 2**-20)}) == scripts
 
 
-@pytest.mark.parametrize("index", range(len(exponential.COEFFICIENTS)))
+@pytest.mark.parametrize("index", range(len(arithmetic.COEFFICIENTS)))
 def test_a_changed_coefficient_reaches_the_scripts(index: int) -> None:
-    coefficients = list(exponential.COEFFICIENTS)
+    coefficients = list(arithmetic.COEFFICIENTS)
     coefficients[index] = np.nextafter(coefficients[index], 2)
     assert reached({"COEFFICIENTS": coefficients}) == {"approximation.sollya", "exponential.gappa"}
 
@@ -128,8 +128,8 @@ def test_a_tool_that_proves_anything_is_noticed(tmp_path: Path) -> None:
 
 def test_the_readme_says_what_is_proven() -> None:
     text = (PROOFS / "README.md").read_text(encoding="utf-8")
-    e = Fraction(str(exponential.DIFFERENCE_BOUND))
-    numbers = [Fraction(str(exponential.BOUND)), e, e + Fraction("1.01"), e + Fraction("3.01"), e + Fraction("5.01")]
+    e = Fraction(str(arithmetic.DIFFERENCE_BOUND))
+    numbers = [Fraction(str(arithmetic.BOUND)), e, e + Fraction("1.01"), e + Fraction("3.01"), e + Fraction("5.01")]
     assert [f"{float(number):g}" in text for number in numbers] == [True] * len(numbers), numbers
     for _, bound, _ in run.conditions(NUMBERS):
         assert bound in text or bound.startswith(("exactly", "2^")), bound
@@ -163,7 +163,7 @@ def test_the_exponential_is_within_its_bound_and_beyond_the_weakened_one() -> No
     """
     x = np.array([*map(float.fromhex, inputs.split()), *np.random.default_rng(0).uniform(-708, 0, 500)])
     errors = [off(float(q), exp(Fraction(float(d)))) for d, q in zip(x, exp_nonpositive(x), strict=True)]
-    assert weakened(exponential.BOUND) < max(errors) <= exponential.BOUND
+    assert weakened(arithmetic.BOUND) < max(errors) <= arithmetic.BOUND
     assert errors[5] < 3.72  # what it was by Taylor's polynomial of degree 12
     assert exp_nonpositive(np.array([0.0])) == 1
 
@@ -180,7 +180,7 @@ def test_the_exponential_of_a_difference_is_within_its_bound_and_beyond_the_weak
     m, top = np.concatenate([named, np.stack([top - random.uniform(1, 690, 500), top], axis=1)]).T
     e = exp_nonpositive(*difference(m, top))
     errors = [off(float(x), exp(Fraction(float(a)) - Fraction(float(b)))) for x, a, b in zip(e, m, top, strict=True)]
-    assert weakened(exponential.DIFFERENCE_BOUND) < max(errors) <= exponential.DIFFERENCE_BOUND
+    assert weakened(arithmetic.DIFFERENCE_BOUND) < max(errors) <= arithmetic.DIFFERENCE_BOUND
 
 
 def exact(maxima: np.ndarray, sums: np.ndarray, outputs: np.ndarray) -> tuple[Fraction, Fraction, Fraction]:
@@ -234,7 +234,7 @@ def test_a_chain_is_within_its_bound(dtype: str) -> None:
     ring = rau.StreamingMerge(layout="TND", backend="numpy")
     for state in states(maxima, sums, outputs):
         ring.update(*state)
-    e, steps = Fraction(str(exponential.DIFFERENCE_BOUND)), count - 1
+    e, steps = Fraction(str(arithmetic.DIFFERENCE_BOUND)), count - 1
     if dtype == "float32":
         bound = (1 + run.U) ** (4 * count - 5) * (1 + (e + Fraction("3.01")) * steps * run.V) - 1
     else:
@@ -250,12 +250,12 @@ def test_a_chain_is_within_its_bound(dtype: str) -> None:
 
 
 def test_the_documentation_quotes_what_is_proven() -> None:
-    e = exponential.DIFFERENCE_BOUND
+    e = arithmetic.DIFFERENCE_BOUND
     pair, many, ring = rau.ring_attention_update.__doc__, rau.merge_states.__doc__, rau.StreamingMerge.__doc__
     assert pair is not None and many is not None and ring is not None
     assert "(3*u + 6*v) * S" in pair and f"within {e + 5.01:g} * v * S" in pair
     assert f"(1 + (K + {2 * e + 2.01:g}) * v) - 1) * S" in many and f"(2*K + {2 * e + 2.01:g}) * v * S" in many
     assert f"(1 + {e + 3.01:g} * (n - 1) * v) - 1) * S" in ring and f"{e + 5.01:g} * (n - 1) * v * S" in ring
     stated = (PROOFS / "README.md").read_text(encoding="utf-8")
-    for number in (exponential.BOUND, e, e + 0.01, e + 5.01, 2 * e + 2.01, e + 3.01):
+    for number in (arithmetic.BOUND, e, e + 0.01, e + 5.01, 2 * e + 2.01, e + 3.01):
         assert f"{number:g}" in stated

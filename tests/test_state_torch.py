@@ -61,7 +61,7 @@ def test_base_e_is_made_of_views(layout, lse_layout, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("layout", "lse_layout"), FORMS)
 def test_no_copy_on_the_way_to_a_backend(layout, lse_layout, backend, monkeypatch):
-    from rau.frameworks import TorchKind
+    from rau.arrays.torch_ import TorchKind
 
     states = [AttentionState.from_lse(*pair(layout, lse_layout, seed=seed), base="e", layout=layout, lse_layout=lse_layout)
               for seed in range(3)]  # fmt: skip

@@ -5,11 +5,13 @@ import pytest
 from mutants import NUMPY, Plain
 
 import rau
-from rau import arrays, parts, streaming
+from rau import streaming
+from rau.arrays.numpy_ import NumPyKind
 from rau.backends import Capabilities
 from rau.backends.numpy_ import NumPyBackend
 from rau.layouts import ATTN, MAX, SUM, column
 from rau.problem import Problem
+from rau.streaming import tokens as parts
 from rau.testing.conformance import check_backend
 
 TND = "streaming/TND-*"
@@ -133,34 +135,34 @@ def test_packed_halves_taken_for_token_major_ones(monkeypatch):
 
 
 def test_a_running_state_in_sixteen_bits(monkeypatch):
-    full = arrays.NumPyKind.full
+    full = NumPyKind.full
 
     def narrow(self, like, shape, dtype, value):
         return full(self, like, shape, like.dtype if len(shape) == 3 and like.ndim == 3 and value == 0 else dtype, value)
 
-    monkeypatch.setattr(arrays.NumPyKind, "full", narrow)
+    monkeypatch.setattr(NumPyKind, "full", narrow)
     assert "streaming/SBH-bfloat16" in caught("numpy", "streaming/SBH-*")
 
 
 def test_a_result_that_is_rounded_twice(monkeypatch):
-    cast = arrays.NumPyKind.cast
+    cast = NumPyKind.cast
 
     def twice(self, array, dtype):
         return cast(self, cast(self, array, "float16") if dtype == "bfloat16" else array, dtype)
 
-    monkeypatch.setattr(arrays.NumPyKind, "cast", twice)
+    monkeypatch.setattr(NumPyKind, "cast", twice)
     assert "streaming/SBH-bfloat16" in caught("numpy", "streaming/SBH-*")
 
 
 def test_a_result_that_is_cut_off(monkeypatch):
-    cast = arrays.NumPyKind.cast
+    cast = NumPyKind.cast
 
     def cut_off(self, array, dtype):
         if dtype == "bfloat16":
             array = (array.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
         return cast(self, array, dtype)
 
-    monkeypatch.setattr(arrays.NumPyKind, "cast", cut_off)
+    monkeypatch.setattr(NumPyKind, "cast", cut_off)
     assert "streaming/SBH-bfloat16" in caught("numpy", "streaming/SBH-*")
 
 

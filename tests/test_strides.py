@@ -361,7 +361,7 @@ def test_half_the_bytes_of_an_output_are_not_in_place():
 
 
 def test_what_takes_too_long_to_decide_is_refused(monkeypatch):
-    monkeypatch.setattr("rau.memory._MOST_WORK", 1)
+    monkeypatch.setattr("rau.arrays.memory._MOST_WORK", 1)
     given = arguments()
     out = [np.zeros_like(given[name]) for name in NAMES[:3]]
     buffer = np.zeros(4000, "f4")

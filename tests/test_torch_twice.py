@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 import rau
-from rau.backends import torch_op
+from rau import torch_op
 from rau.state import AttentionState
 
 if "torch" in os.environ.get("RAU_TEST_BACKENDS", ""):

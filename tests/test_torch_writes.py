@@ -16,7 +16,7 @@ if "torch" in os.environ.get("RAU_TEST_BACKENDS", ""):
 else:
     torch = pytest.importorskip("torch", reason="torch is not installed and was not asked for")
 
-from rau import frameworks
+from rau.arrays import torch_ as frameworks
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from rau.arrays.torch_ import has_float64
 from rau.problem import Problem
 from rau.state import AttentionState
 
@@ -146,8 +147,6 @@ class Capabilities:
         if self.devices is not None and problem.device.partition(":")[0] not in self.devices:
             reasons.append(f"device {problem.device} is none of {', '.join(self.devices)}")
         if self.float64 and problem.kind == "torch":
-            from rau.frameworks import has_float64
-
             if not has_float64(problem.device):
                 reasons.append(f"device {problem.device} has no float64, in which it computes rows: pass .cpu() of each tensor")
         return reasons

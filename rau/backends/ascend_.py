@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.backends.ascend_operators import FRAMEWORKS, OnMindSpore, OnTorch
+from rau.constraints.profiles import CHIP, PROFILES
+from rau.constraints.rules import Violations
 from rau.errors import BackendUnavailableError
-from rau.profiles import CHIP, PROFILES
-from rau.rules import Report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ def chip_limits(problem: Problem) -> list[str]:
     if not problem.D and problem.T and problem.N:
         reasons.append("D = 0: the operator takes no empty output")
     if problem.layout == "TND":
-        report = Report("ascend")
+        report = Violations("ascend")
         PROFILES[_entry(problem)].limits(report, "attn_out", problem.N, problem.D, problem.dtype)
         reasons += [message.removesuffix(CHIP).removesuffix(".") for _, message in report.broken]
     return reasons

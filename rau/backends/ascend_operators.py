@@ -50,7 +50,9 @@ class OnTorch:
         self._newer = getattr(torch_npu, "npu_ring_attention_update", None)
         if self._newer is None:
             try:
-                from mindspeed.ops.npu_ring_attention_update import npu_ring_attention_update
+                from mindspeed.ops.npu_ring_attention_update import (
+                    npu_ring_attention_update,
+                )
             except Exception as error:
                 raise BackendUnavailableError(MINDSPEED) from error
             self._older: Callable[..., Any] = npu_ring_attention_update
@@ -96,7 +98,7 @@ class OnTorch:
 
     def packed_rows(self, problem: Problem, like: Any) -> Any:
         """Where the statistic of each token and head stands among packed rows."""
-        from rau.backends.torch_ import packed_rows
+        from rau.arrays.torch_ import packed_rows
 
         return packed_rows(problem.actual_seq_qlen, problem.T, problem.N, like.device)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rau.arrays import ITEMSIZE
+from rau.arrays.numpy_ import ITEMSIZE
 from rau.backends import AttentionState, Capabilities, Problem
 from rau.backends.torch_ import TorchBackend
 from rau.errors import BackendUnavailableError, UnsupportedError

@@ -1,19 +1,19 @@
 """The Triton kernel of the cuda backend: each program merges some rows of K states, statistics and then elements.
 
-The arithmetic is that of :mod:`rau.backends.numpy_`, operation by operation; compile with ``enable_fp_fusion=False``.
+It is that of :mod:`rau.arithmetic`, operation by operation; compile with ``enable_fp_fusion=False``.
 """
 
 import triton
 import triton.language as tl
 
-from rau.backends import exponential
+from rau import arithmetic
 
-LOG2_E = tl.constexpr(exponential.LOG2_E)
-ROUND = tl.constexpr(exponential.ROUND)
-LN2_HIGH = tl.constexpr(exponential.LN2_HIGH)
-LN2_LOW = tl.constexpr(exponential.LN2_LOW)
-COEFFICIENTS = tl.constexpr(exponential.COEFFICIENTS)
-UNDERFLOW = tl.constexpr(exponential.UNDERFLOW)
+LOG2_E = tl.constexpr(arithmetic.LOG2_E)
+ROUND = tl.constexpr(arithmetic.ROUND)
+LN2_HIGH = tl.constexpr(arithmetic.LN2_HIGH)
+LN2_LOW = tl.constexpr(arithmetic.LN2_LOW)
+COEFFICIENTS = tl.constexpr(arithmetic.COEFFICIENTS)
+UNDERFLOW = tl.constexpr(arithmetic.UNDERFLOW)
 INFINITY = tl.constexpr(float("inf"))
 DOWN = tl.constexpr(2.0**-64)
 WORD = tl.constexpr((1 << 62) - 1)
@@ -88,7 +88,7 @@ def _halves(lengths, sequences, steps, token, tokens, head, heads, valid, HALF: 
 
 @triton.jit
 def _exp_difference(a, b):
-    """The exponential of a - b <= 0 or NaN, see rau/backends/exponential.py."""
+    """The exponential of a - b <= 0 or NaN, see rau/arithmetic.py."""
     x = a - b
     back = x - a
     lost = (a - (x - back)) - (b + back)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from rau.arrays.mindspore_ import settled
 from rau.backends import AttentionState, Backend, Capabilities, Problem
-from rau.backends.host import HOST_ARRAYS, fresh, settled
+from rau.backends.host import HOST_ARRAYS, fresh
 from rau.errors import BackendUnavailableError
 from rau.threads import get_num_threads
 
@@ -25,7 +26,7 @@ class CythonBackend(Backend):
 
     def __init__(self) -> None:
         try:
-            from rau import _core
+            import rau._core as _core
         except ImportError as error:
             raise BackendUnavailableError(f"{MISSING} [{error}]") from error
         version = os.environ.get("RAU_SIMD", "")

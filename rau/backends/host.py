@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from rau.arrays import kind_of
+from rau.arrays.memory import Memory, aligned
+from rau.arrays.mindspore_ import settled
 from rau.backends import AttentionState, Problem
-from rau.errors import UnsupportedError
-from rau.memory import Memory, aligned
 
 _LARGE = 1 << 18  # elements: a smaller array stays in the cache, where its place does not matter
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
@@ -50,35 +50,6 @@ def fresh(problem: Problem, like: AttentionState) -> AttentionState:
     return AttentionState(
         attn_out, from_numpy(empty(stats_shape, stats_dtype)), from_numpy(empty(stats_shape, stats_dtype))
     )
-
-
-def settled(array: Any) -> Any:
-    """Make sure that a MindSpore tensor has memory, and that nobody waits for a gradient through it.
-
-    Parameters
-    ----------
-    array : mindspore.Tensor
-
-    Returns
-    -------
-    mindspore.Tensor
-        The same.
-
-    Raises
-    ------
-    UnsupportedError
-        Inside mindspore.grad: what MindSpore does not see would have a gradient of zero, without a word.
-    """
-    if getattr(array, "_requires_grad", False):
-        # A tensor that was differentiated once says so for ever; whether that goes on now, the executor knows.
-        if sys.modules["mindspore"].common.api._pynative_executor.requires_grad():
-            raise UnsupportedError(
-                "a MindSpore tensor takes part in differentiation, and the merge of MindSpore tensors has no gradient; "
-                "pass mindspore.ops.stop_gradient(...) of it, or use torch tensors"
-            )
-    if not array.data_ptr():
-        array.asnumpy()  # made with init=: it has its values from now on
-    return array
 
 
 class _Borrowed:

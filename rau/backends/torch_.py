@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from rau.arithmetic import merge_rows, weigh
+from rau.arrays.torch_ import packed_rows
 from rau.backends import AttentionState, Backend, Capabilities, Problem
-from rau.backends.exponential import COEFFICIENTS, LN2_HIGH, LN2_LOW, LOG2_E, ROUND, UNDERFLOW
 from rau.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
-
-
-class Weighed(NamedTuple):
-    """The rows of a merge, float64 unless said otherwise, in the order of the output's rows.
-
-    Attributes
-    ----------
-    live : list of Tensor of bool
-        Which rows of each state are not empty.
-    alone : Tensor of bool
-        Rows with a single live state.
-    exponentials : list of Tensor
-        exp(m_i - m); 0 for an empty side.
-    weights : list of Tensor, dtype of the statistics
-        Share of each state; 0 where it is not to be read.
-    maximum, total : Tensor
-        Merged statistics, not yet rounded.
-    """
-
-    live: list[Tensor]
-    alone: Tensor
-    exponentials: list[Tensor]
-    weights: list[Tensor]
-    maximum: Tensor
-    total: Tensor
 
 
 class Geometry:
@@ -103,147 +79,6 @@ class Geometry:
         return rows.unsqueeze(-1)
 
 
-def packed_rows(actual_seq_qlen: Any, tokens: int, heads: int, device: Any) -> Tensor:
-    """Where the statistic of each token and head stands among packed rows, token by token.
-
-    Computed on the device, without waiting for it; inside bounds whatever the lengths contain.
-
-    Parameters
-    ----------
-    actual_seq_qlen : Tensor or ndarray of int64, shape (sequences + 1,)
-    tokens, heads : int
-        T and N.
-    device : torch.device
-
-    Returns
-    -------
-    Tensor of int64, shape (T * N,)
-    """
-    import torch
-
-    cumulative = torch.as_tensor(actual_seq_qlen, device=device).to(torch.int64)
-    token = torch.arange(tokens, device=device)
-    sequence = torch.searchsorted(cumulative, token, right=True).sub_(1).clamp_(0, max(len(cumulative) - 2, 0))
-    start = cumulative[sequence]
-    length = cumulative[(sequence + 1).clamp_(max=len(cumulative) - 1)] - start
-    rows = (start * heads + (token - start)).unsqueeze(-1) + torch.arange(heads, device=device) * length.unsqueeze(-1)
-    return rows.clamp_(0, max(tokens * heads - 1, 0)).view(-1)
-
-
-def difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Subtract, and find what the rounding lost, as :func:`rau.backends.numpy_.difference`.
-
-    Parameters
-    ----------
-    a, b : Tensor of float64, one shape
-
-    Returns
-    -------
-    difference, lost : Tensor of float64
-    """
-    d = a - b
-    back = d - a
-    return d, (a - (d - back)).sub_(back.add_(b))
-
-
-def exp_nonpositive(x: Tensor, lost: Tensor | None = None) -> Tensor:
-    """The exponential of rau, see :mod:`rau.backends.exponential`.
-
-    Parameters
-    ----------
-    x : Tensor of float64
-        Zero, negative or NaN.
-    lost : Tensor of float64, shape of `x`, optional
-        What `x` has lost by rounding, less than its unit in the last place.
-
-    Returns
-    -------
-    Tensor of float64, shape of `x`
-        exp(x + lost), 0 where x is below -708.
-    """
-    import torch
-
-    safe = torch.where(x >= UNDERFLOW, x, 0.0)
-    shifted = safe.mul(LOG2_E).add_(ROUND)
-    k = shifted - ROUND
-    r = safe.sub_(k * LN2_HIGH).sub_(k * LN2_LOW)
-    p = torch.full_like(r, COEFFICIENTS[0])
-    for coefficient in COEFFICIENTS[1:]:
-        p = p.mul_(r).add_(coefficient)
-    # The low bits of `shifted` hold k: made an exponent, they are 2**k, without a library's pow.
-    q = p.mul_(shifted.view(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64))
-    if lost is not None:
-        q = q + q * lost
-    return torch.where(x.isnan(), x, torch.where(x < UNDERFLOW, 0.0, q))
-
-
-def weigh(maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> Weighed:
-    """Merge the statistics of K states, row by row.
-
-    Parameters
-    ----------
-    maxima, sums : sequences of K Tensors, float32 or float64, one shape
-
-    Returns
-    -------
-    Weighed
-    """
-    import torch
-
-    m, l = [part.double() for part in maxima], [part.double() for part in sums]  # noqa: E741
-    live = [(li != 0) & (mi != -torch.inf) for mi, li in zip(m, l, strict=True)]
-    count = torch.stack(live).sum(0)
-    maximum = torch.full_like(m[0], -torch.inf)
-    for mi, alive in zip(m, live, strict=True):
-        maximum = torch.where(alive, torch.maximum(maximum, mi), maximum)  # torch.maximum keeps NaN
-    e = [torch.where(alive, exp_nonpositive(*difference(mi, maximum)), 0.0) for mi, alive in zip(m, live, strict=True)]
-    a = [torch.where(alive, li * ei, 0.0) for li, ei, alive in zip(l, e, live, strict=True)]
-    total = torch.zeros_like(maximum)
-    scaled = torch.zeros_like(maximum)
-    for ai in a:
-        total = total + ai
-        scaled = scaled + ai * 2.0**-64
-    huge = total.isinf()  # finite sums may add up beyond float64; scaled, their shares are still right
-    alone = count == 1
-    weights = []
-    for ai, alive in zip(a, live, strict=True):
-        share = torch.where(huge, ai * 2.0**-64 / scaled, ai / total)
-        weights.append(torch.where(alive, torch.where(alone, 1.0, share), 0.0).to(sums[0].dtype))
-    for li, alive in zip(l, live, strict=True):
-        total = torch.where(alone & alive, li, total)
-    return Weighed(live, alone, e, weights, maximum, total)
-
-
-def merge_rows(weights: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    """Add up the weighted rows of K states, left to right.
-
-    Parameters
-    ----------
-    weights : sequence of K Tensors, float32 or float64, shape (..., N)
-    rows : sequence of K Tensors, shape (..., N, D)
-
-    Returns
-    -------
-    Tensor, dtype of the weights, shape (..., N, D)
-
-    Notes
-    -----
-    A side of weight 0 is not added: in place of its product stands -0.0, which adds nothing to anything, not even to
-    -0.0. One temporary of the output's size, in float32, for each state after the first.
-    """
-    import torch
-
-    result = None
-    for weight, row in zip(weights, rows, strict=True):
-        term = torch.empty(row.shape, dtype=weight.dtype, device=row.device)  # contiguous, whatever the row is
-        torch.mul(row, weight.unsqueeze(-1), out=term)  # 16-bit rows are widened on the way
-        term.masked_fill_((weight == 0).unsqueeze(-1), -0.0)
-        result = term if result is None else result.add_(term)
-    assert result is not None
-    empty = torch.stack([weight == 0 for weight in weights]).all(0)
-    return result.masked_fill_(empty.unsqueeze(-1), 0.0)
-
-
 class TorchBackend(Backend):
     """Runs on torch tensors, wherever they are."""
 
@@ -271,7 +106,7 @@ class TorchBackend(Backend):
                 [geometry.rows(state.softmax_sum) for state in states],
             )
             merged = merge_rows(weighed.weights, [geometry.heads(state.attn_out) for state in states])
-            attn_out = merged.view(problem.shape)
+            attn_out = merged.contiguous().view(problem.shape)
             maximum, total = (
                 geometry.statistics(part.to(first.softmax_max.dtype)).expand(problem.stats_shape)
                 for part in (weighed.maximum, weighed.total)

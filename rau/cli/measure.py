@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.memory import aligned
+from rau.arrays.memory import aligned
 from rau.threads import get_num_threads, set_num_threads
 
 _TURN = 5e-4  # seconds: a shorter call is repeated within its turn

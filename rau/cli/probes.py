@@ -11,7 +11,15 @@ import rau
 from rau.cli.measure import interleaved, ratio, threads
 from rau.cli.peers import EAGER, Peers
 from rau.cli.survey import measure
-from rau.cli.workload import LARGE, SMALLEST, Size, available_memory, dtypes, modes, states
+from rau.cli.workload import (
+    LARGE,
+    SMALLEST,
+    Size,
+    available_memory,
+    dtypes,
+    modes,
+    states,
+)
 from rau.state import AttentionState
 
 _CALLS_SECONDS = 1.0

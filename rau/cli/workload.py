@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.memory import aligned
+from rau.arrays.memory import aligned
 from rau.state import AttentionState
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -11,7 +11,14 @@ import numpy as np
 
 from rau.state import AttentionState
 from rau.testing.expected import widen
-from rau.testing.sequences import DTYPES, Call, Sequence, positions_of, read_arrays, sequences_of
+from rau.testing.sequences import (
+    DTYPES,
+    Call,
+    Sequence,
+    positions_of,
+    read_arrays,
+    sequences_of,
+)
 
 _SCORES = 2**22  # scores computed at a time, 32 MB; much smaller products lose time to BLAS's own threads
 _LANES = 8

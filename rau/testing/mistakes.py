@@ -12,7 +12,15 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.plain import Array, Rows, add, exponential, in_float32_range, to_bfloat16, to_float16
+from rau.testing.plain import (
+    Array,
+    Rows,
+    add,
+    exponential,
+    in_float32_range,
+    to_bfloat16,
+    to_float16,
+)
 
 Make: TypeAlias = Callable[[Rows], AttentionState | None]
 

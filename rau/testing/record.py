@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.constraints import FIELDS
+from rau.constraints.hints import meant
+from rau.constraints.lengths import bind_lengths
+from rau.constraints.rules import Violations
 from rau.errors import RauError
 from rau.layouts import LAYOUTS, OTHER_LAYOUTS
-from rau.lengths import bind_lengths
-from rau.rules import Report, meant
 from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
 
@@ -163,7 +164,7 @@ def _describe(path: Any, states: list[AttentionState], arrays: dict[str, np.ndar
     cumulative = arrays.get("actual_seq_qlen") if layout == "TND" else None
     lengths: tuple[int, ...] = ()
     if cumulative is not None:  # a case holds lengths, so that what is not cumulative would be lost
-        report = Report(str(path))
+        report = Violations(str(path))
         bound, _, _ = bind_lengths(report, cumulative, attn[0], order == "SBH", False)
         report.raise_if_broken()
         lengths = tuple(np.diff(bound).tolist())

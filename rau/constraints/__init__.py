@@ -5,18 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rau.arrays import Kind, another_dtype, kind_of, not_an_array, swapped, type_names
-from rau.layouts import LAYOUTS, check_layout, check_softmax_layout, contiguous_strides, packed_row_stride
-from rau.lengths import bind_lengths
-from rau.outputs import FIELDS, Names, check_out, is_triple
+from rau.arrays import Kind, kind_of, type_names
+from rau.constraints import cache
+from rau.constraints.hints import another_dtype, not_an_array, swapped
+from rau.constraints.lengths import bind_lengths
+from rau.constraints.options import CHECKS, check_options
+from rau.constraints.outputs import Names, check_out, is_triple
+from rau.constraints.profiles import PROFILES, Profile
+from rau.constraints.rules import RULES, Rule, Violations
+from rau.constraints.values import check_memory, check_values
+from rau.layouts import FIELDS, LAYOUTS, contiguous_strides, packed_row_stride
 from rau.problem import Problem
-from rau.profiles import PROFILES, Profile
-from rau.rules import RULES, Report, Rule
-from rau.values import check_memory, check_values
 
-__all__ = ["CHECKS", "FIELDS", "PROFILES", "RULES", "Problem", "Profile", "Rule", "bind"]
+__all__ = ["CHECKS", "FIELDS", "PROFILES", "RULES", "Problem", "Profile", "Rule", "bind", "check_options", "checked"]
 
-CHECKS = ("metadata", "values", "document")
+
+def checked(
+    call: str,
+    states: Sequence[Sequence[Any]],
+    names: Names,
+    actual_seq_qlen: Any,
+    layout: str,
+    softmax_layout: str,
+    out: Sequence[Any] | None,
+    profile: str,
+    check: str,
+    half: str | None = None,
+) -> tuple[Problem, Sequence[Sequence[Any]]]:
+    """Check a call as :func:`bind` does, or recognise it: nobody else knows that calls are remembered."""
+    signature = cache.signature(call, states, layout, softmax_layout, out, profile, check)
+    problem = None if signature is None else cache.recall(signature)
+    if problem is not None:
+        return problem, states
+    problem, states = bind(call, states, names, actual_seq_qlen, layout, softmax_layout, out, profile, check, half)
+    if signature is not None:
+        cache.remember(signature, problem, states, out)
+    return problem, states
 
 
 def bind(
@@ -57,7 +81,7 @@ def bind(
     ConstraintError
         With everything that is wrong with the call.
     """
-    report = Report(call)
+    report = Violations(call)
     layout, limits = check_options(report, layout, softmax_layout, profile, check)
     packed = layout == "TND" and softmax_layout == "SBH"
     into = out if out is not None and is_triple(report, out) else None
@@ -104,24 +128,7 @@ def bind(
     return problem, regular
 
 
-def check_options(
-    report: Report, layout: str, softmax_layout: str, profile: str, check: str
-) -> tuple[str, Profile]:
-    """Check the names; return the layout, empty where there is no such, and the limits."""
-    known = check_layout(report, layout)
-    check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
-    report.choice("check", "check", check, CHECKS)
-    if not report.choice("profile", "profile", profile, PROFILES):
-        return (layout if known else ""), PROFILES["portable"]
-    limits = PROFILES[profile]
-    if known and layout not in limits.layouts:
-        takes = " and ".join(f'"{name}"' for name in limits.layouts)
-        report.add("layout-profile", f'layout = "{layout}"; profile "{profile}" knows {takes} only. '
-                   'profile="portable" takes it.')  # fmt: skip
-    return (layout if known else ""), limits
-
-
-def _check_arrays(report: Report, states: Sequence[Sequence[Any]], names: Names) -> Kind | None:
+def _check_arrays(report: Violations, states: Sequence[Sequence[Any]], names: Names) -> Kind | None:
     """Check that all are arrays of one kind on one device; None where they are not."""
     kind = kind_of(states[0][0])
     device = kind.device(states[0][0]) if kind else ""
@@ -145,7 +152,7 @@ def _check_arrays(report: Report, states: Sequence[Sequence[Any]], names: Names)
 
 
 def _check_dtypes(
-    report: Report, kind: Kind, states: Sequence[Sequence[Any]], names: Names, limits: Profile
+    report: Violations, kind: Kind, states: Sequence[Sequence[Any]], names: Names, limits: Profile
 ) -> tuple[str, str, str]:
     """Check the dtypes; return those of the first output, of the later ones, and of the statistics."""
     dtype = kind.dtype(states[0][0])
@@ -177,7 +184,7 @@ def _check_dtypes(
 
 
 def _check_shapes(
-    report: Report, states: Sequence[Sequence[Any]], names: Names, layout: str, limits: Profile
+    report: Violations, states: Sequence[Sequence[Any]], names: Names, layout: str, limits: Profile
 ) -> tuple[tuple[int, int | None, int, int, int], list[tuple[int, ...]]] | None:
     """Read B, S, T, N, D off the first state, and the shapes that every state has to have.
 
@@ -248,7 +255,7 @@ def _strides(kind: Kind, array: Any) -> tuple[int, ...]:
 
 
 def _regular_inputs(
-    report: Report, kind: Kind, states: Sequence[Sequence[Any]], names: Names, packed: bool
+    report: Violations, kind: Kind, states: Sequence[Sequence[Any]], names: Names, packed: bool
 ) -> list[Sequence[Any]]:
     """Replace the inputs that no kernel can stream by copies; refuse irregular packed statistics."""
     regular: list[Sequence[Any]] = []

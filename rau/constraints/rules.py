@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from rau.constraints.hints import meant
 from rau.errors import ConstraintError, DTypeError, LayoutError, OptionError, ShapeError
 
 
@@ -71,7 +72,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-class Report:
+class Violations:
     """Collects every broken rule of one call, then raises them as one error."""
 
     def __init__(self, call: str) -> None:
@@ -170,27 +171,6 @@ def _folded(broken: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
             else:
                 runs.append([k])
         yield rule, f"states[{', '.join('..'.join(map(str, run)) for run in runs)}]".join(parts)
-
-
-def meant(name: str, known: Collection[str], others: Mapping[str, tuple[str, str]]) -> str:
-    """Word which of some names another library's is: by what it means, since names alike in spelling may mean other axes.
-
-    Parameters
-    ----------
-    name : str
-    known : collection of str
-        In capitals.
-    others : mapping of str to (str, str)
-        Other libraries' names, in capitals: the one of `known`, or "" where there is none, and what else has to be done.
-
-    Returns
-    -------
-    str
-        To be appended to a message; empty where nothing is known of the name.
-    """
-    name = name.upper()
-    ours, how = (name, "") if name in known else others.get(name, ("", ""))
-    return f' Did you mean "{ours}"?{how}' if ours in known else how
 
 
 def _closest(name: str, known: Collection[str]) -> str:

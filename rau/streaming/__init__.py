@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from rau import remembered
-from rau.arrays import Kind, described
-from rau.constraints import FIELDS, bind, check_options
+from rau.arrays import Kind
+from rau.constraints import FIELDS, bind, check_options, checked
+from rau.constraints.hints import described
+from rau.constraints.lengths import bind_lengths
+from rau.constraints.outputs import Names
+from rau.constraints.rules import Violations
 from rau.errors import ConstraintError, UnsupportedError
 from rau.layouts import LAYOUTS
-from rau.lengths import bind_lengths
-from rau.outputs import Names
-from rau.parts import part, part_of
 from rau.problem import Problem
-from rau.rules import Report
-from rau.running import UPDATE, Running, of_part
 from rau.state import AttentionState
+from rau.streaming.running_state import UPDATE, Running, of_part
+from rau.streaming.tokens import part, part_of
 
 _CLASS, _RESULT = "StreamingMerge", "StreamingMerge.result"
 _RESULTS = {"float32": ("float32", "float16", "bfloat16"), "float64": ("float64",)}  # of each running dtype
@@ -117,7 +117,7 @@ class StreamingMerge:
         profile: str = "portable",
         check: str = "metadata",
     ) -> None:
-        report = Report(_CLASS)
+        report = Violations(_CLASS)
         _, limits = check_options(report, layout, softmax_layout, profile, check)
         report.raise_if_broken()
         lengths = None
@@ -179,7 +179,7 @@ class StreamingMerge:
         _refuse_gradients(UPDATE, partial)
         if isinstance(tokens, slice) and tokens.start is tokens.stop is tokens.step is None:
             tokens = None
-        checked = self._profile == "portable" and self._check == "metadata"
+        as_wanted = self._profile == "portable" and self._check == "metadata"  # else once more, by other rules
         running = self._running
         if running is None:
             if tokens is not None:
@@ -187,7 +187,7 @@ class StreamingMerge:
                               "whole; expected an update of all tokens. Or give StreamingMerge(like=...) a state of the "
                               "full shape.")  # fmt: skip
             running = self._start(UPDATE, partial, _of_partial, self._check)
-            checked = True
+            as_wanted = True
         running.refuse_overlap(partial)
 
         on_host = running.own_kind and tokens is not None
@@ -199,16 +199,11 @@ class StreamingMerge:
         if on_host:
             self._bind((partial,), None, _of_partial, lengths)
             partial = running.to_host(partial)
-        signature = remembered.signature(
-            UPDATE, (places, partial), self._layout, self._softmax_layout, places, "portable", "metadata"
+        problem, states = checked(
+            UPDATE, (places, partial), names, lengths, self._layout, self._softmax_layout, places, "portable", "metadata", half
         )
-        problem = None if signature is None else remembered.recall(signature)
-        if problem is None:
-            problem, states = self._bind((places, partial), places, names, lengths, half=half)
-            if signature is not None:
-                remembered.remember(signature, problem, states, places)
-            partial = AttentionState(*states[1])
-        if not checked:
+        partial = AttentionState(*states[1])
+        if not as_wanted:
             self._bind((partial,), None, _of_partial, lengths, self._profile, self._check)
         running.merge(problem, whole, places, partial, on_host=on_host)
         self._running = running
@@ -275,7 +270,7 @@ class StreamingMerge:
 
 
 def _broken(call: str, rule: str, message: str) -> ConstraintError:
-    report = Report(call)
+    report = Violations(call)
     report.add(rule, message)
     return report.error()
 
@@ -283,7 +278,7 @@ def _broken(call: str, rule: str, message: str) -> ConstraintError:
 def _refuse_gradients(call: str, partial: Any) -> None:
     if "torch" not in sys.modules:
         return
-    from rau.backends import torch_op
+    from rau import torch_op
 
     if torch_op.wanted((partial,)):
         raise UnsupportedError(

@@ -1,6 +1,6 @@
-/* Statistics into weights, for the version at hand: a part of _rows_isa.h. */
+/* Statistics into weights, for the version at hand: a part of one_version.h. */
 
-/* The exponentials of m[i] - top[i] <= 0 or NaN in place of m[i]: see rau/backends/exponential.py, which has the same numbers.
+/* The exponentials of m[i] - top[i] <= 0 or NaN in place of m[i]: see rau/arithmetic.py, which has the same numbers.
    Each is one long chain of dependent operations, so `count` chains go side by side. */
 RAU_INLINE RAU_TARGET void RAU_NAME(exp_differences)(DOUBLES *m, const DOUBLES *top, const int count) {
     static const double coefficients[] = {

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 
 from rau import registry
-from rau.arrays import ForeignKind, NumPyKind, kind_of
+from rau.arrays import kind_of
+from rau.arrays.foreign import ForeignKind
+from rau.arrays.numpy_ import NumPyKind
+from rau.call import hand_over
 from rau.constraints import FIELDS, bind
+from rau.constraints.rules import Violations
 from rau.errors import UnsupportedError
-from rau.outputs import hand_over
-from rau.parts import halves
 from rau.problem import Problem
-from rau.rules import Report
 from rau.state import AttentionState
+from rau.streaming.tokens import halves
 
 UPDATE = "StreamingMerge.update"
 _HOST = NumPyKind()
@@ -94,7 +96,7 @@ class Running:
             if any([low < end and start < high for start, end in self._extents]) and any(
                 its.memory(array).overlaps(its.memory(mine)) for mine in self.state
             ):
-                report = Report(UPDATE)
+                report = Violations(UPDATE)
                 report.add("out-overlap", f"{name} shares memory with the running state; expected memory of its own. Pass a "
                            "copy, or StreamingMerge.result().")  # fmt: skip
                 raise report.error()

@@ -10,31 +10,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.arrays import another_dtype, kind_of, not_an_array, swapped, tensor_inside
-from rau.layouts import LAYOUTS, OTHER_LSE_LAYOUTS, check_layout
-from rau.lengths import NAME
-from rau.lse import LSE_LAYOUTS, lse_layouts
-from rau.rules import Report
+from rau.arrays import kind_of
+from rau.arrays.torch_ import has_float64, tensor_inside
+from rau.constraints.hints import another_dtype, not_an_array, swapped
+from rau.constraints.lengths import NAME
+from rau.constraints.options import check_layout
+from rau.constraints.rules import Violations
+from rau.layouts import LAYOUTS, LSE_LAYOUTS, OTHER_LSE_LAYOUTS, lse_layouts
 
 
-def check_base(report: Report, base: object) -> None:
+def check_base(report: Violations, base: object) -> None:
     """Check the base of the logarithm.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     base : object
     """
     note = " Natural logarithms: FlashAttention, PyTorch, vLLM. Base 2: FlashInfer."
     report.choice("base", "base", base, ("e", "2"), note)
 
 
-def check_layouts(report: Report, layout: object, lse_layout: object) -> str:
+def check_layouts(report: Violations, layout: object, lse_layout: object) -> str:
     """Check the names of a layout of attention and of one of its log-sum-exp.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     layout : object
     lse_layout : object
         None stands for "BNS", save in layout "TND", which has no default: both orders are common there, no shape tells
@@ -73,12 +75,12 @@ class Described(NamedTuple):
     device: str
 
 
-def check_array(report: Report, name: str, array: Any, rule: str, dtypes: tuple[str, ...] = ()) -> Described | None:
+def check_array(report: Violations, name: str, array: Any, rule: str, dtypes: tuple[str, ...] = ()) -> Described | None:
     """Check that something is a NumPy array or a torch tensor, of one of some dtypes.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     name : str
     array : object
     rule : str
@@ -113,12 +115,12 @@ def check_array(report: Report, name: str, array: Any, rule: str, dtypes: tuple[
     return its
 
 
-def check_alike(report: Report, name: str, its: Described, other_name: str, other: Described) -> None:
+def check_alike(report: Violations, name: str, its: Described, other_name: str, other: Described) -> None:
     """Check that two arrays are of one kind, on one device.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     name, other_name : str
     its, other : Described
     """
@@ -130,30 +132,29 @@ def check_alike(report: Report, name: str, its: Described, other_name: str, othe
                    "for both. Move one of them first.")  # fmt: skip
 
 
-def check_float64(report: Report, name: str, array: Any, its: Described) -> None:
+def check_float64(report: Violations, name: str, array: Any, its: Described) -> None:
     """Refuse a tensor on a device without float64, in which log-sum-exps are computed.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     name : str
     array : array
     its : Described
     """
     if its.kind == "torch":
-        from rau.frameworks import has_float64
 
         if not has_float64(array.device):
             report.add("array-device", f"{name} is on {its.device}, which has no float64, in which log-sum-exps are computed; "
                        f"expected a device that has it. Pass {name}.cpu().")  # fmt: skip
 
 
-def check_lengths_here(report: Report, lengths: Any, name: str, stats: Any) -> None:
+def check_lengths_here(report: Violations, lengths: Any, name: str, stats: Any) -> None:
     """Refuse lengths on a device for statistics that are on the host.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     lengths : ndarray or device array, or None
     name : str
         Of `stats`.
@@ -164,12 +165,12 @@ def check_lengths_here(report: Report, lengths: Any, name: str, stats: Any) -> N
                    f"Pass {NAME}.cpu().")  # fmt: skip
 
 
-def check_heads(report: Report, heads: int | None) -> int | None:
+def check_heads(report: Violations, heads: int | None) -> int | None:
     """Check a number of query heads.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     heads : int or None
         As the caller gave it; None where there is nothing to check.
 
@@ -184,12 +185,12 @@ def check_heads(report: Report, heads: int | None) -> int | None:
     return None
 
 
-def check_shapes(report: Report, attn_out: Any, lse: Any, layout: str, lse_layout: str, heads: int | None) -> None:
+def check_shapes(report: Violations, attn_out: Any, lse: Any, layout: str, lse_layout: str, heads: int | None) -> None:
     """Check that an output and a log-sum-exp fit together.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     attn_out, lse : array
     layout, lse_layout : str
         Valid names.
@@ -233,7 +234,7 @@ def _expected(
 
 
 def _say_shapes(
-    report: Report,
+    report: Violations,
     shape: tuple[int, ...],
     given: tuple[int, ...],
     layout: str,

@@ -6,11 +6,11 @@ import pytest
 from states import arguments, sbh, state
 
 import rau
-from rau import remembered
+from rau.constraints import cache
 from rau.constraints import bind
 from rau.problem import Problem
 from rau.testing.cases import generated
-from rau.update import NAMES
+from rau.call import NAMES
 
 pytest.importorskip("rau._core", reason="without it every call takes the validator")
 UPDATE = "ring_attention_update"
@@ -18,11 +18,11 @@ UPDATE = "ring_attention_update"
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(remembered, "_problems", {})
+    monkeypatch.setattr(cache, "_problems", {})
 
 
 def signature(states, out=None, layout="SBH", profile="mindspore", check="metadata"):
-    return remembered.signature(UPDATE, states, layout, "TND", out, profile, check)
+    return cache.signature(UPDATE, states, layout, "TND", out, profile, check)
 
 
 def described(problem):
@@ -38,7 +38,7 @@ def test_equal_signatures_are_equal_problems():
             call = case.make()
             out = None if call.out is None else tuple(placed.view for placed in call.out)
             options = "TND", out, case.profile, "metadata"
-            found = remembered.signature("a", call.states, case.layout, *options)
+            found = cache.signature("a", call.states, case.layout, *options)
             if found is not None:
                 problem, regular = bind("a", call.states, NAMES["merge_states"], None, case.layout, *options)
                 assert all(mine is its for state, same in zip(regular, call.states, strict=True)
@@ -51,10 +51,10 @@ def test_equal_signatures_are_equal_problems():
 def test_a_second_call_takes_no_validator(monkeypatch):
     prev, cur = sbh(seed=1), sbh(seed=2)
     first = rau.ring_attention_update(*prev, *cur)
-    monkeypatch.setattr("rau.update.bind", None)
+    monkeypatch.setattr("rau.constraints.bind", None)
     again = rau.ring_attention_update(*sbh(seed=1), *sbh(seed=2))
     assert all(map(np.array_equal, first, again))
-    assert len(remembered._problems) == 1
+    assert len(cache._problems) == 1
 
 
 def outputs(make=np.empty_like):
@@ -158,7 +158,7 @@ def test_profiles_and_calls_are_told_apart():
 def test_no_array_is_kept():
     state = sbh(dtype="bfloat16")
     rau.ring_attention_update(*state, *state)
-    ((problem, dtypes),) = remembered._problems.values()
+    ((problem, dtypes),) = cache._problems.values()
     assert dtypes[0] is state.attn_out.dtype and dtypes[0] == ml_dtypes.bfloat16
     assert not any(isinstance(getattr(problem, name, None), np.ndarray) for name in Problem.__slots__ if name != "_blocks")
 
@@ -167,4 +167,4 @@ def test_as_many_as_a_program_makes():
     for tokens in range(1, 600):
         state = sbh(S=tokens, B=1, N=1, D=1)
         rau.ring_attention_update(*state, *state)
-    assert 0 < len(remembered._problems) <= 256
+    assert 0 < len(cache._problems) <= 256

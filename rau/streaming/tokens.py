@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import described
+from rau.constraints.hints import described
+from rau.constraints.rules import Violations
 from rau.layouts import LAYOUTS
-from rau.rules import Report
 from rau.state import AttentionState
 
 HALVES = ("front", "back")
@@ -41,7 +41,7 @@ def part_of(call: str, tokens: Any, layout: str, length: int, lengths: np.ndarra
     ConstraintError
         If it is neither, or a sequence has no halves.
     """
-    report = Report(call)
+    report = Violations(call)
     if isinstance(tokens, slice):
         if layout == "TND":
             report.add("tokens", f'tokens = {tokens}; layout "TND" expects "front" or "back", the halves of every sequence. '

@@ -4,7 +4,7 @@
 #ifndef RAU_ROOF_H
 #define RAU_ROOF_H
 
-#include "_rows.h"
+#include "versions.h"
 
 /* to = a + b / 2, or a copy of a where b is NULL; `around` the cache, `to` must then be aligned to 64 bytes.
    In place is to == a. */

@@ -1,6 +1,6 @@
-/* The row kernels, for the version that RAU_VERSION, RAU_TARGET and RAU_BYTES name. They are written once, in vectors of
-   RAU_BYTES bytes (GNU C's, which gcc and clang compile for any processor; 0: single numbers, for other compilers), with
-   intrinsics only for what vectors cannot say. No include guard: _rows.h includes this once for each version. */
+/* The vectors of one instruction-set version, RAU_BYTES long: GNU C's, which gcc and clang compile for any processor; 0: single
+   numbers, for other compilers. Intrinsics stand only where vectors cannot say it: a comparison of AVX-512 is a mask, and a store
+   around the cache has no spelling in C. No include guard: one_version.h includes this once for each version. */
 
 #if RAU_BYTES
 typedef float RAU_NAME(floats) __attribute__((vector_size(RAU_BYTES)));
@@ -93,38 +93,3 @@ RAU_INLINE RAU_TARGET int RAU_NAME(way)(const char *to, int stream) {
     return 0;
 #endif
 }
-
-#include "_rows_weigh.h"
-#include "_rows_merge.h"
-
-static const rau_version RAU_NAME(rau_version) = {
-    RAU_STRING(RAU_VERSION),
-    RAU_NAME(weigh_f32), RAU_NAME(weigh_f64),
-    RAU_NAME(rows_f32), RAU_NAME(rows_f16), RAU_NAME(rows_bf16), RAU_NAME(rows_f64),
-    RAU_NAME(rows_f32_f16), RAU_NAME(rows_f32_bf16),
-};
-
-#undef CONVERT
-#undef MASK
-#undef FLOATS
-#undef WORDS
-#undef DOUBLES
-#undef LONGS
-#undef HALF_FLOATS
-#undef SHORTS
-#undef FLOATS_IN
-#undef DOUBLES_IN
-#undef SELECT
-#undef ALL
-#undef ALL_BITS
-#undef GREATER
-#undef EQUAL
-#undef IS_NAN
-#undef EACH_ROW
-#undef UNIT
-#undef UNIT_IN
-#undef ALONG
-#undef ACROSS
-#undef RAU_VERSION
-#undef RAU_TARGET
-#undef RAU_BYTES

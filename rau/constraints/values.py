@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 from rau.arrays import Kind
-from rau.rules import Report
+from rau.constraints.rules import Violations
 
 
 def check_values(
-    report: Report, kind: Kind, states: Sequence[Sequence[Any]], names: Callable[[int, int], str], check: str
+    report: Violations, kind: Kind, states: Sequence[Sequence[Any]], names: Callable[[int, int], str], check: str
 ) -> None:
     """Read the statistics of every state and note what no attention kernel would have written.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     kind : Kind
     states : sequence of triples of arrays
         Statistics of shape (..., lanes), float32 or float64.
@@ -46,7 +46,7 @@ def check_values(
 
 
 def check_memory(
-    report: Report,
+    report: Violations,
     kind: Kind,
     states: Sequence[Sequence[Any]],
     regular: Sequence[Sequence[Any]],
@@ -58,7 +58,7 @@ def check_memory(
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     kind : Kind
     states : sequence of triples of arrays
         Where they lie.
@@ -84,7 +84,7 @@ def _live(kind: Kind, state: Sequence[Any]) -> np.ndarray:
     return (total != 0) & (maximum != -np.inf)
 
 
-def _note(report: Report, rule: str, name: str, stats: np.ndarray, wrong: np.ndarray, expected: str) -> None:
+def _note(report: Violations, rule: str, name: str, stats: np.ndarray, wrong: np.ndarray, expected: str) -> None:
     count = int(np.count_nonzero(wrong))
     if count:
         index = tuple(int(axis) for axis in np.unravel_index(int(np.argmax(wrong)), wrong.shape))

@@ -6,20 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import described, in_its_place, kind_of
-from rau.rules import Report
+from rau.arrays import kind_of
+from rau.constraints.hints import described, in_its_place
+from rau.constraints.rules import Violations
 
 NAME = "actual_seq_qlen"
 
 
 def bind_lengths(
-    report: Report, value: Any, tokens: int | None, packed: bool, vendor: bool
+    report: Violations, value: Any, tokens: int | None, packed: bool, vendor: bool
 ) -> tuple[Any, int, int | None]:
     """Check the cumulative sequence lengths of a TND call.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     value : array or list or tuple of int, or None
         As the caller gave it: cumulative, from 0 to `tokens`, one more entry than sequences.
     tokens : int or None
@@ -75,7 +76,7 @@ def bind_lengths(
     return _check_cumulative(report, lengths, tokens)
 
 
-def _from_list(report: Report, value: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
+def _from_list(report: Violations, value: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
     wrong = [item for item in value if isinstance(item, bool) or not isinstance(item, (int, np.integer))]
     if wrong:
         tensors = getattr(wrong[0], "shape", None) == () and not isinstance(wrong[0], np.generic)
@@ -93,7 +94,7 @@ def _from_list(report: Report, value: list[Any] | tuple[Any, ...]) -> np.ndarray
 
 
 def _check_cumulative(
-    report: Report, lengths: np.ndarray, tokens: int | None
+    report: Violations, lengths: np.ndarray, tokens: int | None
 ) -> tuple[np.ndarray | None, int, int | None]:
     first, last = int(lengths[0]), int(lengths[-1])
     # Compared, not subtracted: a difference of two int64 may wrap.

@@ -1,4 +1,4 @@
-"""Array kinds of the deep-learning frameworks. Nothing here imports one: an array brings its own methods along."""
+"""Torch's tensors, on any device. Nothing here imports torch before there is one of its tensors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import NumPyKind
+from rau.arrays.memory import Memory
+from rau.arrays.numpy_ import NumPyKind
 from rau.errors import UnsupportedError
-from rau.memory import Memory
 
 try:
     from rau._core import tensor_signature
@@ -25,6 +25,26 @@ _HOST = NumPyKind()
 _DTYPES: dict[Any, str] = {}
 _DEVICES: dict[Any, str] = {}
 _FLOAT64: dict[Any, bool] = {}
+
+
+_HOLDERS = {
+    "DTensor": "this rank's part of it, its .to_local()",
+    "NestedTensor": 'its .values(), in layout "TND"',
+}
+
+
+def tensor_inside(cls: type) -> str:
+    """Word what is to be passed of a torch tensor that holds others; empty for any other type.
+
+    Parameters
+    ----------
+    cls : type
+
+    Returns
+    -------
+    str
+    """
+    return _HOLDERS.get(cls.__name__, "") if cls.__module__.startswith("torch.") else ""
 
 
 def has_float64(device: Any) -> bool:
@@ -136,51 +156,28 @@ class TorchKind:
         return array.to(getattr(torch, dtype), memory_format=torch.contiguous_format, copy=True)
 
 
-class MindSporeKind(TorchKind):
-    """MindSpore tensors, which have torch's methods for where they lie.
+def packed_rows(actual_seq_qlen: Any, tokens: int, heads: int, device: Any) -> Any:
+    """Where the statistic of each token and head stands among packed rows, token by token.
 
-    They are where MindSpore computes, whatever a tensor that has not been used yet says of itself. Asking for an
-    address waits for all that MindSpore has queued, so that what is there may then be read and written.
+    Computed on the device, without waiting for it; inside bounds whatever the lengths contain.
+
+    Parameters
+    ----------
+    actual_seq_qlen : Tensor or ndarray of int64, shape (sequences + 1,)
+    tokens, heads : int
+        T and N.
+    device : torch.device
+
+    Returns
+    -------
+    Tensor of int64, shape (T * N,)
     """
+    import torch
 
-    name = "mindspore"
-
-    def signature(self, arrays: Sequence[Any], inputs: int) -> None:
-        return None
-
-    def dtype(self, array: Any) -> str:
-        return str(array.dtype).lower()  # "Float32", "BFloat16"
-
-    def device(self, array: Any) -> str:
-        return sys.modules["mindspore"].get_context("device_target").lower()
-
-    def readable(self, array: Any) -> bool:
-        return self.device(array) == "cpu"
-
-    def contiguous(self, array: Any) -> bool:
-        return array.is_contiguous()
-
-    def strides(self, array: Any) -> tuple[int, ...]:
-        return tuple(array.stride())
-
-    def writable(self, array: Any) -> bool:
-        return True
-
-    def will_write(self, out: Any) -> None:
-        pass
-
-    def regular_copy(self, array: Any) -> Any:
-        return array.contiguous()
-
-    def to_numpy(self, array: Any) -> np.ndarray:
-        return array.asnumpy()
-
-    def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
-        mindspore = sys.modules["mindspore"]
-        if self.device(like) == "cpu":
-            return mindspore.Tensor.from_numpy(_HOST.full(None, shape, dtype, value))
-        return mindspore.ops.full(shape, value, dtype=getattr(mindspore, dtype))
-
-    def cast(self, array: Any, dtype: str) -> Any:
-        copy = array.copy()
-        return copy if self.dtype(array) == dtype else copy.astype(getattr(sys.modules["mindspore"], dtype))
+    cumulative = torch.as_tensor(actual_seq_qlen, device=device).to(torch.int64)
+    token = torch.arange(tokens, device=device)
+    sequence = torch.searchsorted(cumulative, token, right=True).sub_(1).clamp_(0, max(len(cumulative) - 2, 0))
+    start = cumulative[sequence]
+    length = cumulative[(sequence + 1).clamp_(max=len(cumulative) - 1)] - start
+    rows = (start * heads + (token - start)).unsqueeze(-1) + torch.arange(heads, device=device) * length.unsqueeze(-1)
+    return rows.clamp_(0, max(tokens * heads - 1, 0)).view(-1)

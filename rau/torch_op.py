@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from rau import update
-from rau.arrays import tensor_inside
-from rau.backends.torch_ import Geometry, merge_rows, weigh
+from rau.arithmetic import merge_rows, weigh
+from rau.arrays.torch_ import tensor_inside
+from rau.backends.torch_ import Geometry
+from rau.call import NAMES, run
 from rau.constraints import bind
 from rau.errors import DTypeError, UnsupportedError
 
@@ -132,7 +133,7 @@ def _update(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
-    result = update.run(
+    result = run(
         "ring_attention_update", states, actual_seq_qlen, layout, softmax_layout, None, backend, profile, check
     )
     return result.attn_out, result.softmax_max, result.softmax_sum
@@ -151,14 +152,14 @@ def _merge(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     states = list(zip(attn_out, softmax_max, softmax_sum, strict=True))
-    result = update.run("merge_states", states, actual_seq_qlen, layout, softmax_layout, None, backend, profile, check)
+    result = run("merge_states", states, actual_seq_qlen, layout, softmax_layout, None, backend, profile, check)
     return result.attn_out, result.softmax_max, result.softmax_sum
 
 
 def _blank(call: str, states: Sequence[Sequence[Tensor]], actual_seq_qlen: Tensor | None, *options: str) -> Triple:
     """Check the metadata, as far as it can be seen while tracing, and make results without values."""
     layout, softmax_layout, profile, _ = options
-    bind(call, states, update.NAMES[call], actual_seq_qlen, layout, softmax_layout, None, profile, "metadata")
+    bind(call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, None, profile, "metadata")
     attn_out, maximum, total = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in states[0])
     return attn_out, maximum, total
 

@@ -1,68 +1,24 @@
-"""``out``: the arrays to write into, what they may share memory with, and who is told of the write."""
+"""``out``: the arrays to write into and what they may share memory with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rau.arrays import Kind, described, kind_of, not_an_array
-from rau.errors import UnsupportedError
-from rau.layouts import packed_row_stride
-from rau.problem import Problem
-from rau.rules import Report
-from rau.state import AttentionState
-
-FIELDS = AttentionState._fields
+from rau.arrays import Kind, kind_of
+from rau.constraints.hints import described, not_an_array
+from rau.constraints.rules import Violations
+from rau.layouts import FIELDS, packed_row_stride
 
 Names = Callable[[int, int], str]  # (state, field) -> the name that the caller knows it by
 
 
-def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> AttentionState:
-    """Have a backend merge states: the one way to a backend, so that none of them has to think of autograd.
-
-    Parameters
-    ----------
-    call : str
-        "merge_states" takes its `merge`, any other its `update`.
-    backend : Backend
-    problem : Problem
-    states : sequence of triples of arrays
-    out : triple of arrays, or None
-
-    Returns
-    -------
-    AttentionState
-
-    Raises
-    ------
-    UnsupportedError
-        If the arrays' library forbids the write; if the backend has no `merge`.
-
-    Notes
-    -----
-    The library is told of a write before it, and so where a backend fails half way, too.
-    """
-    states = [state if type(state) is AttentionState else AttentionState(*state) for state in states]
-    if out is not None:
-        if type(out) is not AttentionState:
-            out = AttentionState(*out)
-        if problem.kind != "numpy":  # which keeps no account of writes
-            kind = kind_of(out[0])
-            assert kind is not None  # the validator has seen to that
-            kind.will_write(out)
-    if call != "merge_states":
-        return backend.update(problem, *states, out)
-    if not hasattr(backend, "merge"):
-        raise UnsupportedError(f'backend "{backend.name}" has no merge; derive it from rau.backends.Backend.')
-    return backend.merge(problem, states, out)
-
-
-def is_triple(report: Report, out: Any) -> bool:
+def is_triple(report: Violations, out: Any) -> bool:
     """Check that `out` is three things.
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     out : object
 
     Returns
@@ -77,7 +33,7 @@ def is_triple(report: Report, out: Any) -> bool:
 
 
 def check_out(
-    report: Report,
+    report: Violations,
     kind: Kind,
     states: Sequence[Sequence[Any]],
     out: Sequence[Any],
@@ -90,7 +46,7 @@ def check_out(
 
     Parameters
     ----------
-    report : Report
+    report : Violations
     kind : Kind
         That of the inputs.
     states : sequence of triples of arrays
@@ -134,7 +90,7 @@ def check_out(
     return len(report.broken) == broken and _check_overlap(report, kind, states, out, names)
 
 
-def _check_strides(report: Report, kind: Kind, name: str, array: Any, packed: bool) -> None:
+def _check_strides(report: Violations, kind: Kind, name: str, array: Any, packed: bool) -> None:
     """Check that rows can be written whole, and each element once."""
     shape = tuple(array.shape)
     strides = kind.strides(array)
@@ -156,7 +112,7 @@ def _check_strides(report: Report, kind: Kind, name: str, array: Any, packed: bo
 
 
 def _check_overlap(
-    report: Report, kind: Kind, states: Sequence[Sequence[Any]], out: Sequence[Any], names: Names
+    report: Violations, kind: Kind, states: Sequence[Sequence[Any]], out: Sequence[Any], names: Names
 ) -> bool:
     """Refuse outputs that share memory with anything, save an input of their own role exactly beneath them.
 

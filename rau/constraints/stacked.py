@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rau.arrays import described
-from rau.errors import ShapeError
-from rau.layouts import LAYOUTS
-from rau.state import AttentionState
+from rau.constraints.hints import described
+from rau.constraints.rules import Violations
+from rau.errors import ConstraintError
+from rau.layouts import FIELDS, LAYOUTS
 
 _EXPECTED = (
     "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or one of arrays that are "
@@ -36,7 +36,7 @@ def as_states(states: Any, layout: Any) -> Sequence[Sequence[Any]]:
     ShapeError
         For anything else.
     """
-    if isinstance(states, AttentionState) or (
+    if getattr(type(states), "_fields", ()) == FIELDS or (
         isinstance(states, (list, tuple)) and len(states) == 3 and all(hasattr(part, "shape") for part in states)
     ):
         return _unstacked(states, layout)
@@ -69,8 +69,10 @@ def _unstacked(stacked: Sequence[Any], layout: Any) -> Sequence[Sequence[Any]]:
                      f"{forms} with K >= 1.")  # fmt: skip
     if not all(hasattr(part, "__getitem__") for part in stacked):
         raise _error(f"is one triple of arrays that cannot be indexed; {_EXPECTED}.")
-    return [AttentionState(*(part[k] for part in stacked)) for k in range(shapes[0][0])]
+    return [tuple(part[k] for part in stacked) for k in range(shapes[0][0])]
 
 
-def _error(text: str, name: str = "states ") -> ShapeError:
-    return ShapeError(f"merge_states: [states] {name}{text}", ("states",))
+def _error(text: str, name: str = "states ") -> ConstraintError:
+    violations = Violations("merge_states")
+    violations.add("states", f"{name}{text}")
+    return violations.error()

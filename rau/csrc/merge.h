@@ -1,4 +1,4 @@
-/* The rows' elements, for the version at hand: a part of _rows_isa.h. */
+/* The rows' elements, for the version at hand: a part of one_version.h. */
 
 /* ---- formats: widening is exact, narrowing rounds once, to nearest even ---------------------------------- */
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rau.arrays import ITEMSIZE
+from rau.arrays.numpy_ import ITEMSIZE
+from rau.constraints.rules import Violations
 from rau.layouts import LAYOUTS
-from rau.rules import Report
 
 __all__ = ["CHIP", "PROFILES", "Profile", "unified_buffer_bytes"]
 
@@ -30,7 +30,7 @@ class Profile(NamedTuple):
     dtypes: tuple[str, ...]
     lanes: tuple[int, ...]
     vendor: bool  # actual_seq_qlen is required in TND, int64, and prev and cur have one dtype
-    limits: Callable[[Report, str, int, int, str], None]  # in TND: report, argument's name, N, D, dtype
+    limits: Callable[[Violations, str, int, int, str], None]  # in TND: report, argument's name, N, D, dtype
 
 
 def _align(count: int, step: int) -> int:
@@ -63,7 +63,7 @@ def unified_buffer_bytes(heads: int, head_dim: int, itemsize: int) -> int:
     return _align(heads * head_dim, 64) * (itemsize * 6 + 8) + _align(heads * 8, 64) * 56
 
 
-def _head_dim_64(report: Report, name: str, head_dim: int) -> None:
+def _head_dim_64(report: Violations, name: str, head_dim: int) -> None:
     if head_dim % 64:
         report.add(
             "tnd-head-dim-64",
@@ -71,7 +71,7 @@ def _head_dim_64(report: Report, name: str, head_dim: int) -> None:
         )
 
 
-def _mindspore_limits(report: Report, name: str, heads: int, head_dim: int, dtype: str) -> None:
+def _mindspore_limits(report: Violations, name: str, heads: int, head_dim: int, dtype: str) -> None:
     _head_dim_64(report, name, head_dim)
     if dtype not in _SUPPORTED:
         return
@@ -85,7 +85,7 @@ def _mindspore_limits(report: Report, name: str, heads: int, head_dim: int, dtyp
         )
 
 
-def _cann_v2_limits(report: Report, name: str, heads: int, head_dim: int, dtype: str) -> None:
+def _cann_v2_limits(report: Violations, name: str, heads: int, head_dim: int, dtype: str) -> None:
     _head_dim_64(report, name, head_dim)
     if heads > 256:
         report.add("tnd-heads-256", f"{name} has N = {heads} heads; the limit is 256.{CHIP}")
@@ -93,7 +93,7 @@ def _cann_v2_limits(report: Report, name: str, heads: int, head_dim: int, dtype:
         report.add("tnd-head-dim-768", f"{name} has D = {head_dim}; the limit is 768.{CHIP}")
 
 
-def _no_limits(report: Report, name: str, heads: int, head_dim: int, dtype: str) -> None:
+def _no_limits(report: Violations, name: str, heads: int, head_dim: int, dtype: str) -> None:
     pass
 
 

@@ -1,0 +1,182 @@
+"""The arithmetic of a merge, which every backend follows bit for bit: written here in what NumPy and torch spell alike.
+
+Rows are computed in float64 and rounded once, elements in the dtype of the weights, left to right, nothing fused. The kernels in C
+(rau/csrc/weigh.h, merge.h) and Triton (rau/backends/cuda_kernel.py) do the same operations in the same order.
+
+The exponential is made of IEEE operations, since those of the libraries differ in the last bit. exp(x) for x <= 0 is
+2**k * exp(r) with k = round(x * LOG2_E) and r = (x - k * LN2_HIGH) - k * LN2_LOW, hence abs(r) <= 0.34657362; k * LN2_HIGH is
+exact. exp(r) is a polynomial in Horner's order, every step p * r + c. Below UNDERFLOW the result is 0, NaN stays NaN.
+
+What goes in is a difference of two maxima, which is rounded itself. So the rounding error comes along: with d + lost the exact
+difference and q = exp(d), the exponential of the difference is q + q * lost. Where maxima lie hundreds apart, the error of d alone
+would cost hundreds of units in the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LOG2_E = float.fromhex("0x1.71547652b82fep+0")
+ROUND = float.fromhex("0x1.8p52")  # added and subtracted, it rounds to the nearest integer
+LN2_HIGH = float.fromhex("0x1.62e42feep-1")
+LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
+# Minimax in the relative error, from the highest degree, by Sollya: fpminimax(exp(x), 11, [|D...|], [-ln2/2, ln2/2], relative)
+# with the last two held at 1. One term less than Taylor's polynomial of the same accuracy, hence one rounding less.
+COEFFICIENTS = tuple(
+    map(
+        float.fromhex,
+        """
+        0x1.ad92c81f74ea2p-26 0x1.28adf7a9a959ep-22 0x1.71df18fbb1812p-19 0x1.a0199963c408ap-16 0x1.a01a012fec32ap-13
+        0x1.6c16c18475a28p-10 0x1.1111111126b37p-7 0x1.55555555506cp-5 0x1.55555555554fep-3 0x1.000000000000ap-1 0x1p0 0x1p0
+        """.split(),
+    )
+)
+UNDERFLOW = -708.0
+# Relative errors, in units of 2**-53, proven by proofs/: of q, and of q + q * lost against the exponential of d + lost.
+BOUND = 1.71
+DIFFERENCE_BOUND = 2.42
+
+
+def library(array: Any) -> Any:
+    """The library of an array: numpy or torch."""
+    if isinstance(array, np.ndarray):
+        return np
+    import torch  # is there, since its tensor is
+
+    return torch
+
+
+def cast(array: Any, dtype: Any) -> Any:
+    """Convert an array to a dtype of its library; the array itself where it has it."""
+    if not isinstance(array, np.ndarray):
+        return array.to(dtype)
+    with np.errstate(over="ignore"):  # beyond float32 it is infinite, of which torch does not speak either
+        return array.astype(dtype, copy=False)
+
+
+def _fill(array: Any, mask: Any, value: float) -> None:
+    if isinstance(array, np.ndarray):
+        np.copyto(array, value, where=mask)
+    else:
+        array.masked_fill_(mask, value)
+
+
+def difference(a: Any, b: Any) -> tuple[Any, Any]:
+    """Subtract float64 arrays, and find what the rounding lost (Knuth's TwoSum).
+
+    The two add up to a - b exactly, where that is finite; otherwise the second may be anything.
+
+    Examples
+    --------
+    >>> difference(np.array([2.0**-60]), np.array([1.0]))
+    (array([-1.]), array([8.67361738e-19]))
+    """
+    d = a - b
+    back = d - a
+    return d, (a - (d - back)) - (b + back)
+
+
+def exp_nonpositive(x: Any, lost: Any = None) -> Any:
+    """exp(x + lost) of float64 arrays of one shape, for x <= 0 or NaN and `lost` below its last place; 0 below -708.
+
+    Its relative error is at most 1.71 * 2**-53 without `lost`, 2.42 * 2**-53 with it (and 2**-1075), as proofs/ proves.
+
+    Examples
+    --------
+    >>> exp_nonpositive(np.array([0.0, -1.0, -800.0]))
+    array([1.        , 0.36787944, 0.        ])
+    """
+    xp = library(x)
+    r = xp.where(x >= UNDERFLOW, x, 0.0)
+    shifted = r * LOG2_E
+    shifted += ROUND
+    k = shifted - ROUND
+    r -= k * LN2_HIGH
+    r -= k * LN2_LOW
+    p = xp.full_like(r, COEFFICIENTS[0])
+    for coefficient in COEFFICIENTS[1:]:
+        p *= r
+        p += coefficient
+    # The low bits of `shifted` hold k: made an exponent, they are 2**k, without a library's ldexp.
+    p *= ((shifted.view(xp.int64) + 1023) << 52).view(xp.float64)
+    if lost is not None:
+        p += p * lost
+    return xp.where(xp.isnan(x), x, xp.where(x < UNDERFLOW, 0.0, p))
+
+
+class Weighed(NamedTuple):
+    """The rows of a merge of K states; arrays of float64 and one shape, unless said otherwise.
+
+    Attributes
+    ----------
+    live : list of arrays of bool
+        Which rows of each state are not empty.
+    alone : array of bool
+        Rows with a single live state.
+    exponentials : list of arrays
+        exp(m_i - m); 0 for an empty side.
+    weights : list of arrays, dtype of the statistics
+        Share of each state in the output; 0 where it is not to be read.
+    maximum, total : array
+        Merged statistics, not yet rounded.
+    """
+
+    live: list[Any]
+    alone: Any
+    exponentials: list[Any]
+    weights: list[Any]
+    maximum: Any
+    total: Any
+
+
+def weigh(maxima: Sequence[Any], sums: Sequence[Any]) -> Weighed:
+    """Merge the statistics of K states, row by row; arrays of float32 or float64, of one shape.
+
+    With m the largest maximum of the live sides: a_i = l_i * exp(m_i - m), l = a_1 + a_2 + ..., w_i = a_i / l. A side is empty
+    where its sum is 0 or its maximum -inf.
+    """
+    xp, stats_dtype = library(sums[0]), sums[0].dtype
+    m, l = ([cast(part, xp.float64) for part in parts] for parts in (maxima, sums))  # noqa: E741 - the field's own name
+    live = [(li != 0) & (mi != -np.inf) for mi, li in zip(m, l, strict=True)]
+    maximum = xp.full_like(m[0], -np.inf)
+    for mi, alive in zip(m, live, strict=True):
+        maximum = xp.where(alive, xp.maximum(maximum, mi), maximum)  # both libraries' keep NaN
+    e = [xp.where(alive, exp_nonpositive(*difference(mi, maximum)), 0.0) for mi, alive in zip(m, live, strict=True)]
+    a = [xp.where(alive, li * ei, 0.0) for li, ei, alive in zip(l, e, live, strict=True)]
+    total, scaled = xp.zeros_like(maximum), xp.zeros_like(maximum)
+    for ai in a:
+        total = total + ai
+        scaled = scaled + ai * 2.0**-64
+    # Finite sums may add up beyond float64; scaled by a power of two their shares are still right.
+    huge = xp.isinf(total)
+    alone = xp.stack(live).sum(0) == 1
+    weights = []
+    for ai, alive in zip(a, live, strict=True):
+        share = xp.where(huge, ai * 2.0**-64 / scaled, ai / total)
+        weights.append(cast(xp.where(alive, xp.where(alone, 1.0, share), 0.0), stats_dtype))
+    for li, alive in zip(l, live, strict=True):
+        total = xp.where(alone & alive, li, total)  # comes back as it is, even where its numbers are infinite or NaN
+    return Weighed(live, alone, e, weights, maximum, total)
+
+
+def merge_rows(weights: Sequence[Any], rows: Sequence[Any]) -> Any:
+    """Add up the weighted rows of K states: weights of shape (...,), rows (..., D) and of their dtype or one that widens to it.
+
+    Left to right. In place of the product of a weight 0 stands -0.0, which adds nothing to anything, not even to -0.0: neither
+    NaN nor the sign of a zero comes out of a side that does not count. One temporary of the output's size for each state after the
+    first.
+    """
+    xp, result = library(weights[0]), None
+    for weight, row in zip(weights, rows, strict=True):
+        term = row * weight[..., None]
+        _fill(term, (weight == 0)[..., None], -0.0)
+        if result is None:
+            result = term
+        else:
+            result += term
+    assert result is not None
+    _fill(result, xp.stack([weight == 0 for weight in weights]).all(0)[..., None], 0.0)
+    return result

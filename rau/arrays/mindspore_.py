@@ -1,0 +1,94 @@
+"""MindSpore's tensors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rau.arrays.numpy_ import NumPyKind
+from rau.arrays.torch_ import TorchKind
+from rau.errors import UnsupportedError
+
+_HOST = NumPyKind()
+
+
+class MindSporeKind(TorchKind):
+    """MindSpore tensors, which have torch's methods for where they lie.
+
+    They are where MindSpore computes, whatever a tensor that has not been used yet says of itself. Asking for an
+    address waits for all that MindSpore has queued, so that what is there may then be read and written.
+    """
+
+    name = "mindspore"
+
+    def signature(self, arrays: Sequence[Any], inputs: int) -> None:
+        return None
+
+    def dtype(self, array: Any) -> str:
+        return str(array.dtype).lower()  # "Float32", "BFloat16"
+
+    def device(self, array: Any) -> str:
+        return sys.modules["mindspore"].get_context("device_target").lower()
+
+    def readable(self, array: Any) -> bool:
+        return self.device(array) == "cpu"
+
+    def contiguous(self, array: Any) -> bool:
+        return array.is_contiguous()
+
+    def strides(self, array: Any) -> tuple[int, ...]:
+        return tuple(array.stride())
+
+    def writable(self, array: Any) -> bool:
+        return True
+
+    def will_write(self, out: Any) -> None:
+        pass
+
+    def regular_copy(self, array: Any) -> Any:
+        return array.contiguous()
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        return array.asnumpy()
+
+    def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
+        mindspore = sys.modules["mindspore"]
+        if self.device(like) == "cpu":
+            return mindspore.Tensor.from_numpy(_HOST.full(None, shape, dtype, value))
+        return mindspore.ops.full(shape, value, dtype=getattr(mindspore, dtype))
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        copy = array.copy()
+        return copy if self.dtype(array) == dtype else copy.astype(getattr(sys.modules["mindspore"], dtype))
+
+
+def settled(array: Any) -> Any:
+    """Make sure that a MindSpore tensor has memory, and that nobody waits for a gradient through it.
+
+    Parameters
+    ----------
+    array : mindspore.Tensor
+
+    Returns
+    -------
+    mindspore.Tensor
+        The same.
+
+    Raises
+    ------
+    UnsupportedError
+        Inside mindspore.grad: what MindSpore does not see would have a gradient of zero, without a word.
+    """
+    if getattr(array, "_requires_grad", False):
+        # A tensor that was differentiated once says so for ever; whether that goes on now, the executor knows.
+        if sys.modules["mindspore"].common.api._pynative_executor.requires_grad():
+            raise UnsupportedError(
+                "a MindSpore tensor takes part in differentiation, and the merge of MindSpore tensors has no gradient; "
+                "pass mindspore.ops.stop_gradient(...) of it, or use torch tensors"
+            )
+    if not array.data_ptr():
+        array.asnumpy()  # made with init=: it has its values from now on
+    return array

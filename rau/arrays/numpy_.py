@@ -1,0 +1,95 @@
+"""NumPy's arrays; bfloat16 as ml_dtypes has it, recognised by its name and never imported to find out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rau.arrays.memory import Memory, address, aligned
+from rau.errors import DTypeError
+
+try:
+    from rau._core import signature
+except ImportError:  # not compiled: every call takes the validator
+
+    def signature(arrays: Sequence[Any], inputs: int) -> bytes | None:
+        """Describe no call."""
+        return None
+
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_NUMPY_NAMES: dict[np.dtype, str] = {}
+
+
+class NumPyKind:
+    """NumPy arrays; bfloat16 as ml_dtypes has it, recognised by its name."""
+
+    name = "numpy"
+
+    def dtype(self, array: np.ndarray) -> str:
+        dtype = array.dtype
+        name = _NUMPY_NAMES.get(dtype)
+        if name is None:
+            name = dtype.name if dtype.isnative else f"{dtype.name} (byte-swapped)"
+            _NUMPY_NAMES[dtype] = name
+        return name
+
+    def device(self, array: np.ndarray) -> str:
+        return "cpu"
+
+    def readable(self, array: np.ndarray) -> bool:
+        return True
+
+    def contiguous(self, array: np.ndarray) -> bool:
+        flags = array.flags
+        return bool(flags.c_contiguous and flags.aligned)
+
+    def strides(self, array: np.ndarray) -> tuple[int, ...] | None:
+        itemsize = array.itemsize
+        if not array.flags.aligned or any(step % itemsize for step in array.strides):
+            return None
+        return tuple(step // itemsize for step in array.strides)
+
+    def writable(self, array: np.ndarray) -> bool:
+        return array.flags.writeable
+
+    def will_write(self, out: Any) -> None:
+        pass
+
+    def extent(self, array: np.ndarray) -> tuple[int, int]:
+        if array.flags.c_contiguous:
+            low = address(array)
+            return low, low + array.nbytes
+        return self.memory(array).extent()
+
+    def memory(self, array: np.ndarray) -> Memory:
+        return Memory(address(array), array.shape, array.strides, array.itemsize)
+
+    def regular_copy(self, array: np.ndarray) -> np.ndarray:
+        return np.array(array, order="C", copy=True, subok=False)
+
+    def to_numpy(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def signature(self, arrays: Sequence[Any], inputs: int) -> bytes | None:
+        return signature(arrays, inputs)
+
+    def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> np.ndarray:
+        array = aligned(shape, dtype, np.zeros)  # zeros cost nothing until touched
+        if value:
+            array.fill(value)
+        return array
+
+    def cast(self, array: np.ndarray, dtype: str) -> np.ndarray:
+        if dtype == "bfloat16":
+            try:
+                import ml_dtypes
+            except ImportError as error:
+                raise DTypeError(
+                    "[dtype-attn] NumPy has bfloat16 by ml_dtypes alone: pip install ml_dtypes", ("dtype-attn",)
+                ) from error
+            dtype = ml_dtypes.bfloat16
+        with np.errstate(over="ignore"):
+            return array.astype(dtype, order="C")

@@ -1,0 +1,97 @@
+"""A call: checked, given to a backend, and run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rau import registry
+from rau.arrays import kind_of
+from rau.constraints import checked
+from rau.errors import UnsupportedError
+from rau.layouts import FIELDS
+from rau.problem import Problem
+from rau.state import AttentionState
+
+
+def _update_name(state: int, field: int) -> str:
+    return f"{('prev', 'cur')[state]}_{FIELDS[field]}"
+
+
+def _state_name(state: int, field: int) -> str:
+    return f"states[{state}].{FIELDS[field]}"
+
+
+NAMES = {"ring_attention_update": _update_name, "merge_states": _state_name}
+
+
+def run(
+    call: str,
+    states: Sequence[Sequence[Any]],
+    actual_seq_qlen: Any,
+    layout: str,
+    softmax_layout: str,
+    out: Any,
+    backend: Any,
+    profile: str,
+    check: str,
+) -> AttentionState:
+    """Check a call, choose who runs it, and run it.
+
+    Parameters
+    ----------
+    call : {"ring_attention_update", "merge_states"}
+    states : sequence of triples
+    actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
+        As in :func:`ring_attention_update`.
+
+    Returns
+    -------
+    AttentionState
+    """
+    problem, states = checked(
+        call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, out, profile, check
+    )
+    chosen, origin = registry.select(problem, backend)
+    registry.log_call(call, chosen, origin)
+    return hand_over(call, chosen, problem, states, out)
+
+
+def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> AttentionState:
+    """Have a backend merge states: the one way to a backend, so that none of them has to think of autograd.
+
+    Parameters
+    ----------
+    call : str
+        "merge_states" takes its `merge`, any other its `update`.
+    backend : Backend
+    problem : Problem
+    states : sequence of triples of arrays
+    out : triple of arrays, or None
+
+    Returns
+    -------
+    AttentionState
+
+    Raises
+    ------
+    UnsupportedError
+        If the arrays' library forbids the write; if the backend has no `merge`.
+
+    Notes
+    -----
+    The library is told of a write before it, and so where a backend fails half way, too.
+    """
+    states = [state if type(state) is AttentionState else AttentionState(*state) for state in states]
+    if out is not None:
+        if type(out) is not AttentionState:
+            out = AttentionState(*out)
+        if problem.kind != "numpy":  # which keeps no account of writes
+            kind = kind_of(out[0])
+            assert kind is not None  # the validator has seen to that
+            kind.will_write(out)
+    if call != "merge_states":
+        return backend.update(problem, *states, out)
+    if not hasattr(backend, "merge"):
+        raise UnsupportedError(f'backend "{backend.name}" has no merge; derive it from rau.backends.Backend.')
+    return backend.merge(problem, states, out)

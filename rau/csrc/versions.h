@@ -1,0 +1,131 @@
+/* The row kernels in every instruction-set version that the compiler knows, the choice between them, and what surrounds them: the
+   floating-point mode, forks, and what built this. tile.h says what they are given; one_version.h holds their code. */
+
+#ifndef RAU_VERSIONS_H
+#define RAU_VERSIONS_H
+
+#include "tile.h"
+
+#define RAU_VERSION baseline
+#define RAU_TARGET
+#if defined(__GNUC__) && !defined(RAU_PLAIN_C)
+#define RAU_BYTES 16 /* SSE2, NEON, or what the processor has */
+#else
+#define RAU_BYTES 0
+#endif
+#include "one_version.h"
+
+#ifdef RAU_VERSIONS
+#define RAU_VERSION avx2
+#define RAU_TARGET __attribute__((target("avx2,f16c")))
+#define RAU_BYTES 32
+#include "one_version.h"
+
+#define RAU_VERSION avx512
+#ifdef __clang__
+#define RAU_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c"), min_vector_width(512)))
+#else
+#define RAU_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512")))
+#endif
+#define RAU_BYTES 64
+#include "one_version.h"
+#endif
+
+#ifdef RAU_VERSIONS
+static int rau_has_f16c(void) { /* not every compiler's __builtin_cpu_supports knows the name */
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+/* The versions that this processor can run, best last; returns how many. */
+static int rau_versions(const rau_version *found[3]) {
+    int count = 0;
+    found[count++] = &rau_version_baseline;
+#ifdef RAU_VERSIONS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && rau_has_f16c())
+        found[count++] = &rau_version_avx2;
+    if (count == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found[count++] = &rau_version_avx512;
+#endif
+    return count;
+}
+
+/* Contiguous rows to prefetch ahead. Intel's processors gain from it, AMD's lose: theirs follow long rows by themselves. */
+static int rau_rows_ahead(void) {
+#ifdef RAU_VERSIONS
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") ? 4 : 0;
+#else
+    return 0;
+#endif
+}
+
+static rau_kernel rau_rows_kernel(const rau_version *version, int first, int later) {
+    switch (first) {
+    case RAU_F16: return version->rows_f16;
+    case RAU_BF16: return version->rows_bf16;
+    case RAU_F64: return version->rows_f64;
+    default:
+        return later == RAU_F16 ? version->rows_f32_f16 : later == RAU_BF16 ? version->rows_f32_bf16 : version->rows_f32;
+    }
+}
+
+/* The floating-point environment: another library may have asked for flushed subnormals, which would
+   change bits. Each worker sets IEEE's defaults and puts back what it found. */
+#ifdef RAU_X86
+typedef unsigned int rau_fenv;
+static rau_fenv rau_fenv_set(void) {
+    rau_fenv old = _mm_getcsr();
+    _mm_setcsr(0x1f80); /* round to nearest, all exceptions masked, subnormals kept */
+    return old;
+}
+static void rau_fenv_restore(rau_fenv old) { _mm_setcsr(old); }
+static void rau_fence(void) { _mm_sfence(); }
+#else
+#include <fenv.h>
+typedef fenv_t rau_fenv;
+static rau_fenv rau_fenv_set(void) {
+    fenv_t old;
+    fegetenv(&old);
+    fesetenv(FE_DFL_ENV);
+    return old;
+}
+static void rau_fenv_restore(rau_fenv old) { fesetenv(&old); }
+static void rau_fence(void) {}
+#endif
+
+/* libgomp's threads do not survive a fork, and waiting for them hangs: a forked child runs serially. */
+static int rau_forked = 0;
+#if !defined(_WIN32)
+#include <pthread.h>
+static void rau_in_child(void) { rau_forked = 1; }
+static void rau_watch_forks(void) { pthread_atfork(NULL, NULL, rau_in_child); }
+#else
+static void rau_watch_forks(void) {}
+#endif
+
+/* What built this, for show_config. */
+#if defined(__clang__)
+#define RAU_COMPILER "clang " __clang_version__
+#elif defined(__GNUC__)
+#define RAU_COMPILER "gcc " __VERSION__
+#elif defined(_MSC_VER)
+#define RAU_COMPILER "msvc"
+#else
+#define RAU_COMPILER "unknown"
+#endif
+#ifndef RAU_COMPILE_FLAGS
+#define RAU_COMPILE_FLAGS "unknown"
+#endif
+#ifndef RAU_OPENMP
+#ifdef _OPENMP
+#define RAU_OPENMP 1
+#else
+#define RAU_OPENMP 0
+#endif
+#endif
+
+#endif
