@@ -6,13 +6,14 @@ import warnings
 import pytest
 
 import rau
-from rau import torch_op
 from rau.state import AttentionState
 
 if "torch" in os.environ.get("RAU_TEST_BACKENDS", ""):
     import torch  # asked for: its absence is a failure
 else:
     torch = pytest.importorskip("torch", reason="torch is not installed and was not asked for")
+
+from rau import torch_op
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 INF, NAN = torch.inf, torch.nan

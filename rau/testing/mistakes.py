@@ -347,7 +347,7 @@ def last_token_zero(rows: Rows) -> AttentionState | None:
 
 
 @_known(
-    "What stands behind an empty side leaks: 0 * NaN, -inf - (-inf) and 0 / 0 are NaN, and adding 0 takes the sign off -0.0.",
+    "What stands behind an empty side leaks: 0 * NaN, -inf - (-inf) and 0 / 0 are NaN, and -0.0 + 0 has lost its sign.",
     "A side with sum 0 or max -inf is empty: return the other one as it is, and 0, -inf, 0 where both are. Leave products "
     "of a weight of 0 out.",
 )
