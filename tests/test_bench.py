@@ -13,7 +13,8 @@ import pytest
 
 import rau
 from rau.__main__ import main
-from rau.cli import measure, peers, probes, survey, targets, workload
+from rau.cli import probes, targets
+from rau.cli.bench import peers, survey, timing, workload
 
 # One thread: on a machine with other work to do, several wait for each other.
 QUICK = ["bench", "--quick", "--threads", "1"]
@@ -97,10 +98,10 @@ def test_shares_are_of_the_roof_beside(monkeypatch):
 
 
 def test_interleaved_takes_turns(monkeypatch):
-    monkeypatch.setattr(measure, "_TURN", 0.0)
-    monkeypatch.setattr(measure, "_PAUSE", 0.0)
+    monkeypatch.setattr(timing, "_TURN", 0.0)
+    monkeypatch.setattr(timing, "_PAUSE", 0.0)
     order = []
-    found = measure.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0, least=3)
+    found = timing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0, least=3)
     turns = "".join(order)
     assert turns.startswith("a") and turns.endswith("aabbaabbaabb")  # one untimed, one timed
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3}
@@ -108,7 +109,7 @@ def test_interleaved_takes_turns(monkeypatch):
 
 
 def test_ratio_is_by_the_rounds_of_both():
-    assert measure.ratio(np.array([1.0, 2.0, 9.0, 9.0]), np.array([2.0, 2.0])) == (0.75, 0.625, 0.875)
+    assert timing.ratio(np.array([1.0, 2.0, 9.0, 9.0]), np.array([2.0, 2.0])) == (0.75, 0.625, 0.875)
 
 
 @pytest.mark.skipif(WITHOUT_CORE, reason="needs the compiled core")
@@ -117,7 +118,7 @@ def test_ratio_is_by_the_rounds_of_both():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_cores_roof_computes_what_it_says(threads, around, length):
     roof = importlib.import_module("rau._core").roof
-    a, b, to = (measure._ones(4 * (length + 16)) for _ in range(3))
+    a, b, to = (timing._ones(4 * (length + 16)) for _ in range(3))
     a[:], b[:], to[:] = np.arange(length + 16), 3, -1
     roof(to[:length], a[:length], b[:length], around, threads)
     np.testing.assert_array_equal(to[:length], a[:length] + 1.5)
@@ -133,7 +134,7 @@ def test_the_cores_roof_computes_what_it_says(threads, around, length):
 
 def test_a_roof_without_the_core(monkeypatch):
     monkeypatch.setitem(sys.modules, "rau._core", None)
-    roof = measure.Roof(1000, 2)
+    roof = timing.Roof(1000, 2)
     assert roof.origin == "NumPy's copyto and add, in one thread: the compiled core is missing"
     assert list(roof.calls) == ["copy", "triad", "in-place triad"]
     for call in roof.calls.values():
@@ -151,9 +152,9 @@ def test_sizes_fit_the_memory():
 
 def test_threads_are_given_back():
     before = rau.get_num_threads()
-    with measure.threads(before + 1) as number:
+    with timing.threads(before + 1) as number:
         assert rau.get_num_threads() == number == before + 1
-    with measure.threads(None) as number:
+    with timing.threads(None) as number:
         assert number == before
     assert rau.get_num_threads() == before
 
@@ -321,6 +322,6 @@ def test_the_parser_costs_nothing():
     code = (
         "import sys, argparse; from rau.cli import bench;"
         "bench.add_parser(argparse.ArgumentParser().add_subparsers());"
-        "assert not {'rich', 'rau.testing', 'rau.cli.survey', 'ml_dtypes', 'matplotlib'} & set(sys.modules)"
+        "assert not {'rich', 'rau.testing', 'rau.cli.bench.survey', 'ml_dtypes', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from rau.__main__ import main
-from rau.cli import console, difftest, selection
+from rau.cli import case_options, console, difftest
 from rau.testing import record
 from rau.testing.cases import Case
 
@@ -330,11 +330,11 @@ def test_selection(folder, options, fits, capsys):
 
 
 def test_cases_are_found_by_looking_ahead_and_not_for_ever(monkeypatch):
-    monkeypatch.setattr(selection, "_LOOK_AHEAD", 50)
+    monkeypatch.setattr(case_options, "_LOOK_AHEAD", 50)
     import argparse
 
     options = argparse.Namespace(select="generated/0/1?", dtype=None, layout=None, seed=0)
-    assert [case.id for case in selection.generated_cases(options)] == [f"generated/0/{i}" for i in range(10, 20)]
+    assert [case.id for case in case_options.generated_cases(options)] == [f"generated/0/{i}" for i in range(10, 20)]
 
 
 def test_minutes_keeps_generating_until_then(folder, capsys):

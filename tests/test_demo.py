@@ -13,7 +13,8 @@ import pytest
 import rau
 from rau.__main__ import main
 from rau.backends.numpy_ import NumPyBackend
-from rau.cli import console, ring
+from rau.cli import console
+from rau.cli.demo import ring
 
 SMALL = ["demo", "--tokens", "48", "--heads", "2", "--head-dim", "8", "--ranks", "3"]
 
@@ -179,7 +180,7 @@ def test_the_parser_costs_nothing():
     code = (
         "import sys, argparse; from rau.cli import demo;"
         "demo.add_parser(argparse.ArgumentParser().add_subparsers());"
-        "assert not {'rich', 'rau.testing', 'rau.cli.ring', 'ml_dtypes'} & set(sys.modules)"
+        "assert not {'rich', 'rau.testing', 'rau.cli.demo.ring', 'ml_dtypes'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -8,9 +8,10 @@ import rau
 from .workload import BACKENDS, DTYPES, LARGE, EachBackend, core
 
 try:
-    from rau.cli import measure, peers, probes, survey, workload
+    from rau.cli import probes
+    from rau.cli.bench import peers, survey, timing, workload
 except ImportError:  # a commit without them
-    measure = None
+    timing = None
 
 _TOKENS = 8192 if LARGE else 1024
 _SECONDS = 4.0 if LARGE else 1.0
@@ -24,7 +25,7 @@ class Measured:
 
     def setup_cache(self):
         found = {}
-        if measure is None or not rau.registry.status()[0].available:
+        if timing is None or not rau.registry.status()[0].available:
             return found
         try:
             composites = peers.Peers(compiled=LARGE)  # compiling takes long
@@ -75,7 +76,7 @@ class Accuracy(EachBackend):
     unit = "of the bound"
 
     def setup(self, missing, backend):
-        if measure is None:
+        if timing is None:
             raise NotImplementedError("this commit has no rau.cli.probes")
         self.backend = self.load(missing, backend)
 
@@ -89,7 +90,7 @@ class Sequences:
     unit = "times"
 
     def setup(self):
-        if measure is None:
+        if timing is None:
             raise NotImplementedError("this commit has no rau.cli.probes")
         core()
 

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rau.cli import selection, session
+from rau.cli import case_options, session
 
 if TYPE_CHECKING:
     from rau.testing.cases import Case
@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--export", metavar="DIR", help="write the cases to a new folder, with a README.txt")
     what.add_argument("--verify", metavar="DIR", help="judge the outputs in an exported folder")
-    selection.add_options(parser)
+    case_options.add_options(parser)
     parser.add_argument("--generated", type=int, default=0, metavar="N", help="add N generated cases (default: none)")
     text = "with --verify: how many times the bound is still right (default: 1)"
     parser.add_argument("--tolerance", type=float, metavar="X", help=text)
@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.verify:
             return _verify(arguments)
-        cases = selection.named_cases(arguments)
-        cases += selection.generated_cases(arguments, arguments.generated)
+        cases = case_options.named_cases(arguments)
+        cases += case_options.generated_cases(arguments, arguments.generated)
         if not cases:
             return session.refuse("cases", "no case matches --select, --dtype and --layout")
         if arguments.export:
@@ -95,7 +95,7 @@ def _list(arguments: argparse.Namespace, cases: list[Case]) -> None:
         return
     width = max(len(case.id) for case in cases)
     for case in cases:
-        id, _, words = selection.describe(case).partition("; ")
+        id, _, words = case_options.describe(case).partition("; ")
         print(f"{id:{width}}  {words}")
     print(f"\n{session.counted(len(cases), 'case')}")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rau.cli import selection, session
+from rau.cli import case_options, session
 from rau.cli.outcome import Run, document
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     text = f"how many generated cases to add to the named ones (default: {_GENERATED})"
     length.add_argument("--cases", type=int, metavar="N", help=text)
     length.add_argument("--minutes", type=float, metavar="M", help="generate cases for so long instead, such as 0.5")
-    selection.add_options(parser)
+    case_options.add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     text = f"write an HTML page there, DIR/index.html, and failing cases beside it (else to ./{_FOLDER})"
     parser.add_argument("--report", metavar="DIR", help=text)
@@ -84,9 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
         return session.refuse("difftest", text)
     if arguments.replay:
         return replay.run(arguments, backends, not_run)
-    first = selection.named_cases(arguments)
+    first = case_options.named_cases(arguments)
     count = _GENERATED if arguments.cases is None else arguments.cases
-    if not first and not any(True for _ in selection.generated_cases(arguments, min(count, 1))):
+    if not first and not any(True for _ in case_options.generated_cases(arguments, min(count, 1))):
         return session.refuse("difftest", "no case matches --select, --dtype and --layout; see python -m rau cases")
     try:
         folder = Path(arguments.report or _FOLDER)
@@ -142,9 +142,9 @@ def _cases(arguments: argparse.Namespace, first: list[Case], count: int, end: fl
     """The named cases, then generated ones: `count`, or until the end, whichever is given."""
     if end is None:
         yield from first
-        yield from selection.generated_cases(arguments, count)
+        yield from case_options.generated_cases(arguments, count)
         return
-    for several in (first, selection.generated_cases(arguments)):
+    for several in (first, case_options.generated_cases(arguments)):
         for case in several:
             if time.monotonic() >= end:
                 return
@@ -201,7 +201,7 @@ def _print_report(this: Run, folder: str | None) -> None:
     for name, reason in this.not_run.items():
         print(f"not run: {name} ({reason})")
     for finding in report.findings:
-        case = selection.describe(finding.case)
+        case = case_options.describe(finding.case)
         print(f"\nWRONG: {session.both(finding.backend)}, smallest failing case: {case}")
         print(f"    {finding.message}")
         if finding.file:

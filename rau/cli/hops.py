@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import rau
-from rau.cli import ring
 from rau.cli.console import Step, print_table, progress
+from rau.cli.demo import ring
 from rau.state import AttentionState
 from rau.testing import oracle
 from rau.testing.expected import widen
@@ -92,7 +92,7 @@ def measure(work: ring.Work, backend: Any, step: Step) -> Iterator[Hop]:
     Parameters
     ----------
     work : Work
-        From :func:`rau.cli.ring.prepare`.
+        From :func:`rau.cli.demo.ring.prepare`.
     backend : Backend
     step : callable
         From :func:`rau.cli.console.progress`.

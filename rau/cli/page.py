@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rau.cli import selection
+from rau.cli import case_options
 from rau.cli.session import LEGEND, both, by_reason, counted, share
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _alarming(text: str, bad: bool) -> str:
 def _finding(finding: Finding) -> str:
     lines = [
         f'<div class="card"><p class="bad">{escape(both(finding.backend))}</p><p>{escape(finding.message)}</p>',
-        f'<p class="soft">smallest failing case: {escape(selection.describe(finding.case))}</p>',
+        f'<p class="soft">smallest failing case: {escape(case_options.describe(finding.case))}</p>',
     ]
     if finding.file:
         name = escape(Path(finding.file).name)

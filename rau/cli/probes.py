@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 import rau
-from rau.cli.measure import interleaved, ratio, threads
-from rau.cli.peers import EAGER, Peers
-from rau.cli.survey import measure
-from rau.cli.workload import LARGE, SMALLEST, Size, available_memory, dtypes, modes, states
+from rau.cli.bench.peers import EAGER, Peers
+from rau.cli.bench.survey import measure
+from rau.cli.bench.timing import interleaved, ratio, threads
+from rau.cli.bench.workload import LARGE, SMALLEST, Size, available_memory, dtypes, modes, states
 from rau.state import AttentionState
 
 _CALLS_SECONDS = 1.0

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from rau.cli import session
-from rau.cli.selection import describe
+from rau.cli.case_options import describe
 
 if TYPE_CHECKING:
     from rau.testing.cases import Case

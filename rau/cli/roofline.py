@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rau.cli.survey import Group
+    from rau.cli.bench.survey import Group
 
 _FLOPS = 3  # an element: two products and their sum; the rows' own arithmetic, once for D elements, is left out
 _STYLES = {"triad": "-", "in-place triad": "--", "copy": ":"}

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.cli import probes
+from rau.cli.bench.peers import COMPILED, EAGER, WRITTEN
 from rau.cli.console import Step
-from rau.cli.peers import COMPILED, EAGER, WRITTEN
 from rau.errors import RauError
 
 REACHED, MISSED, UNMEASURED = "reached", "MISSED", "not measured here"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rau.cli import session
 
 if TYPE_CHECKING:
-    from rau.cli.survey import Group, Row
+    from rau.cli.bench.survey import Group, Row
     from rau.cli.targets import Line
 
 _LEGEND = """\
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     int
         0, or 2: wrong usage, or a named backend is missing.
     """
-    from rau.cli.measure import threads
+    from rau.cli.bench.timing import threads
     from rau.config import collect
     from rau.errors import RauError
 
@@ -126,7 +126,7 @@ def _busy(load: float | None) -> list[str]:
 def _peers(arguments: argparse.Namespace, missing: dict[str, str]) -> Any:
     if not arguments.peers:
         return None
-    from rau.cli.peers import Peers
+    from rau.cli.bench.peers import Peers
 
     try:
         return Peers(compiled=not arguments.quick)
@@ -138,7 +138,7 @@ def _peers(arguments: argparse.Namespace, missing: dict[str, str]) -> Any:
 def _survey(
     arguments: argparse.Namespace, backends: list[Any], missing: dict[str, str], peers: Any, number: int
 ) -> dict[str, Any]:
-    from rau.cli import survey, workload
+    from rau.cli.bench import survey, workload
 
     plan = survey.QUICK if arguments.quick else survey.PLAN
     memory = workload.available_memory() // 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rau.cli.workload import Size
+from rau.cli.bench.workload import Size
 from rau.state import AttentionState
 
 EAGER, WRITTEN, COMPILED = "torch eager", "torch eager, as commonly written", "torch.compile"

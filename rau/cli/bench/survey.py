@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.cli.bench.peers import Peers
+from rau.cli.bench.timing import Roof, Spread, device_copy, interleaved, ratio
+from rau.cli.bench.workload import CACHED, HOW, LARGE, SEQUENCES, SMALLEST, Size, modes, states
 from rau.cli.console import Step
-from rau.cli.measure import Roof, Spread, device_copy, interleaved, ratio
-from rau.cli.peers import Peers
-from rau.cli.workload import CACHED, HOW, LARGE, SEQUENCES, SMALLEST, Size, modes, states
 from rau.errors import RauError
 from rau.state import AttentionState
 

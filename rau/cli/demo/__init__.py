@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rau.cli.ring import Result, Work
+    from rau.cli.demo.ring import Result, Work
 
 _LEGEND = """\
 one merge    merge_states of all the partials
@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     int
         0: all right, 1: a merge is wrong, 2: wrong usage, or a named backend is missing.
     """
-    from rau.cli import ring
     from rau.cli.console import progress
+    from rau.cli.demo import ring
     from rau.errors import RauError
 
     for option, usual, for_hops in (("tokens", 4096, 512), ("ranks", 8, 64), ("dtype", "float32", "bfloat16")):
