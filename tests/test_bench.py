@@ -13,7 +13,6 @@ import pytest
 
 import rau
 from rau.__main__ import main
-from rau.cli import probes, targets
 from rau.cli.bench import peers, survey, timing, workload
 
 # One thread: on a machine with other work to do, several wait for each other.
@@ -165,8 +164,6 @@ def test_threads_are_given_back():
         (["--backend", "nump"], 'Did you mean "numpy"?'),
         (["--backend", "no_such_module:Mine"], "no_such_module"),
         (["--threads", "0"], "n = 0; expected an int from 1"),
-        (["--targets", "--backend", "numpy"], "--targets measures what its table says; leave out --backend"),
-        (["--targets", "--peers"], "leave out --peers"),
     ],
 )
 @pytest.mark.parametrize("json_too", [[], ["--json"]])
@@ -236,32 +233,6 @@ def test_peers_are_compared_with_the_core(capsys):
     assert all(set(row["slower"]) == set(workload.HOW) and smallest["reference"] == "numpy" for row in smallest["peers"])
 
 
-def test_the_targets(monkeypatch, capsys):
-    monkeypatch.setattr(targets, "_fresh", lambda function, *arguments: function(*arguments))
-    assert main([*QUICK, "--targets", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["scale"] == targets.QUICK._asdict()
-    assert [line["what"] for line in document["targets"]] == [target.what for target in targets.TARGETS]
-    for line in document["targets"]:
-        assert line["verdict"] in (targets.REACHED, targets.MISSED, targets.UNMEASURED)
-        assert line["measured"] and bool(line["figures"]) == (line["verdict"] != targets.UNMEASURED)
-    verdicts = {line["what"]: line["verdict"] for line in document["targets"]}
-    # What is no speed, and holds on every machine.
-    assert verdicts["accuracy: worst error by its bound"] == targets.REACHED
-    assert verdicts["accuracy: 16-bit elements rounded correctly"] == targets.REACHED
-    for line in document["targets"]:
-        if line["what"].startswith(("large", "smallest call, NumPy", "10,000")):
-            assert (line["verdict"] == targets.UNMEASURED) == WITHOUT_CORE
-
-
-@pytest.mark.skipif(WITHOUT_CORE, reason="needs the compiled core")
-def test_what_is_measured_in_a_process_of_its_own(monkeypatch):
-    found = targets._fresh(probes.smallest, 1, 0.0, False)
-    assert set(found) == {"out=", "fresh"} and min(found.values()) > 0
-    with pytest.raises(MemoryError, match="was killed"):
-        targets._fresh(os._exit, 9)
-
-
 def test_bfloat16_without_ml_dtypes(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     monkeypatch.setattr(survey, "QUICK", ((workload.SMALLEST, "bfloat16", 0.0), (workload.SMALLEST, "float32", 0.0)))
@@ -270,52 +241,6 @@ def test_bfloat16_without_ml_dtypes(monkeypatch, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["not_run"] == {"smallest, bfloat16": "bfloat16 NumPy arrays need ml_dtypes: pip install ml_dtypes"}
     assert [group["dtype"] for group in document["groups"]] == ["float32"]
-
-
-def test_the_table_is_printed(monkeypatch, capsys):
-    found = {"large": [{"float32": {"out=": 0.95, "in place": 0.5}}, {"float32": {"out=": 0.97, "in place": 0.6}}]}
-    missing = ImportError("nothing here")
-    monkeypatch.setattr(
-        targets, "measurements", lambda *arguments: {one.source: found.get(one.source, missing) for one in targets.TARGETS}
-    )
-    assert main(["bench", "--targets"]) == 0
-    out = capsys.readouterr().out
-    assert "float32 0.96 (0.95 to 0.97)" in out and "float32 0.55 (0.50 to 0.60)" in out and "nothing here" in out
-    assert [word in out for word in (targets.REACHED, targets.MISSED, targets.UNMEASURED)] == [True] * 3
-
-
-@pytest.mark.parametrize(
-    ("least", "values", "verdict"),
-    [
-        (True, {"x": 1.0, "y": 2.0}, targets.REACHED),
-        (True, {"x": 0.99, "y": 2.0}, targets.MISSED),
-        (True, {"x": [0.5, 1.5, 1.0]}, targets.REACHED),
-        (False, {"x": 1.0, "y": 0.5}, targets.REACHED),
-        (False, {"x": 1.01, "y": 0.5}, targets.MISSED),
-        (True, {"x": float("nan")}, targets.MISSED),
-        (False, {"x": float("nan")}, targets.MISSED),
-        (True, {}, targets.UNMEASURED),
-    ],
-)
-def test_judged_by_the_worst(least, values, verdict):
-    target = targets.Target("what", "source", lambda found: found, 1.0, least)
-    assert targets.judged(target, values).verdict == verdict
-
-
-def test_accuracy_notices_a_wrong_backend():
-    from rau.backends.numpy_ import NumPyBackend
-
-    class Wrong(NumPyBackend):
-        def merge(self, problem, states, out):
-            result = super().merge(problem, states, out)
-            result.attn_out[-1] *= np.asarray(1.01, result.attn_out.dtype)
-            return result
-
-        def update(self, problem, prev, cur, out):
-            return self.merge(problem, (prev, cur), out)
-
-    found = probes.accuracy(Wrong(), ("float32", "float16"))
-    assert found["share"]["float32"] > 1 and found["rounded"]["float16"] < 0.999
 
 
 def test_the_parser_costs_nothing():

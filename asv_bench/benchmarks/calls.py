@@ -2,7 +2,7 @@
 
 import rau
 
-from .workload import core, states
+from .common import core, states
 
 
 class SmallestCall:

@@ -3,7 +3,7 @@
 import resource
 import sys
 
-from .workload import BACKENDS, EachBackend, states, update
+from .common import BACKENDS, EachBackend, states, update
 
 _SHAPE = ("SBH", "TND", (1024, 1), 32, 128)
 _ATTN_BYTES = 1024 * 32 * 128 * 4

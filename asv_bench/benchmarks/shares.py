@@ -5,10 +5,10 @@ All are such that less is better, as asv takes it.
 
 import rau
 
-from .workload import BACKENDS, DTYPES, LARGE, EachBackend, core
+from .common import BACKENDS, DTYPES, LARGE, EachBackend, core
 
 try:
-    from rau.cli import probes
+    from . import probes
     from rau.cli.bench import peers, survey, timing, workload
 except ImportError:  # a commit without them
     timing = None

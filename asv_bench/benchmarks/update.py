@@ -2,7 +2,7 @@
 
 import rau
 
-from .workload import BACKENDS, DTYPES, SHAPES, EachBackend, core, states, update
+from .common import BACKENDS, DTYPES, SHAPES, EachBackend, core, states, update
 
 
 class Update(EachBackend):

@@ -11,7 +11,6 @@ from rau.cli import session
 
 if TYPE_CHECKING:
     from rau.cli.bench.survey import Group, Row
-    from rau.cli.targets import Line
 
 _LEGEND = """\
 time       median of the rounds, in which everything runs in turn; +- is half the distance of the quartiles
@@ -19,10 +18,6 @@ GB/s       bytes that the call has to move (two states read, one written) by the
 of roof    time of the roof by the call's, for as many bytes: the median of the rounds. A triad (to = a + b / 2) with
            the same threads; for calls in place one in place. Fresh outputs pay for new pages, which no roof contains
 out=       the call writes into arrays that were used before; fresh: it allocates; in place: it writes over prev"""
-_TARGETS_LEGEND = """\
-large is MindSpeed's (S, B, N, D) = (8192, 1, 32, 128), or less where memory is short; the lowest and highest of the
-processes stand in brackets. Of several figures the worst decides. A figure is this machine's, as busy as it is now.
-docs/benchmarks.md has figures of a quiet one, and says where the rest of each goes."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,8 +39,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the roof, of rau and of torch")
     text = "beside them torch composites, eager and compiled, where torch is installed; takes a minute more"
     parser.add_argument("--peers", action="store_true", help=text)
-    text = "instead, the table of the numbers that rau means to reach, with what is measured here; some minutes"
-    parser.add_argument("--targets", action="store_true", help=text)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few rounds: shows that it works, not how fast it is")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     text = "draw the roofline chart into a file (.png, .svg, .pdf); needs matplotlib"
@@ -80,10 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             if not arguments.json:
                 print(session.heading(configuration), *_busy(load), sep="\n", flush=True)
             started = time.monotonic()
-            if arguments.targets:
-                document = _targets(arguments, number)
-            else:
-                document = _survey(arguments, backends, missing, peers, number)
+            document = _survey(arguments, backends, missing, peers, number)
     except RauError as error:
         return session.refuse("bench", str(error))
     if arguments.json:
@@ -98,10 +88,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _mistakes(arguments: argparse.Namespace) -> list[str]:
     """What is wrong with the options, before anything takes time."""
     found = []
-    if arguments.targets:
-        for name in ("backend", "peers", "plot"):
-            if getattr(arguments, name):
-                found.append(f"--targets measures what its table says; leave out --{name}")
     if arguments.plot:
         from rau.cli import roofline
 
@@ -197,26 +183,3 @@ def _cells(row: Row) -> list[str]:
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
-
-
-def _targets(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
-    from rau.cli import targets
-
-    scale = targets.QUICK if arguments.quick else targets.Scale()
-    with session.watched(targets.STEPS, arguments.json) as step:
-        found = targets.measurements(number, scale, step)
-    lines = [targets.judged(target, found[target.source]) for target in targets.TARGETS]
-    if not arguments.json:
-        _print_lines(lines)
-    return {"quick": arguments.quick, "scale": scale._asdict(), "targets": [line._asdict() for line in lines]}
-
-
-def _print_lines(lines: list[Line]) -> None:
-    from rau.cli.console import print_table
-    from rau.cli.targets import UNMEASURED
-
-    rows = [[line.what, line.goal, "" if line.verdict == UNMEASURED else line.measured, line.verdict] for line in lines]
-    print_table(["what", "goal", "measured", ""], rows)
-    for reason, whats in session.by_reason((line.what, line.measured) for line in lines if line.verdict == UNMEASURED):
-        print(f"not measured: {'; '.join(whats)}\n    {reason}")
-    print(_TARGETS_LEGEND)

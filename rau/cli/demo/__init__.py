@@ -1,4 +1,4 @@
-"""``python -m rau demo``: the main job on real attention, timed and judged; with --hops, how errors grow in a ring."""
+"""``python -m rau demo``: the main job on real attention, timed and judged."""
 
 from __future__ import annotations
 
@@ -34,17 +34,16 @@ def add_parser(subparsers: Any) -> None:
         "backend, and judge the results. Exit status: 0 all right, 1 a merge is wrong, 2 wrong usage.",
     )
     for option, default, meaning in (
-        ("--tokens", None, "tokens in all (default: 4096; with --hops 512)"),
+        ("--tokens", 4096, "tokens in all"),
         ("--heads", 16, "attention heads"),
         ("--head-dim", 64, "dimension of a head"),
-        ("--ranks", None, "ranks of the ring: the keys are split into so many parts (default: 8; with --hops 64)"),
+        ("--ranks", 8, "ranks of the ring: the keys are split into so many parts"),
         ("--seed", 0, "seed of the random numbers"),
     ):
-        text = meaning if default is None else f"{meaning} (default: {default})"
-        parser.add_argument(option, type=int, default=default, metavar="N", help=text)
+        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"),
-        help="dtype of the outputs; bfloat16 needs ml_dtypes (default: float32; with --hops bfloat16)",
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
+        help="dtype of the outputs; bfloat16 needs ml_dtypes (default: float32)",
     )  # fmt: skip
     for option, choices, text in (
         ("--layout", ("SBH", "TND"), "layout; TND has several sequences of unequal lengths"),
@@ -56,11 +55,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--causal", action="store_true", help="a query sees no later keys")
     text = "only these backends (default: all that are available)"
     parser.add_argument("--backend", nargs="+", action="extend", metavar="NAME", help=text)
-    parser.add_argument(
-        "--hops", action="store_true",
-        help="show how the error grows from 2 partials to all: of a chain of 16-bit updates, and of StreamingMerge",
-    )  # fmt: skip
-    parser.add_argument("--plot", metavar="FILE", help="draw what --hops shows; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     parser.set_defaults(run=run)
 
@@ -81,9 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.cli.demo import ring
     from rau.errors import RauError
 
-    for option, usual, for_hops in (("tokens", 4096, 512), ("ranks", 8, 64), ("dtype", "float32", "bfloat16")):
-        if getattr(arguments, option) is None:
-            setattr(arguments, option, for_hops if arguments.hops else usual)
     mistakes = _mistakes(arguments)
     if mistakes:
         return _refuse(*mistakes)
@@ -95,13 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
         return _refuse("no backend is available", *(f"{name}: {reason}" for name, reason in missing.items()))
     if not arguments.json:
         print(_header(arguments), flush=True)
-    if arguments.hops:
-        from rau.cli import hops
-
-        try:
-            return hops.run(arguments, backends if arguments.backend else backends[:1])
-        except (RauError, ImportError) as error:
-            return _refuse(str(error))
     results: list[Result] = []
     with progress(ring.steps_of(arguments.ranks, len(backends))) as step:
         try:
@@ -139,14 +123,6 @@ def _mistakes(arguments: argparse.Namespace) -> list[str]:
             f"--ranks is {arguments.ranks} and --tokens {arguments.tokens}; expected at most as "
             "many ranks as tokens, since each rank holds a part of the keys"
         )
-    if arguments.hops and arguments.dtype == "float32":
-        found.append("--hops is about 16 bits; expected --dtype bfloat16 or float16")
-    if arguments.hops and arguments.ranks == 1:
-        found.append("--ranks is 1; expected 2 or more with --hops, which merges from 2 partials on")
-    if arguments.plot is not None:
-        from rau.cli.roofline import obstacles
-
-        found += obstacles(arguments.plot) if arguments.hops else ["--plot draws what --hops shows; expected both"]
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.cli import probes
+from benchmarks import probes
 from rau.cli.bench.peers import COMPILED, EAGER, WRITTEN
 from rau.cli.console import Step
 from rau.errors import RauError
