@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from rau.cli.bench.peers import Peers
-from rau.cli.bench.timing import Roof, Spread, device_copy, interleaved, ratio
-from rau.cli.bench.workload import CACHED, HOW, LARGE, SEQUENCES, SMALLEST, Size, modes, states
+from rau.cli.bench.timing import Call, Roof, Spread, device_copy, interleaved, ratio
+from rau.cli.bench.workload import CACHED, HOW, LARGE, SEQUENCES, SMALLEST, Size, lacking, modes, states
 from rau.cli.console import Step
 from rau.errors import RauError
 from rau.state import AttentionState
 
+Plan: TypeAlias = Sequence[tuple[Size, str, float]]  # size, dtype, seconds
+Key: TypeAlias = tuple[str, str]  # who, and how
+
 # What a few seconds are enough for: a quarter of MindSpeed's size, beyond most caches all the same.
 _SHORTER = LARGE._replace(lengths=(2048,))
-PLAN: tuple[tuple[Size, str, float], ...] = (  # size, dtype, seconds
+PLAN: Plan = (
     (_SHORTER, "float32", 1.5),
     (_SHORTER, "bfloat16", 1.5),
     (_SHORTER, "float16", 1.5),
@@ -24,101 +25,58 @@ PLAN: tuple[tuple[Size, str, float], ...] = (  # size, dtype, seconds
     (CACHED, "float32", 0.5),
     (SMALLEST, "float32", 0.3),
 )
-QUICK: tuple[tuple[Size, str, float], ...] = (
-    (SEQUENCES._replace(lengths=(16, 32)), "float16", 0.0),
-    (SMALLEST, "float32", 0.0),
-)
+QUICK: Plan = ((SEQUENCES._replace(lengths=(16, 32)), "float16", 0.0), (SMALLEST, "float32", 0.0))
 _LEAST_BYTES = 1 << 20  # of a state: with fewer, a call costs more than its bytes
 
 
 class Row(NamedTuple):
-    """One call, measured.
+    """One call, measured."""
 
-    Attributes
-    ----------
-    name : str
-        The backend, or the peer.
-    how : str
-        "out=", "fresh" or "in place".
-    seconds : Spread
-    rate : float
-        Bytes that it has to move by the median time, in GB/s.
-    roof : str or None
-        What it is held to: "triad", "in-place triad", "device copy".
-    share : Spread or None
-        The roof's time by this one's, the bytes being the same; None where there is no such roof.
-    slower : dict of str to float
-        A peer's: how many times as long it takes as each way to call the reference.
-    """
-
-    name: str
-    how: str
+    name: str  # the backend, the peer, or what the roof does
+    how: str  # one of HOW; empty for the roof
     seconds: Spread
-    rate: float
-    roof: str | None = None
-    share: Spread | None = None
-    slower: dict[str, float] | None = None
+    gigabytes_per_second: float  # that it has to move, by the median time
+    roof: str | None = None  # what it is held to: "triad", "in-place triad", "device copy"
+    share: Spread | None = None  # that one's time by this one's, the bytes being the same
+    slower: dict[str, float] | None = None  # a peer's: how many times as long it takes as each way to call the reference
 
 
 class Group(NamedTuple):
-    """All that was measured beside each other.
-
-    Attributes
-    ----------
-    size : Size
-    dtype : str
-    bytes : int
-        That an update has to move: two states read, one written.
-    roof : dict of str to Row
-        "copy", "triad", "in-place triad"; empty where a call costs more than its bytes.
-    origin : str
-        Who measured the roof.
-    rows, peers : list of Row
-    reference : str
-        The backend that peers are compared with.
-    not_run : dict of str to str
-        Backends and peers that do not take this, and why.
-    """
+    """All that was measured beside each other."""
 
     size: Size
     dtype: str
-    bytes: int
-    roof: dict[str, Row]
-    origin: str
+    bytes: int  # that an update has to move: two states read, one written
+    roof: dict[str, Row]  # "copy", "triad", "in-place triad"; empty where a call costs more than its bytes
+    roof_by: str
     rows: list[Row]
     peers: list[Row]
-    reference: str
-    not_run: dict[str, str]
+    reference: str  # the backend that peers are compared with
+    not_run: dict[str, str]  # backends and peers that do not take this, and why
+
+
+def survey(
+    plan: Plan, backends: Sequence[Any], peers: Peers | None, not_run: dict[str, str], step: Step
+) -> Iterator[Group]:
+    """Measure one size and dtype after another; `not_run` takes those that cannot be had here."""
+    for size, dtype, seconds in plan:
+        reason = lacking(dtype)
+        if reason:
+            not_run[f"{size}, {dtype}"] = reason
+        else:  # with peers there are more calls to share the time among
+            yield measure(size, dtype, 4 * seconds if peers else seconds, backends, peers, step)
 
 
 def measure(
-    size: Size, dtype: str, seconds: float, backends: Sequence[Any], threads: int, peers: Peers | None, step: Step
-) -> Group:
-    """Measure one size and dtype.
-
-    Parameters
-    ----------
-    size : Size
-    dtype : str
-    seconds : float
-        About how long.
-    backends : sequence of Backend
-    threads : int
-        The roof's; the backends' are set already.
-    peers : Peers or None
-    step : callable
-        From :func:`rau.cli.console.progress`.
-
-    Returns
-    -------
-    Group
-    """
+    size: Size, dtype: str, seconds: float, backends: Sequence[Any], peers: Peers | None = None,
+    step: Step = lambda what: None,
+) -> Group:  # fmt: skip
+    """Measure one size and dtype, for about so many seconds."""
     step(f"{size}, {dtype}")
-    host = states(size, dtype, 3)
-    bytes_ = size.state_bytes(dtype)
-    roof = Roof(bytes_, threads) if bytes_ >= _LEAST_BYTES else None
-    calls = dict(roof.calls) if roof else {}
-    keys: dict[str, tuple[str, str, str | None]] = {}  # by its key in `calls`: backend, how, what it is held to
+    host, bytes_ = states(size, dtype, 3), size.state_bytes(dtype)
+    roof = Roof(bytes_) if bytes_ >= _LEAST_BYTES else None
+    calls: dict[Key, Call] = {(name, ""): call for name, call in roof.calls.items()} if roof else {}
+    limits: dict[Key, Key | None] = {}  # what each call of a backend or peer is held to
     not_run: dict[str, str] = {}
     for backend in backends:
         arrays = [AttentionState(*map(backend.asarray, state)) for state in host]
@@ -126,88 +84,47 @@ def measure(
         on_host = devices is None or "cpu" in devices
         copy = device_copy(backend, bytes_) if roof and not on_host else None
         if copy:
-            calls[f"{backend.name}: device copy"] = copy
+            calls["device copy", backend.name] = copy
         for how, call in modes(size, backend, arrays).items():
-            key, limit = f"{backend.name}, {how}", None
             try:
                 call()
             except RauError as error:
-                not_run[key] = str(error).splitlines()[0]
+                not_run[f"{backend.name}, {how}"] = str(error).splitlines()[0]
                 continue
+            calls[backend.name, how] = call
+            limits[backend.name, how] = None
             if copy:
-                limit = f"{backend.name}: device copy"
+                limits[backend.name, how] = "device copy", backend.name
             elif roof and on_host:
-                limit = "in-place triad" if how == "in place" else "triad"
-            calls[key], keys[key] = call, (backend.name, how, limit)
-    others = _peers(size, host, peers, not_run)
+                limits[backend.name, how] = "in-place triad" if how == "in place" else "triad", ""
+    reference = "cython" if ("cython", "out=") in limits else next((name for name, _ in limits), "")
+    others = {(name, "fresh"): call for name, call in _peers(size, host, peers, not_run).items()}
+    limits |= dict.fromkeys(others, ("triad", "") if roof else None)
     times = interleaved(calls | others, seconds, least=2)
-    reference = "cython" if "cython, out=" in keys else next((name for name, _, _ in keys.values()), "")
+
+    def row(key: Key, moved: int) -> Row:
+        spread, limit = Spread.of(times[key]), limits.get(key)
+        share = ratio(times[limit], times[key]) if limit else None
+        return Row(*key, spread, moved / spread.median / 1e9, limit and limit[0], share)
+
+    def slower(key: Key) -> dict[str, float]:
+        ways = [(reference, how) for how in HOW if (reference, how) in limits]
+        return {way[1]: ratio(times[key], times[way]).median for way in ways}
+
     return Group(
         size=size,
         dtype=dtype,
         bytes=3 * bytes_,
-        roof={name: _row(name, "", times, name, roof.moved(name), None) for name in roof.calls} if roof else {},
-        origin=roof.origin if roof else "none: such a call costs more than its bytes",
-        rows=[_row(name, how, times, key, 3 * bytes_, limit) for key, (name, how, limit) in keys.items()],
-        peers=[
-            _row(name, "fresh", times, name, 3 * bytes_, "triad" if roof else None)._replace(
-                slower={
-                    how: ratio(times[name], times[f"{reference}, {how}"]).median
-                    for how in HOW
-                    if f"{reference}, {how}" in keys
-                }
-            )
-            for name in others
-        ],
+        roof={name: row((name, ""), roof.moved(name)) for name in roof.calls} if roof else {},
+        roof_by=roof.origin if roof else "none: such a call costs more than its bytes",
+        rows=[row(key, 3 * bytes_) for key in limits if key not in others],
+        peers=[row(key, 3 * bytes_)._replace(slower=slower(key)) for key in others],
         reference=reference,
         not_run=not_run,
     )
 
 
-def plain(group: Group) -> dict[str, Any]:
-    """A group as plain data.
-
-    Parameters
-    ----------
-    group : Group
-
-    Returns
-    -------
-    dict
-    """
-    return {
-        "size": group.size.title,
-        "layout": group.size.layout,
-        "softmax_layout": group.size.softmax_layout,
-        "lengths": group.size.lengths,
-        "heads": group.size.heads,
-        "head_dim": group.size.head_dim,
-        "dtype": group.dtype,
-        "bytes": group.bytes,
-        "roof": {name: _plain_row(row) for name, row in group.roof.items()},
-        "roof_by": group.origin,
-        "rows": [_plain_row(row) for row in group.rows],
-        "peers": [_plain_row(row) for row in group.peers],
-        "reference": group.reference,
-        "not_run": group.not_run,
-    }
-
-
-def _plain_row(row: Row) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "how": row.how,
-        "seconds": row.seconds._asdict(),
-        "gigabytes_per_second": row.rate,
-        "roof": row.roof,
-        "share": row.share._asdict() if row.share else None,
-        "slower": row.slower,
-    }
-
-
-def _peers(
-    size: Size, host: list[AttentionState], peers: Peers | None, not_run: dict[str, str]
-) -> dict[str, Callable[[], object]]:
+def _peers(size: Size, host: list[AttentionState], peers: Peers | None, not_run: dict[str, str]) -> dict[str, Call]:
     """The peers' calls that work."""
     if peers is None:
         return {}
@@ -223,9 +140,3 @@ def _peers(
         else:
             found[name] = call
     return found
-
-
-def _row(name: str, how: str, times: dict[str, np.ndarray], key: str, moved: int, roof: str | None) -> Row:
-    seconds = Spread.of(times[key])
-    share = ratio(times[roof], times[key]) if roof else None
-    return Row(name, how, seconds, moved / seconds.median / 1e9, roof, share)

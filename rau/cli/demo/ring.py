@@ -3,97 +3,56 @@
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+import hashlib
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-import rau
+from rau.cli.bench.timing import interleaved
 from rau.cli.console import Step
 from rau.state import AttentionState
 from rau.testing import compare, exact_attention, oracle, partial_attention
 from rau.testing.comparison import Comparison
 from rau.testing.expected import Expected, widen
+from rau.update import merge_states, ring_attention_update
 
-_LEAST_REPEATS, _LEAST_SECONDS = 3, 0.3  # the best of so many, and so long
+_SECONDS = 0.6  # of timing, for each backend
 
 
 class Work(NamedTuple):
-    """What is merged, and what should come out.
+    """What is merged, and what should come out."""
 
-    Attributes
-    ----------
-    partials : list of AttentionState
-        Partial attention as each rank sees it.
-    call : dict
-        layout, softmax_layout and, in TND, actual_seq_qlen.
-    expected : Expected
-        The oracle's merge of the partials.
-    exact : ndarray of float64
-        Attention to all the keys, shaped like attn_out.
-    rounding : float
-        Largest difference of the two: the error that the rounding of the partials alone explains.
-    """
-
-    partials: list[AttentionState]
-    call: dict[str, Any]
-    expected: Expected
-    exact: np.ndarray
-    rounding: float
+    partials: list[AttentionState]  # partial attention as each rank sees it
+    call: dict[str, Any]  # layout, softmax_layout and, in TND, actual_seq_qlen
+    expected: Expected  # the oracle's merge of the partials
+    exact: np.ndarray  # attention to all the keys, float64, shaped like attn_out
+    rounding: float  # largest difference of the two: the error that the rounding of the partials alone explains
 
 
 class Result(NamedTuple):
-    """How one backend did one job.
-
-    Attributes
-    ----------
-    backend, call : str
-    updates : int
-        Length of the ring; 0 for a merge of all at once.
-    seconds : float
-        Best time.
-    rate : float
-        Bytes of the inputs read and the outputs written, in GB/s.
-    attn_share, sum_share : float
-        Largest errors as shares of the contract's bound.
-    attention : float
-        Largest difference from exact attention.
-    passed : bool
-    problems : tuple of str
-    merged : ndarray
-        The output.
-    """
+    """How one backend did one job."""
 
     backend: str
     call: str
-    updates: int
-    seconds: float
-    rate: float
-    attn_share: float
+    updates: int  # length of the ring; 0 for a merge of all at once
+    seconds: float  # median
+    gigabytes_per_second: float  # inputs read and outputs written
+    merge_share: float  # largest errors as shares of the contract's bound
     sum_share: float
-    attention: float
+    attention_error: float  # largest difference from exact attention
     passed: bool
-    problems: tuple[str, ...]
-    merged: np.ndarray
+    problems: list[str]
+    digest: str  # of attn_out: equal where the bits are
 
 
 def steps_of(ranks: int, backends: int) -> int:
-    """Total weight of the steps of :func:`prepare`, :func:`merge_at_once` and :func:`merge_in_a_ring`."""
-    return 2 * ranks + 1 + backends * (ranks + 2)
+    """Total weight of the steps of :func:`prepare`, and of :func:`merge` for so many backends."""
+    return 2 * ranks + 1 + backends * (ranks + 1)
 
 
 def prepare(options: argparse.Namespace, step: Step) -> Work:
-    """Compute the partial attention of each rank, the oracle's merge of it, and exact attention.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        Those of ``python -m rau demo``.
-    step : callable
-        From :func:`rau.cli.console.progress`.
-    """
+    """Compute the partial attention of each rank, the oracle's merge of it, and exact attention."""
     random = np.random.default_rng(options.seed)
     tokens, ranks, packed = options.tokens, options.ranks, options.layout == "TND"
     shape = (tokens, *(() if packed else (1,)), options.heads, options.head_dim)
@@ -122,98 +81,68 @@ def prepare(options: argparse.Namespace, step: Step) -> Work:
     return Work(partials, call, expected, exact, float(np.abs(expected.attn_out - exact).max()))
 
 
-def merge_at_once(work: Work, backend: Any, step: Step) -> Result:
-    """Merge all the partials in one call."""
-    step(f"{backend.name}: all the partials at once", 2)
-    states = [_for_backend(backend, state) for state in work.partials]
-    result = rau.merge_states(states, backend=backend.name, **work.call)
+def merge(work: Work, backend: Any, step: Step) -> list[Result]:
+    """Merge the partials at once, and in a ring if they are several; time both in turn, and judge each call's result."""
+    states = [_owned(backend, state) for state in work.partials]
+    options = work.call | {"backend": backend}
+    merged = merge_states(states, **options)
 
-    def again() -> None:
-        rau.merge_states(states, backend=backend.name, out=result, **work.call)
-        backend.synchronize()
-
-    seconds = _best_time(again)
-    merged = _on_host(backend, result)
-    comparison = compare(merged, work.expected, tolerance=backend.capabilities.tolerance)
-    traffic = sum(map(_bytes, work.partials)) + _bytes(merged)
-    return _result(work, backend, 0, seconds, traffic, merged, [comparison])
-
-
-def merge_in_a_ring(work: Work, backend: Any, step: Step) -> Result | None:
-    """Merge one partial after another into a running state, in place, as a ring does; each update is judged.
-
-    Returns
-    -------
-    Result or None
-        None where there is but one partial. Shares are the worst of all the updates.
-    """
-    states = [_for_backend(backend, state) for state in work.partials]
-    updates = len(states) - 1
-    if not updates:
-        return None
-    running = states[0]
-
-    def start() -> None:
-        nonlocal running
-        running = _for_backend(backend, AttentionState(*(array.copy() for array in work.partials[0])))
+    def at_once() -> None:
+        merge_states(states, out=merged, **options)
         backend.synchronize()
 
     def update(state: AttentionState) -> None:
-        rau.ring_attention_update(
-            *running, *state, out=running, backend=backend.name, profile="portable", **work.call
-        )
+        ring_attention_update(*running, *state, out=running, profile="portable", **options)
 
     def ring() -> None:
         for state in states[1:]:
             update(state)
         backend.synchronize()
 
-    step(f"{backend.name}: a ring of {updates} updates")
-    seconds = _best_time(ring, start)
-    start()
-    comparisons = []
-    for number in range(1, len(states)):
-        step(f"{backend.name}: judging update {number}")
-        before = AttentionState(*(array.copy() for array in _on_host(backend, running)))
-        update(states[number])
-        expected = oracle([before, work.partials[number]], **work.call)
-        comparisons.append(
-            compare(_on_host(backend, running), expected, tolerance=backend.capabilities.tolerance)
-        )
-    traffic = updates * 3 * _bytes(work.partials[0])
-    return _result(work, backend, updates, seconds, traffic, _on_host(backend, running), comparisons)
+    def start() -> AttentionState:
+        return _owned(backend, AttentionState(*(array.copy() for array in work.partials[0])))
+
+    running, updates, tolerance = start(), len(states) - 1, backend.capabilities.tolerance
+    step(f"{backend.name}: all the partials at once, and {updates} updates", 2)
+    times = interleaved({"at once": at_once} | ({"ring": ring} if updates else {}), _SECONDS, least=1)
+    traffic = sum(map(_bytes, [*work.partials, work.partials[0]]))
+    result = _on_host(backend, merged)
+    comparisons = [compare(result, work.expected, tolerance=tolerance)]
+    results = [_result(work, backend, 0, times["at once"], traffic, result, comparisons)]
+    if updates:
+        running, comparisons = start(), []  # the timed one has merged the same partials again and again
+        for number, partial in enumerate(work.partials[1:], 1):
+            step(f"{backend.name}: judging update {number}")
+            before = AttentionState(*(array.copy() for array in _on_host(backend, running)))
+            update(states[number])
+            expected = oracle([before, partial], **work.call)
+            comparisons.append(compare(_on_host(backend, running), expected, tolerance=tolerance))
+        traffic = 3 * updates * _bytes(work.partials[0])
+        results.append(_result(work, backend, updates, times["ring"], traffic, _on_host(backend, running), comparisons))
+    return results
 
 
 def _result(
-    work: Work, backend: Any, updates: int, seconds: float, traffic: int, merged: AttentionState,
-    comparisons: Sequence[Comparison],
+    work: Work, backend: Any, updates: int, times: np.ndarray, traffic: int, merged: AttentionState,
+    comparisons: list[Comparison],
 ) -> Result:  # fmt: skip
+    seconds = float(np.median(times))
     return Result(
         backend=backend.name,
         call="ring_attention_update" if updates else "merge_states",
         updates=updates,
         seconds=seconds,
-        rate=traffic / seconds / 1e9,
-        attn_share=max(comparison.attn_share for comparison in comparisons),
+        gigabytes_per_second=traffic / seconds / 1e9,
+        merge_share=max(comparison.attn_share for comparison in comparisons),
         sum_share=max(comparison.sum_share for comparison in comparisons),
-        attention=float(np.abs(widen(merged.attn_out) - work.exact).max()),
+        attention_error=float(np.abs(widen(merged.attn_out) - work.exact).max()),
         passed=all(comparison.passed for comparison in comparisons),
-        problems=tuple(problem for comparison in comparisons for problem in comparison.problems),
-        merged=merged.attn_out,
+        problems=[problem for comparison in comparisons for problem in comparison.problems],
+        digest=hashlib.sha256(merged.attn_out.tobytes()).hexdigest()[:16],
     )
 
 
-def _best_time(job: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:
-    times: list[float] = []
-    while len(times) < _LEAST_REPEATS or sum(times) < _LEAST_SECONDS:
-        before()
-        start = time.perf_counter()
-        job()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _for_backend(backend: Any, state: AttentionState) -> AttentionState:
+def _owned(backend: Any, state: AttentionState) -> AttentionState:
     return AttentionState(*map(backend.asarray, state))
 
 
