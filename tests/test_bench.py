@@ -76,6 +76,29 @@ def test_bytes_and_arrays(size, dtype):
     assert result.attn_out is out.attn_out and np.isfinite(out.attn_out.astype(np.float64)).all()
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_who_waits_and_where_the_lengths_are(wait):
+    """On a device of its own a backend is waited for, or its clock waits; lengths are sent there once, not at every call."""
+    from rau.backends.numpy_ import NumPyBackend
+
+    class Watched(NumPyBackend):
+        sent, waited = [], 0
+
+        def asarray(self, array):
+            self.sent.append(array)
+            return array
+
+        def synchronize(self):
+            Watched.waited += 1
+
+    size = workload.SEQUENCES._replace(lengths=(3, 5))
+    calls = workload.modes(size, Watched(), workload.states(size, "float32", 3), wait=wait)
+    assert list(calls) == list(workload.HOW) and [array.tolist() for array in Watched.sent] == [[0, 3, 8]]
+    for call in calls.values():
+        call()
+    assert len(Watched.sent) == 1 and Watched.waited == (3 if wait else 0)
+
+
 def test_shares_are_of_the_roof_beside(monkeypatch):
     """With times that are made up, every share, rate and ratio is what a second, plainer formula says."""
     times = {

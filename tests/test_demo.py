@@ -128,6 +128,13 @@ def test_wrong_usage(options, message, json_too, capsys):
     assert captured.out == "" and message in captured.err
 
 
+def test_bfloat16_without_ml_dtypes(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert main([*SMALL, "--dtype", "bfloat16", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("python -m rau demo: error: ") and "ml_dtypes" in captured.err
+
+
 def test_the_smallest_problem(capsys):
     assert (
         main(["demo", "--tokens", "1", "--ranks", "1", "--heads", "1", "--head-dim", "1", "--layout", "TND"])

@@ -158,8 +158,8 @@ def run(arguments: argparse.Namespace) -> int:
     this.seconds = time.monotonic() - started
     lines = _words(this)
     if arguments.report:
-        lines += [f"report: {folder / 'index.html'}", ""]
         _save_page(this, lines, folder / "index.html")
+        lines += [f"report: {folder / 'index.html'}", ""]
     if arguments.json:
         session.print_json(this.document())
     else:
@@ -184,10 +184,10 @@ def _folder(report: str | None) -> Path:
 def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any]) -> None:
     """Compare what is recorded in a file with what backends make of the call now."""
     from rau.testing import record
-    from rau.testing.differential import replay
+    from rau.testing.differential import run_recorded
 
     recorded = record.load(arguments.replay)
-    this.report = replay(recorded, backends)
+    this.report = run_recorded(recorded, backends)
     if arguments.backends is not None:  # the question is whether these are right now, whatever was recorded
         this.report.wrong.pop(record.Recorded.name, None)
     if not arguments.json:

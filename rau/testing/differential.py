@@ -217,7 +217,7 @@ def run_differential(
     return report
 
 
-def replay(recorded: record.Record, backends: Sequence[Any]) -> Differential:
+def run_recorded(recorded: record.Record, backends: Sequence[Any]) -> Differential:
     """Run a recorded call again, and compare: what was recorded is one backend more, whose bits nobody promises.
 
     Parameters

@@ -92,11 +92,8 @@ def measure(
                 not_run[f"{backend.name}, {how}"] = str(error).splitlines()[0]
                 continue
             calls[backend.name, how] = call
-            limits[backend.name, how] = None
-            if copy:
-                limits[backend.name, how] = "device copy", backend.name
-            elif roof and on_host:
-                limits[backend.name, how] = "in-place triad" if how == "in place" else "triad", ""
+            triad = ("in-place triad" if how == "in place" else "triad", "") if roof and on_host else None
+            limits[backend.name, how] = ("device copy", backend.name) if copy else triad
     reference = "cython" if ("cython", "out=") in limits else next((name for name, _ in limits), "")
     others = {(name, "fresh"): call for name, call in _peers(size, host, peers, not_run).items()}
     limits |= dict.fromkeys(others, ("triad", "") if roof else None)
