@@ -4,95 +4,67 @@
     python examples/bench_cuda.py --json     one JSON document
     TRITON_INTERPRET=1 python examples/bench_cuda.py --smoke    does it run at all? tiny sizes, on the CPU
 
-Every time is the median of many calls, each after the cache was emptied. A share of 1 means that a merge moves its
-bytes (each input read once, each output written once) as fast as a device-to-device copy moves as many.
+Sizes, states, composites and timer are those of `python -m rau bench`: everything runs in turn, a time is the median of the
+rounds, a share that of the two times of a round. Times are the GPU's own, each call after the cache was emptied. A share of
+1 means that a merge moves its bytes (each input read once, each output written once) as fast as a device-to-device copy
+moves as many.
 """
 
 import argparse
-import json
 import platform
 import sys
-import time
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
 import torch
 
 import rau
+from rau.cli import session
+from rau.cli.bench.peers import Peers
+from rau.cli.bench.timing import interleaved, on_host, ratio
+from rau.cli.bench.workload import LARGE, SEQUENCES, SERVING, Size, modes, states
 
-# MindSpeed's sizes, then vLLM's: layout, lengths of the sequences (batched layouts: one length, and B), N, D.
 SIZES = [
-    ("SBH", [8192], 32, 128), ("SBH", [8192], 64, 128), ("SBH", [32768], 32, 128), ("SBH", [65536], 32, 128),
-    ("TND", [256, 512, 640, 1024], 32, 128), ("packed", [256, 512, 640, 1024], 32, 128),
-    ("TND", [256], 4, 128), ("TND", [4096], 16, 128), ("TND", [4096], 64, 64), ("TND", [4096], 16, 256),
+    LARGE, LARGE._replace(heads=64), LARGE._replace(lengths=(32768,)), LARGE._replace(lengths=(65536,)),
+    SEQUENCES._replace(softmax_layout="TND"), SEQUENCES,
+    Size("TND", (256,), 4, 128), SERVING, SERVING._replace(heads=64, head_dim=64), SERVING._replace(head_dim=256),
 ]  # fmt: skip
-SMOKE = [("SBH", [5], 2, 16), ("TND", [3, 4], 2, 64), ("packed", [3, 4], 2, 64)]
+SMOKE = [Size("SBH", (5,), 2, 16), Size("TND", (3, 4), 2, 64), Size("TND", (3, 4), 2, 64, "SBH")]
+SECONDS = 0.3  # of measuring each call
 
 
-def states(layout, lengths, heads, head_dim, dtype, device, count):
-    """Random states."""
-    tokens = sum(lengths)
-    attn, stats = (tokens, heads, head_dim), (tokens, heads, 1)
-    if layout == "SBH":
-        attn, stats = (tokens, 1, heads * head_dim), (1, heads, tokens, 1)
-    made = []
-    for _ in range(count):
-        maximum, total = torch.randn(stats, device=device), torch.rand(stats, device=device) + 1
-        lanes = (part.repeat(*[1] * (len(stats) - 1), 8) for part in (maximum, total))
-        made.append(rau.AttentionState(torch.randn(attn, device=device, dtype=torch.float32).to(dtype), *lanes))
-    return made
+def on_gpu(call, repeats):
+    """Seconds that some calls take on the GPU, each after the cache was emptied."""
+    cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    milliseconds = 0.0
+    for _ in range(repeats):
+        cache.zero_()  # takes longer than starting the call does: the GPU never waits for it
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        milliseconds += start.elapsed_time(stop)
+    return milliseconds / 1e3
 
 
-def composite(prev, cur, heads):
-    """The update as it is commonly written; statistics in the order of the output's rows."""
-    maximum = torch.maximum(prev[1], cur[1])
-    a, b = prev[2] * torch.exp(prev[1] - maximum), cur[2] * torch.exp(cur[1] - maximum)
-    total = a + b
-    rows = [(part / total)[..., :1] for part in (a, b)]
-    shape = prev[0].shape
-    if len(rows[0].shape) == 4:  # SBH
-        rows = [part.permute(2, 0, 1, 3) for part in rows]
-    outputs = [part.view(*shape[:2], heads, -1) if len(rows[0].shape) == 4 else part for part in (prev[0], cur[0])]
-    merged = outputs[0].float() * rows[0] + outputs[1].float() * rows[1]
-    return merged.view(shape).to(prev[0].dtype), maximum, total
-
-
-def timer(device):
-    """Return a function that measures a call, in seconds."""
-    if device == "cpu":
-
-        def measure(call):
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-
-        return measure
-    from triton.testing import do_bench
-
-    return lambda call: do_bench(call, warmup=50, rep=300, quantiles=[0.5]) / 1e3
-
-
-def compete(layout, lengths, heads, head_dim, dtype, device, measure):
-    """Measure one size and dtype; times in seconds by name."""
-    prev, cur, out = states(layout, lengths, heads, head_dim, dtype, device, 3)
-    options = {"layout": "TND" if layout != "SBH" else "SBH", "profile": "portable", "backend": "cuda"}
-    if layout == "packed":
-        ends = torch.tensor([0, *lengths], device=device).cumsum(0)
-        options |= {"actual_seq_qlen": ends, "softmax_layout": "SBH"}
-    result = rau.ring_attention_update(*prev, *cur, out=out, **options)
-    expected = rau.ring_attention_update(*prev, *cur, **(options | {"backend": "torch"}))
-    calls = {
-        "rau": lambda: rau.ring_attention_update(*prev, *cur, out=out, **options),
-        "rau, fresh": lambda: rau.ring_attention_update(*prev, *cur, **options),
-        "rau, in place": lambda: rau.ring_attention_update(*prev, *cur, out=prev, **options),
-    }
+def compete(size, dtype, device, smoke):
+    """Measure one size and dtype: by name, the seconds, and a copy's by them."""
+    peers, backend = Peers(compiled=not smoke), rau.registry.get("cuda")
+    prev, cur, out = (
+        rau.AttentionState(attn_out.to(device, dtype), maximum.to(device), total.to(device))
+        for attn_out, maximum, total in map(peers.tensors, states(size, "float32", 3))  # NumPy alone has no bfloat16
+    )
+    result = rau.ring_attention_update(*prev, *cur, out=out, backend=backend, **size.options)
+    expected = rau.ring_attention_update(*prev, *cur, backend="torch", **size.options)
+    right = all(map(torch.equal, result, expected))
+    calls = {f"rau, {how}": call for how, call in modes(size, backend, [prev, cur, out], wait=False).items()}
     moved = sum(part.nbytes for part in (*prev, *cur, *out))
     source, target = torch.empty(2, moved // 2, dtype=torch.uint8, device=device)
     calls["copy"] = lambda: target.copy_(source)
-    if layout != "packed":
-        compiled = torch.compile(composite)
-        calls["torch eager"] = lambda: composite(prev, cur, heads)
-        calls["torch.compile"] = lambda: compiled(prev, cur, heads)
-    if layout == "TND" and dtype != torch.float32:
+    if size.softmax_layout == "TND":
+        calls |= peers.calls(size, prev, cur)
+    if size.layout == size.softmax_layout == "TND" and dtype != torch.float32:
         try:
             from flashinfer import merge_state
         except ImportError:
@@ -100,10 +72,12 @@ def compete(layout, lengths, heads, head_dim, dtype, device, measure):
         else:
             lse = [(state[1][..., 0] + state[2][..., 0].log()) / 0.6931471805599453 for state in (prev, cur)]
             calls["FlashInfer"] = lambda: merge_state(prev[0], lse[0], cur[0], lse[1])
+    seconds, least = (0.0, 1) if smoke else (SECONDS * len(calls), 3)
+    times = interleaved(calls, seconds, least=least, clock=on_gpu if device == "cuda" else on_host)
     return {
-        "layout": layout, "lengths": lengths, "heads": heads, "head_dim": head_dim, "dtype": str(dtype)[6:],
-        "bytes": moved, "right": all(map(torch.equal, result, expected)),
-        "seconds": {name: measure(call) for name, call in calls.items()},
+        "size": size, "dtype": str(dtype).removeprefix("torch."), "bytes": moved, "right": right,
+        "seconds": {name: float(np.median(one)) for name, one in times.items()},
+        "of_a_copy": {name: ratio(times["copy"], one).median for name, one in times.items()},
     }  # fmt: skip
 
 
@@ -131,24 +105,21 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.smoke:
         parser.error("torch finds no CUDA device (--smoke runs on the CPU, under TRITON_INTERPRET=1)")
-    measure, report = timer(device), setting(device)
+    report = setting(device)
     if not arguments.json:
         print(report["hardware"], *(f"{name} {number}" for name, number in report["versions"].items()), sep="\n")
     report["results"] = []
     for size in SMOKE if arguments.smoke else SIZES:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            torch.compiler.reset()
-            one = compete(*size, dtype, device, measure)
+            one = compete(size, dtype, device, arguments.smoke)
             report["results"].append(one)
             if not arguments.json:
-                layout, lengths, heads, head_dim = size
-                copy, merge = one["seconds"]["copy"], one["seconds"]["rau"]
-                speed = f"{one['bytes'] / merge / 1e9:.0f} GB/s, {copy / merge:.2f} of a copy"
+                rate, share = one["bytes"] / one["seconds"]["rau, out="] / 1e9, one["of_a_copy"]["rau, out="]
                 verdict = "" if one["right"] else "  WRONG"
-                print(f"\n{layout} {lengths}, N = {heads}, D = {head_dim}, {one['dtype']}: {speed}{verdict}")
+                print(f"\n{size}, {one['dtype']}: {rate:.0f} GB/s, {share:.2f} of a copy{verdict}")
                 print("  " + ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in one["seconds"].items()))
     if arguments.json:
-        print(json.dumps(report, indent=2))
+        session.print_json(report)
     return 0 if all(one["right"] for one in report["results"]) else 1
 
 

@@ -8,16 +8,13 @@ import io
 import os
 import sys
 
+from rau.errors import RauError
+
 COMMANDS = ("info", "demo", "bench", "check", "difftest", "cases", "diagnose")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command.
-
-    Parameters
-    ----------
-    arguments : list of str, optional
-        ``sys.argv[1:]`` by default.
+    """Run one command, that of ``sys.argv`` by default.
 
     Returns
     -------
@@ -26,8 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m rau", description="Merge partial attention states.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in COMMANDS:
-        importlib.import_module(f"rau.cli.{command}").add_parser(subparsers)
+    for name in COMMANDS:
+        module = importlib.import_module(f"rau.cli.{name}")
+        command = module.add_parser(subparsers)
+        command.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
+        command.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)
     if parsed.command is None:
         parser.print_help(sys.stderr)
@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
         return 141
+    except (RauError, ImportError, OSError) as error:  # what was asked for, a library or a file is not to be had
+        print(f"python -m rau {parsed.command}: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+from command import status
 
 import rau
 from rau.__main__ import main
-from rau.cli import measure, peers, probes, survey, targets, workload
+from rau.cli.bench import peers, survey, timing, workload
 
 # One thread: on a machine with other work to do, several wait for each other.
 QUICK = ["bench", "--quick", "--threads", "1"]
@@ -34,12 +35,12 @@ def test_the_document(capsys):
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {"quick", "groups", "not_run", "threads", "load", "seconds", "configuration"}
     assert document["quick"] is True and document["threads"] == 1
-    status = {one["name"]: one["available"] for one in document["configuration"]["backends"]}
-    assert {name for name, available in status.items() if not available} == set(document["not_run"])
-    assert [group["size"] for group in document["groups"]] == [size.title for size, _, _ in survey.QUICK]
+    available = {one["name"]: one["available"] for one in document["configuration"]["backends"]}
+    assert {name for name, there in available.items() if not there} == set(document["not_run"])
+    assert [group["size"]["heads"] for group in document["groups"]] == [size.heads for size, _, _ in survey.QUICK]
     for group in document["groups"]:
-        tokens = sum(group["lengths"])
-        assert group["bytes"] == traffic(tokens, group["heads"], group["head_dim"], group["dtype"])
+        size = group["size"]
+        assert group["bytes"] == traffic(sum(size["lengths"]), size["heads"], size["head_dim"], group["dtype"])
         found = [(row["name"], row["how"]) for row in group["rows"]]
         for name in ("numpy", *(() if WITHOUT_CORE else ("cython",))):
             assert [how for who, how in found if who == name] == list(workload.HOW)
@@ -57,8 +58,15 @@ def traffic(tokens: int, heads: int, head_dim: int, dtype: str) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     "size",
-    [workload.SMALLEST, workload.SEQUENCES._replace(lengths=(3, 5)), workload.SERVING._replace(lengths=(9,))],
-    ids=lambda size: size.title,
+    [
+        workload.SMALLEST,
+        workload.SEQUENCES._replace(lengths=(3, 5)),
+        workload.SERVING._replace(lengths=(9,)),
+        workload.Size("SBH", (5,), 3, 16, batch=2),
+        workload.Size("BSND", (5,), 3, 16, batch=2),
+        workload.Size("BNSD", (5,), 3, 16, batch=2),
+    ],
+    ids=str,
 )
 def test_bytes_and_arrays(size, dtype):
     prev, cur, out = workload.states(size, dtype, 3)
@@ -68,47 +76,81 @@ def test_bytes_and_arrays(size, dtype):
     assert result.attn_out is out.attn_out and np.isfinite(out.attn_out.astype(np.float64)).all()
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_who_waits_and_where_the_lengths_are(wait):
+    """On a device of its own a backend is waited for, or its clock waits; lengths are sent there once, not at every call."""
+    from rau.backends.numpy_ import NumPyBackend
+
+    class Watched(NumPyBackend):
+        sent, waited = [], 0
+
+        def asarray(self, array):
+            self.sent.append(array)
+            return array
+
+        def synchronize(self):
+            Watched.waited += 1
+
+    size = workload.SEQUENCES._replace(lengths=(3, 5))
+    calls = workload.modes(size, Watched(), workload.states(size, "float32", 3), wait=wait)
+    assert list(calls) == list(workload.HOW) and [array.tolist() for array in Watched.sent] == [[0, 3, 8]]
+    for call in calls.values():
+        call()
+    assert len(Watched.sent) == 1 and Watched.waited == (3 if wait else 0)
+
+
 def test_shares_are_of_the_roof_beside(monkeypatch):
     """With times that are made up, every share, rate and ratio is what a second, plainer formula says."""
     times = {
-        "copy": [1.0, 2.0, 3.0],
-        "triad": [2.0, 4.0, 2.0],
-        "in-place triad": [1.0, 1.0, 1.0],
-        "numpy, out=": [4.0, 5.0, 8.0],
-        "numpy, fresh": [8.0, 8.0],
-        "numpy, in place": [2.0, 4.0, 5.0],
+        ("copy", ""): [1.0, 2.0, 3.0],
+        ("triad", ""): [2.0, 4.0, 2.0],
+        ("in-place triad", ""): [1.0, 1.0, 1.0],
+        ("numpy", "out="): [4.0, 5.0, 8.0],
+        ("numpy", "fresh"): [8.0, 8.0],
+        ("numpy", "in place"): [2.0, 4.0, 5.0],
     }
-    monkeypatch.setattr(survey, "interleaved", lambda calls, seconds, least: {name: np.array(times[name]) for name in calls})
+    monkeypatch.setattr(survey, "interleaved", lambda calls, seconds, least: {key: np.array(times[key]) for key in calls})
     monkeypatch.setattr(survey, "_LEAST_BYTES", 0)
     backend = rau.registry.get("numpy")
-    group = survey.measure(workload.SMALLEST, "float32", 0.0, [backend], 1, None, lambda *what: None)
+    group = survey.measure(workload.SMALLEST, "float32", 0.0, [backend])
     assert {row.how: (row.roof, row.share.median) for row in group.rows} == {
         "out=": ("triad", 0.5),  # of 2/4, 4/5 and 2/8
         "fresh": ("triad", 0.375),  # of 2/8 and 4/8
         "in place": ("in-place triad", 0.25),  # of 1/2, 1/4 and 1/5
     }
     moved = traffic(16, 8, 64, "float32")
-    assert {row.how: row.rate for row in group.rows} == pytest.approx(
+    assert {row.how: row.gigabytes_per_second for row in group.rows} == pytest.approx(
         {"out=": moved / 5e9, "fresh": moved / 8e9, "in place": moved / 4e9}
     )
-    assert {name: row.rate for name, row in group.roof.items()} == pytest.approx(
+    assert {name: row.gigabytes_per_second for name, row in group.roof.items()} == pytest.approx(
         {"copy": moved * 2 / 3 / 2e9, "triad": moved / 2e9, "in-place triad": moved / 1e9}
     )
 
 
 def test_interleaved_takes_turns(monkeypatch):
-    monkeypatch.setattr(measure, "_TURN", 0.0)
-    monkeypatch.setattr(measure, "_PAUSE", 0.0)
+    monkeypatch.setattr(timing, "_TURN", 0.0)
+    monkeypatch.setattr(timing, "_PAUSE", 0.0)
     order = []
-    found = measure.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0, least=3)
+    found = timing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0, least=3)
     turns = "".join(order)
     assert turns.startswith("a") and turns.endswith("aabbaabbaabb")  # one untimed, one timed
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3}
     assert all((times >= 0).all() for times in found.values())
 
 
+def test_another_clock_says_how_long_it_took(monkeypatch):
+    """As on a GPU: the host's time plays no part, and every call is made under the clock."""
+    monkeypatch.setattr(timing, "_PAUSE", 0.0)
+
+    def clock(call, repeats):
+        return sum(call() for _ in range(repeats))
+
+    found = timing.interleaved({"a": lambda: 1.0, "b": lambda: 1e-4}, 0.0, least=2, clock=clock)
+    assert {name: times.tolist() for name, times in found.items()} == {"a": [1.0] * 2, "b": pytest.approx([1e-4] * 2)}
+
+
 def test_ratio_is_by_the_rounds_of_both():
-    assert measure.ratio(np.array([1.0, 2.0, 9.0, 9.0]), np.array([2.0, 2.0])) == (0.75, 0.625, 0.875)
+    assert timing.ratio(np.array([1.0, 2.0, 9.0, 9.0]), np.array([2.0, 2.0])) == (0.75, 0.625, 0.875)
 
 
 @pytest.mark.skipif(WITHOUT_CORE, reason="needs the compiled core")
@@ -117,7 +159,7 @@ def test_ratio_is_by_the_rounds_of_both():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_cores_roof_computes_what_it_says(threads, around, length):
     roof = importlib.import_module("rau._core").roof
-    a, b, to = (measure._ones(4 * (length + 16)) for _ in range(3))
+    a, b, to = (timing._ones(4 * (length + 16)) for _ in range(3))
     a[:], b[:], to[:] = np.arange(length + 16), 3, -1
     roof(to[:length], a[:length], b[:length], around, threads)
     np.testing.assert_array_equal(to[:length], a[:length] + 1.5)
@@ -133,7 +175,7 @@ def test_the_cores_roof_computes_what_it_says(threads, around, length):
 
 def test_a_roof_without_the_core(monkeypatch):
     monkeypatch.setitem(sys.modules, "rau._core", None)
-    roof = measure.Roof(1000, 2)
+    roof = timing.Roof(1000)
     assert roof.origin == "NumPy's copyto and add, in one thread: the compiled core is missing"
     assert list(roof.calls) == ["copy", "triad", "in-place triad"]
     for call in roof.calls.values():
@@ -141,19 +183,11 @@ def test_a_roof_without_the_core(monkeypatch):
     assert [roof.moved(name) for name in roof.calls] == [2000, 3000, 3000]
 
 
-def test_sizes_fit_the_memory():
-    size = workload.LARGE.fitted(512 << 20)
-    assert size.tokens == 2048 and size.heads == 32  # sixteen float32 outputs of 32 MiB
-    assert workload.LARGE.fitted(1 << 50) is workload.LARGE
-    assert workload.SEQUENCES.fitted(0).lengths == (1, 1, 1, 1)
-    assert workload.available_memory() > 0
-
-
 def test_threads_are_given_back():
     before = rau.get_num_threads()
-    with measure.threads(before + 1) as number:
+    with timing.thread_count(before + 1) as number:
         assert rau.get_num_threads() == number == before + 1
-    with measure.threads(None) as number:
+    with timing.thread_count(None) as number:
         assert number == before
     assert rau.get_num_threads() == before
 
@@ -163,42 +197,16 @@ def test_threads_are_given_back():
     [
         (["--backend", "nump"], 'Did you mean "numpy"?'),
         (["--backend", "no_such_module:Mine"], "no_such_module"),
-        (["--threads", "0"], "n = 0; expected an int from 1"),
-        (["--targets", "--backend", "numpy"], "--targets measures what its table says; leave out --backend"),
-        (["--targets", "--peers"], "leave out --peers"),
+        (["--threads", "0"], "argument --threads: got '0'; expected a whole number, 1 or more"),
+        (["--threads", "100000"], "n = 100000; expected an int from 1"),
+        (["--targets"], "unrecognized arguments: --targets"),
     ],
 )
 @pytest.mark.parametrize("json_too", [[], ["--json"]])
 def test_wrong_usage(options, message, json_too, capsys):
-    assert main([*QUICK, *options, *json_too]) == 2
+    assert status([*QUICK, *options, *json_too]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and message in captured.err
-
-
-def test_an_option_that_does_not_exist(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["bench", "--fast"])
-    assert caught.value.code == 2 and "--fast" in capsys.readouterr().err
-
-
-def test_plot_without_matplotlib(monkeypatch, tmp_path, capsys):
-    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
-        monkeypatch.setitem(sys.modules, name, None)
-    assert main([*QUICK, "--plot", str(tmp_path / "roof.png")]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and "pip install 'ring-attention-update[bench]'" in captured.err
-
-
-def test_plot(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(survey, "_LEAST_BYTES", 0)  # or the tiny sizes have no roof, and nothing is drawn
-    for wrong, message in (("roof.xyz", "ends in one of"), ("no/roof.png", "there is no folder")):
-        assert main([*QUICK, "--plot", str(tmp_path / wrong)]) == 2
-        assert message in capsys.readouterr().err
-    file = tmp_path / "roof.svg"
-    assert main([*QUICK, "--backend", "numpy", "--plot", str(file)]) == 0
-    assert f"drawn: {file}" in capsys.readouterr().out
-    assert "</svg>" in file.read_text()
 
 
 def test_peers_without_torch(monkeypatch, capsys):
@@ -212,7 +220,7 @@ def test_peers_without_torch(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("size", [workload.SMALLEST, workload.SERVING._replace(lengths=(7,))], ids=lambda size: size.title)
+@pytest.mark.parametrize("size", [workload.SMALLEST, workload.SERVING._replace(lengths=(7,))], ids=str)
 def test_composites_merge(size, dtype):
     """A ratio to something that computes something else would be worth nothing."""
     torch = pytest.importorskip("torch")
@@ -235,92 +243,20 @@ def test_peers_are_compared_with_the_core(capsys):
     assert all(set(row["slower"]) == set(workload.HOW) and smallest["reference"] == "numpy" for row in smallest["peers"])
 
 
-def test_the_targets(monkeypatch, capsys):
-    monkeypatch.setattr(targets, "_fresh", lambda function, *arguments: function(*arguments))
-    assert main([*QUICK, "--targets", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["scale"] == targets.QUICK._asdict()
-    assert [line["what"] for line in document["targets"]] == [target.what for target in targets.TARGETS]
-    for line in document["targets"]:
-        assert line["verdict"] in (targets.REACHED, targets.MISSED, targets.UNMEASURED)
-        assert line["measured"] and bool(line["figures"]) == (line["verdict"] != targets.UNMEASURED)
-    verdicts = {line["what"]: line["verdict"] for line in document["targets"]}
-    # What is no speed, and holds on every machine.
-    assert verdicts["accuracy: worst error by its bound"] == targets.REACHED
-    assert verdicts["accuracy: 16-bit elements rounded correctly"] == targets.REACHED
-    for line in document["targets"]:
-        if line["what"].startswith(("large", "smallest call, NumPy", "10,000")):
-            assert (line["verdict"] == targets.UNMEASURED) == WITHOUT_CORE
-
-
-@pytest.mark.skipif(WITHOUT_CORE, reason="needs the compiled core")
-def test_what_is_measured_in_a_process_of_its_own(monkeypatch):
-    found = targets._fresh(probes.smallest, 1, 0.0, False)
-    assert set(found) == {"out=", "fresh"} and min(found.values()) > 0
-    with pytest.raises(MemoryError, match="was killed"):
-        targets._fresh(os._exit, 9)
-
-
 def test_bfloat16_without_ml_dtypes(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     monkeypatch.setattr(survey, "QUICK", ((workload.SMALLEST, "bfloat16", 0.0), (workload.SMALLEST, "float32", 0.0)))
-    assert workload.dtypes() == ("float32", "float16")
     assert main([*QUICK, "--backend", "numpy", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["not_run"] == {"smallest, bfloat16": "bfloat16 NumPy arrays need ml_dtypes: pip install ml_dtypes"}
+    reason = "bfloat16 NumPy arrays need ml_dtypes: pip install ml_dtypes"
+    assert document["not_run"] == {f"{workload.SMALLEST}, bfloat16": reason}
     assert [group["dtype"] for group in document["groups"]] == ["float32"]
-
-
-def test_the_table_is_printed(monkeypatch, capsys):
-    found = {"large": [{"float32": {"out=": 0.95, "in place": 0.5}}, {"float32": {"out=": 0.97, "in place": 0.6}}]}
-    missing = ImportError("nothing here")
-    monkeypatch.setattr(
-        targets, "measurements", lambda *arguments: {one.source: found.get(one.source, missing) for one in targets.TARGETS}
-    )
-    assert main(["bench", "--targets"]) == 0
-    out = capsys.readouterr().out
-    assert "float32 0.96 (0.95 to 0.97)" in out and "float32 0.55 (0.50 to 0.60)" in out and "nothing here" in out
-    assert [word in out for word in (targets.REACHED, targets.MISSED, targets.UNMEASURED)] == [True] * 3
-
-
-@pytest.mark.parametrize(
-    ("least", "values", "verdict"),
-    [
-        (True, {"x": 1.0, "y": 2.0}, targets.REACHED),
-        (True, {"x": 0.99, "y": 2.0}, targets.MISSED),
-        (True, {"x": [0.5, 1.5, 1.0]}, targets.REACHED),
-        (False, {"x": 1.0, "y": 0.5}, targets.REACHED),
-        (False, {"x": 1.01, "y": 0.5}, targets.MISSED),
-        (True, {"x": float("nan")}, targets.MISSED),
-        (False, {"x": float("nan")}, targets.MISSED),
-        (True, {}, targets.UNMEASURED),
-    ],
-)
-def test_judged_by_the_worst(least, values, verdict):
-    target = targets.Target("what", "source", lambda found: found, 1.0, least)
-    assert targets.judged(target, values).verdict == verdict
-
-
-def test_accuracy_notices_a_wrong_backend():
-    from rau.backends.numpy_ import NumPyBackend
-
-    class Wrong(NumPyBackend):
-        def merge(self, problem, states, out):
-            result = super().merge(problem, states, out)
-            result.attn_out[-1] *= np.asarray(1.01, result.attn_out.dtype)
-            return result
-
-        def update(self, problem, prev, cur, out):
-            return self.merge(problem, (prev, cur), out)
-
-    found = probes.accuracy(Wrong(), ("float32", "float16"))
-    assert found["share"]["float32"] > 1 and found["rounded"]["float16"] < 0.999
 
 
 def test_the_parser_costs_nothing():
     code = (
         "import sys, argparse; from rau.cli import bench;"
         "bench.add_parser(argparse.ArgumentParser().add_subparsers());"
-        "assert not {'rich', 'rau.testing', 'rau.cli.survey', 'ml_dtypes', 'matplotlib'} & set(sys.modules)"
+        "assert not {'rich', 'rau.testing', 'rau.cli.bench.survey', 'ml_dtypes', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

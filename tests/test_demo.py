@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from command import status
 
 import rau
 from rau.__main__ import main
 from rau.backends.numpy_ import NumPyBackend
-from rau.cli import console, ring
+from rau.cli import console
+from rau.cli.demo import ring
 
 SMALL = ["demo", "--tokens", "48", "--heads", "2", "--head-dim", "8", "--ranks", "3"]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(ring, "_LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(ring, "_LEAST_REPEATS", 1)
+    monkeypatch.setattr(ring, "_SECONDS", 0.0)
 
 
 def test_as_typed(backend):
@@ -60,9 +60,9 @@ def test_json(form, dtype, causal, backend, capsys):
 
 def test_packed_statistics_read_as_token_major_are_noticed(monkeypatch, capsys):
     """The verdict is not a formality: a call that says the wrong order of the statistics is judged wrong."""
-    merge = rau.merge_states
+    merge = ring.merge_states
     monkeypatch.setattr(
-        rau, "merge_states", lambda *args, **kw: merge(*args, **(kw | {"softmax_layout": "TND"}))
+        ring, "merge_states", lambda *args, **kw: merge(*args, **(kw | {"softmax_layout": "TND"}))
     )
     assert main([*SMALL, "--layout", "TND", "--softmax-layout", "SBH", "--backend", "numpy"]) == 1
     out = capsys.readouterr().out
@@ -111,25 +111,28 @@ def test_backends_that_cannot_run_are_listed(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tokens", "-1"], "--tokens is -1; expected 1 or more"),
-        (["--head-dim", "0"], "--head-dim is 0; expected 1 or more"),
-        (["--ranks", "0"], "--ranks is 0; expected 1 or more"),
+        (["--tokens", "-1"], "argument --tokens: got '-1'; expected a whole number, 1 or more"),
+        (["--tokens", "many"], "argument --tokens: got 'many'; expected a whole number, 1 or more"),
+        (["--head-dim", "0"], "argument --head-dim: got '0'; expected a whole number, 1 or more"),
+        (["--ranks", "0"], "argument --ranks: got '0'; expected a whole number, 1 or more"),
         (["--tokens", "4", "--ranks", "5"], "expected at most as many ranks as tokens"),
-        (["--seed", "-3"], "--seed is -3; expected 0 or more"),
+        (["--seed", "-3"], "argument --seed: got '-3'; expected a whole number, 0 or more"),
+        (["--layout", "BSH"], "argument --layout: invalid choice: 'BSH'"),
         (["--backend", "nump"], 'Did you mean "numpy"?'),
     ],
 )
 @pytest.mark.parametrize("json_too", [[], ["--json"]])
 def test_wrong_usage(options, message, json_too, capsys):
-    assert main(["demo", *options, *json_too]) == 2
+    assert status(["demo", *options, *json_too]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and message in captured.err
 
 
-def test_an_option_that_is_no_number(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["demo", "--tokens", "many"])
-    assert caught.value.code == 2 and "invalid int value: 'many'" in capsys.readouterr().err
+def test_bfloat16_without_ml_dtypes(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert main([*SMALL, "--dtype", "bfloat16", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("python -m rau demo: error: ") and "ml_dtypes" in captured.err
 
 
 def test_the_smallest_problem(capsys):
@@ -140,57 +143,51 @@ def test_the_smallest_problem(capsys):
     assert "Right" in capsys.readouterr().out
 
 
-def without_rich(monkeypatch):
-    for name in ("rich", "rich.box", "rich.console", "rich.progress", "rich.table", "rich.text"):
-        monkeypatch.setitem(sys.modules, name, None)
-
-
-@pytest.mark.parametrize("rich", [True, False])
-def test_table(rich, monkeypatch, capsys):
-    if not rich:
-        without_rich(monkeypatch)
-    console.print_table(["name", "time"], [["a[b]", "1"], ["long name", "12"]], right=["time"])
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert [line.split() for line in (lines[0], *lines[2:])] == [
-        ["name", "time"],
-        ["a[b]", "1"],
-        ["long", "name", "12"],
-    ]
-    assert lines[2].endswith("   1") and lines[3].endswith("  12")
+def test_table(capsys):
+    lines = console.table(["name", "time"], [["a[b]", "1"], ["long name", "12"]], right=["time"])
+    assert lines == ["name       time", "---------  ----", "a[b]          1", "long name    12"]
 
 
 @pytest.mark.parametrize("rich", [True, False])
 def test_progress_is_shown_on_a_terminal_only(rich, monkeypatch, capsys):
     if not rich:
-        without_rich(monkeypatch)
+        for name in ("rich.console", "rich.markup", "rich.progress"):
+            monkeypatch.setitem(sys.modules, name, None)
     for terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)  # noqa: B023
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)  # noqa: B023
-        with console.progress(4) as step:
-            step("first", 3)
-            step("second")
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert ("second" in captured.err) is terminal
-        if terminal and not rich:
-            assert "75% second" in captured.err and captured.err.endswith("\r")
+        for quiet in (False, True):
+            with console.progress(4, quiet) as step:
+                step("first", 3)
+                step("[/second]")
+            captured = capsys.readouterr()
+            assert captured.out == ""
+            assert ("[/second]" in captured.err) is (terminal and rich and not quiet)
+
+
+def test_equal_digests_mean_equal_bits(capsys):
+    """So that one may compare what two machines print."""
+    assert main([*SMALL, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["same_bits"] is True
+    digests = {call: {one["digest"] for one in document["results"] if one["call"] == call} for call in ("merge_states",)}
+    assert len(digests["merge_states"]) == 1
+    assert main([*SMALL, "--json", "--seed", "1", "--backend", "numpy"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["digest"] not in digests["merge_states"]
 
 
 def test_the_parser_costs_nothing():
     code = (
         "import sys, argparse; from rau.cli import demo;"
         "demo.add_parser(argparse.ArgumentParser().add_subparsers());"
-        "assert not {'rich', 'rau.testing', 'rau.cli.ring', 'ml_dtypes'} & set(sys.modules)"
+        "assert not {'rich', 'rau.testing', 'rau.cli.demo.ring', 'ml_dtypes'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_help_names_every_option(capsys):
-    parser = argparse.ArgumentParser()
-    from rau.cli.demo import add_parser
-
-    add_parser(parser.add_subparsers())
     with pytest.raises(SystemExit):
-        parser.parse_args(["demo", "--help"])
+        main(["demo", "--help"])
     text = capsys.readouterr().out
     shape, form = "tokens heads head-dim ranks seed", "dtype layout softmax-layout causal backend json"
     for option in f"{shape} {form}".split():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from command import status
 
 import rau
 from rau import AttentionState
@@ -324,7 +325,7 @@ def test_json(tmp_path, capsys):
     assert main(["diagnose", path, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["recognised"] == ["sums-left-out"]
-    assert document["right"] is False and document["attn_out_share"] == "inf"
+    assert document["right"] is False and document["comparison"]["attn_share"] == "inf"
     first = document["candidates"][0]
     assert first["same_bits"] and first["explained"] == 1.0 and first["spoiled"] == 0.0
     assert "l_cur" in first["wrong"] and "l_prev * exp" in first["change"]
@@ -423,5 +424,5 @@ def test_files_that_are_no_use(tmp_path, capsys):
 @pytest.mark.parametrize("tolerance", ["0", "-1", "nan"])
 def test_a_tolerance_is_positive(tolerance, tmp_path, capsys):
     path = write(tmp_path / "right.npz", *make(CASES[0]))
-    assert main(["diagnose", path, "--tolerance", tolerance]) == 2
-    assert "expected a positive number" in capsys.readouterr().err
+    assert status(["diagnose", path, "--tolerance", tolerance]) == 2
+    assert f"argument --tolerance: got '{tolerance}'; expected a number above 0" in capsys.readouterr().err

@@ -263,6 +263,35 @@ def test_split_kv_decode_refuses(arguments, said, monkeypatch, capsys):
     assert refused.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
 
 
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_torch
+def test_the_benchmark_of_a_gpu_runs_without_one():
+    status, shown, errors = run(EXAMPLES / "bench_cuda.py", "--smoke", "--json", TRITON_INTERPRET="1")
+    assert (status, errors) == (0, "")
+    results = json.loads(shown)["results"]
+    assert len(results) == 9 and all(found["right"] for found in results)
+    for found in results:
+        packed = found["size"]["softmax_layout"] == "SBH"
+        names = ["rau, out=", "rau, fresh", "rau, in place", "copy"]
+        names += [] if packed else ["torch eager", "torch eager, as commonly written"]
+        assert list(found["seconds"]) == list(found["of_a_copy"]) == names
+        assert found["of_a_copy"]["copy"] == 1.0 and all(0 < seconds for seconds in found["seconds"].values())
+
+
+@needs_torch
+def test_the_benchmark_of_a_gpu_refuses_to_run_without_one(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_cuda.py"])
+    with pytest.raises(SystemExit) as refused:
+        imported("bench_cuda").main()
+    assert refused.value.code == 2 and "torch finds no CUDA device (--smoke runs on the CPU" in capsys.readouterr().err
+
+
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
 """What a call costs beside its bytes, and what importing rau costs."""
 
 import rau
+from rau.cli.bench.workload import SMALLEST
 
-from .workload import core, states
+from .common import core, states
 
 
 class SmallestCall:
@@ -13,7 +14,7 @@ class SmallestCall:
 
     def setup(self, arrays, how):
         core()
-        made, _ = states(("SBH", "TND", (16, 1), 8, 64), "float32")
+        made = states(SMALLEST, "float32")
         if arrays == "torch":
             try:
                 import torch

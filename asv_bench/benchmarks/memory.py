@@ -3,10 +3,9 @@
 import resource
 import sys
 
-from .workload import BACKENDS, EachBackend, states, update
+from .common import BACKENDS, MEDIUM, EachBackend, states, update
 
-_SHAPE = ("SBH", "TND", (1024, 1), 32, 128)
-_ATTN_BYTES = 1024 * 32 * 128 * 4
+_ATTN_BYTES = MEDIUM.tokens * MEDIUM.heads * MEDIUM.head_dim * 4
 
 
 def _high_water():
@@ -22,11 +21,11 @@ class Memory(EachBackend):
 
     def setup(self, missing, backend, how):
         self.backend = self.load(missing, backend)
-        self.arrays = states(_SHAPE, "float32")
+        self.arrays = states(MEDIUM, "float32")
 
     def peakmem_update(self, missing, backend, how):
         if how != "no call":
-            update(self.backend, how, *self.arrays)
+            update(self.backend, how, MEDIUM, self.arrays)
 
 
 class Temporaries(EachBackend):
@@ -42,18 +41,18 @@ class Temporaries(EachBackend):
         self.on_gpu = devices == ("cuda",)
         if not self.on_gpu and devices is not None and "cpu" not in devices:
             raise NotImplementedError(f"nobody says here how much memory is used on {', '.join(devices)}")
-        small = ("SBH", "TND", (16, 1), 32, 128)
-        update(self.backend, "out=", *states(small, "float32"))  # loads what is loaded at first use
-        self.arrays = states(_SHAPE, "float32")
+        small = MEDIUM._replace(lengths=(16,))
+        update(self.backend, "out=", small, states(small, "float32"))  # loads what is loaded at first use
+        self.arrays = states(MEDIUM, "float32")
 
     def track_temporaries(self, missing, backend):
         if not self.on_gpu:
             before = _high_water()
-            update(self.backend, "out=", *self.arrays)
+            update(self.backend, "out=", MEDIUM, self.arrays)
             return (_high_water() - before) / _ATTN_BYTES
         import torch
 
-        call = update(self.backend, "out=", *self.arrays)
+        call = update(self.backend, "out=", MEDIUM, self.arrays)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

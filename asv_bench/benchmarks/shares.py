@@ -4,17 +4,13 @@ All are such that less is better, as asv takes it.
 """
 
 import rau
+from rau.cli.bench.peers import COMPILED, EAGER, WRITTEN, Peers
+from rau.cli.bench.survey import measure
 
-from .workload import BACKENDS, DTYPES, LARGE, EachBackend, core
+from . import probes
+from .common import BACKENDS, DTYPES, LARGE, MEDIUM, WITH_LARGE, EachBackend, core
 
-try:
-    from rau.cli import measure, peers, probes, survey, workload
-except ImportError:  # a commit without them
-    measure = None
-
-_TOKENS = 8192 if LARGE else 1024
-_SECONDS = 4.0 if LARGE else 1.0
-_COMPOSITES = ["torch eager", "torch eager, as commonly written", "torch.compile"]
+_SIZE, _SECONDS = (LARGE, 4.0) if WITH_LARGE else (MEDIUM, 1.0)
 
 
 class Measured:
@@ -24,18 +20,15 @@ class Measured:
 
     def setup_cache(self):
         found = {}
-        if measure is None or not rau.registry.status()[0].available:
+        if not rau.registry.status()[0].available:
             return found
         try:
-            composites = peers.Peers(compiled=LARGE)  # compiling takes long
+            composites = Peers(compiled=WITH_LARGE)  # compiling takes long
         except ImportError:
             composites = None
-        backend, threads = rau.registry.get("cython"), rau.get_num_threads()
-        size = workload.LARGE._replace(lengths=(_TOKENS,)).fitted(workload.available_memory() // 2)
-        for dtype in workload.dtypes():
+        for dtype in probes.dtypes():
             beside = composites if dtype == "float32" else None
-            seconds = 3 * _SECONDS if beside else _SECONDS
-            group = survey.measure(size, dtype, seconds, [backend], threads, beside, lambda *what: None)
+            group = measure(_SIZE, dtype, 3 * _SECONDS if beside else _SECONDS, [rau.registry.get("cython")], beside)
             found |= {(row.how, dtype): 1 / row.share.median for row in group.rows}
             found |= {(how, row.name): 1 / slower for row in group.peers for how, slower in row.slower.items()}
         return found
@@ -59,7 +52,7 @@ class Roof(Measured):
 class Composites(Measured):
     """Time of an update by that of torch's composite."""
 
-    params = [["out=", "fresh"], _COMPOSITES]
+    params = [["out=", "fresh"], [EAGER, WRITTEN, COMPILED]]
     param_names = ["how", "composite"]
     unit = "composites"
 
@@ -75,8 +68,6 @@ class Accuracy(EachBackend):
     unit = "of the bound"
 
     def setup(self, missing, backend):
-        if measure is None:
-            raise NotImplementedError("this commit has no rau.cli.probes")
         self.backend = self.load(missing, backend)
 
     def track_worst(self, missing, backend):
@@ -89,8 +80,6 @@ class Sequences:
     unit = "times"
 
     def setup(self):
-        if measure is None:
-            raise NotImplementedError("this commit has no rau.cli.probes")
         core()
 
     def track_short_by_long(self):

@@ -1,22 +1,23 @@
 """Time of an update and of a merge."""
 
 import rau
+from rau.cli.bench.workload import SERVING
 
-from .workload import BACKENDS, DTYPES, SHAPES, EachBackend, core, states, update
+from .common import BACKENDS, DTYPES, MEDIUM, SIZES, EachBackend, core, states, update
 
 
 class Update(EachBackend):
     """Into arrays that are given: what a ring with buffers pays."""
 
-    params = [BACKENDS, list(SHAPES), DTYPES]
-    param_names = ["backend", "shape", "dtype"]
+    params = [BACKENDS, list(SIZES), DTYPES]
+    param_names = ["backend", "size", "dtype"]
     repeat = (3, 10, 2.0)
 
-    def setup(self, missing, backend, shape, dtype):
+    def setup(self, missing, backend, size, dtype):
         loaded = self.load(missing, backend)
-        self.call = update(loaded, "out=", *states(SHAPES[shape], dtype))
+        self.call = update(loaded, "out=", SIZES[size], states(SIZES[size], dtype))
 
-    def time_update(self, missing, backend, shape, dtype):
+    def time_update(self, missing, backend, size, dtype):
         self.call()
 
 
@@ -29,7 +30,7 @@ class Ways(EachBackend):
 
     def setup(self, missing, backend, how):
         loaded = self.load(missing, backend)
-        self.call = update(loaded, how, *states(SHAPES["SBH 1x1024x32x128"], "float32"))
+        self.call = update(loaded, how, MEDIUM, states(MEDIUM, "float32"))
 
     def time_update(self, missing, backend, how):
         self.call()
@@ -44,8 +45,9 @@ class Merge:
 
     def setup(self, count):
         core()
-        arrays, self.options = states(("TND", "TND", (256,), 16, 128), "float32", count + 1)
-        *self.states, self.out = arrays
+        size = SERVING._replace(lengths=(256,))
+        *self.states, self.out = states(size, "float32", count + 1)
+        self.options = size.options
 
     def time_merge(self, count):
         rau.merge_states(self.states, out=self.out, backend="cython", **self.options)
@@ -61,7 +63,7 @@ class Threads:
     def setup(self, number):
         if number > rau.get_num_threads():
             raise NotImplementedError("fewer CPUs")
-        self.call = update(core(), "out=", *states(SHAPES["SBH 1x1024x32x128"], "float32"))
+        self.call = update(core(), "out=", MEDIUM, states(MEDIUM, "float32"))
         rau.set_num_threads(number)
 
     def time_update(self, number):

@@ -1,5 +1,5 @@
-"""The commands of ``python -m rau``, one file each.
+"""The commands of ``python -m rau``, a module each: they parse, call and print.
 
-A command's module has ``add_parser(subparsers)``, which declares its options and sets ``run``, a function from the
-parsed arguments to the exit status: 0 good, 1 the verdict is bad, 2 wrong usage or a named backend missing.
+A command's ``add_parser(subparsers)`` declares its options; its ``run`` takes them and returns the exit status, 0 where all
+is good, 1 where the verdict is bad. What it raises as a RauError, ImportError or OSError is told in a line, exit status 2.
 """

@@ -6,11 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from rau.cli import session
-from rau.cli.selection import describe
+from rau.cli.case_options import describe
 
 if TYPE_CHECKING:
-    from rau.testing.cases import Case
-    from rau.testing.diagnosis import Diagnosis
+    from rau.testing.diagnosis import Candidate
 
 _FILE = """\
 FILE is NumPy's .npz, without pickle:
@@ -22,13 +21,8 @@ bfloat16 is stored as uint16. numpy.savez(FILE, prev_attn_out=..., ...) writes i
 Exit status: 0 right, 1 wrong, recognised or not, 2 no such file, or one that cannot be used."""
 
 
-def add_parser(subparsers: Any) -> None:
-    """Declare the command.
-
-    Parameters
-    ----------
-    subparsers : argparse._SubParsersAction
-    """
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Declare the command."""
     parser = subparsers.add_parser(
         "diagnose",
         help="judge an output from elsewhere, and name the known mistake that reproduces it",
@@ -39,66 +33,31 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("file", metavar="FILE", help="inputs and output, see below")
     text = "how many times the bound is still right, for a kernel with rows in float32 (default: 1)"
-    parser.add_argument("--tolerance", type=float, default=1.0, metavar="X", help=text)
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
-    parser.set_defaults(run=run)
+    parser.add_argument("--tolerance", type=session.positive, default=1.0, metavar="X", help=text)
+    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Judge a file.
-
-    Parameters
-    ----------
-    arguments : argparse.Namespace
-
-    Returns
-    -------
-    int
-        0: right, 1: wrong, 2: not such a file.
-    """
-    from rau.errors import RauError
+    """Judge a file: 0 right, 1 wrong."""
     from rau.testing import record
     from rau.testing.diagnosis import diagnose
 
-    if not arguments.tolerance > 0:
-        return session.refuse("diagnose", f"--tolerance is {arguments.tolerance:g}; expected a positive number")
-    try:
-        recorded = record.load(arguments.file)
-        diagnosis = diagnose(recorded, tolerance=arguments.tolerance)
-    except (RauError, ImportError) as error:  # ImportError: bfloat16 without ml_dtypes
-        return session.refuse("diagnose", str(error))
+    recorded = record.load(arguments.file)
+    diagnosis = diagnose(recorded, tolerance=arguments.tolerance)
     if arguments.json:
-        session.print_json(_document(arguments.file, recorded.case, diagnosis))
+        session.print_json(
+            {"file": arguments.file, "call": describe(recorded.case), "right": diagnosis.right}
+            | vars(diagnosis)
+            | {"candidates": [_plain(candidate) for candidate in diagnosis.candidates]}
+            | {"recognised": [candidate.mistake.name for candidate in diagnosis.recognised]}
+        )
     else:
         print(f"{arguments.file}: {describe(recorded.case)}")
         print(diagnosis)
     return 0 if diagnosis.right else 1
 
 
-def _document(file: str, case: Case, diagnosis: Diagnosis) -> dict[str, Any]:
-    return {
-        "file": file,
-        "call": describe(case),
-        "right": diagnosis.right,
-        "attn_out_share": diagnosis.comparison.attn_share,
-        "softmax_sum_share": diagnosis.comparison.sum_share,
-        "problems": list(diagnosis.comparison.problems),
-        "recognised": [candidate.mistake.name for candidate in diagnosis.recognised],
-        "candidates": [
-            {
-                "name": candidate.mistake.name,
-                "reproduces": candidate.reproduces,
-                "same_bits": candidate.same_bits,
-                "explained": candidate.explained,
-                "spoiled": candidate.spoiled,
-                "misfit": candidate.misfit,
-                "off": candidate.off,
-                "everything": candidate.everything,
-                "wrong": candidate.mistake.wrong,
-                "change": candidate.mistake.change,
-            }
-            for candidate in diagnosis.candidates
-        ],
-        "slight": diagnosis.slight,
-        "invisible": list(diagnosis.invisible),
-    }
+def _plain(candidate: Candidate) -> dict[str, Any]:
+    mistake = candidate.mistake
+    words = {"mistake": mistake.name, "wrong": mistake.wrong, "change": mistake.change}
+    return vars(candidate) | words | {"reproduces": candidate.reproduces}

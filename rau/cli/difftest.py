@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import shlex
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rau.cli import selection, session
-from rau.cli.outcome import Run, document
+from rau.cli import case_options, session
+from rau.cli.console import Step, progress, table
 
 if TYPE_CHECKING:
     from rau.testing.cases import Case
@@ -19,15 +24,17 @@ if TYPE_CHECKING:
 _GENERATED = 1000  # cases, unless the command line says otherwise
 _FOLDER = "rau-difftest"  # of failing cases, without --report
 _INTERVAL = 0.1  # seconds between two states of the live line
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>difftest</title>
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
+<style>{stylesheet} pre {{ white-space: pre-wrap }}</style></head>
+<body><pre>{code}</pre></body></html>
+"""
 
 
-def add_parser(subparsers: Any) -> None:
-    """Declare the command.
-
-    Parameters
-    ----------
-    subparsers : argparse._SubParsersAction
-    """
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Declare the command."""
     parser = subparsers.add_parser(
         "difftest",
         help="compare backends bit for bit with one another, and with the oracle",
@@ -36,144 +43,215 @@ def add_parser(subparsers: Any) -> None:
         epilog=session.EXIT_STATUS,
     )
     text = f"separated by commas (default: all that are available); each {session.BACKEND}"
-    parser.add_argument("--backends", metavar="A,B", help=text)
+    parser.add_argument("--backends", type=_names, metavar="A,B", help=text)
     length = parser.add_mutually_exclusive_group()
     text = f"how many generated cases to add to the named ones (default: {_GENERATED})"
-    length.add_argument("--cases", type=int, metavar="N", help=text)
-    length.add_argument("--minutes", type=float, metavar="M", help="generate cases for so long instead, such as 0.5")
-    selection.add_options(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
-    text = f"write an HTML page there, DIR/index.html, and failing cases beside it (else to ./{_FOLDER})"
-    parser.add_argument("--report", metavar="DIR", help=text)
-    text = "run one recorded call instead, judge it and the output recorded with it; an output that was recorded wrong "
+    length.add_argument("--cases", type=session.whole(0), metavar="N", help=text)
+    text = "generate cases for so long instead, such as 0.5"
+    length.add_argument("--minutes", type=session.positive, metavar="M", help=text)
+    text = "run one recorded call again instead, and compare what was recorded too; an output that was recorded wrong "
     text += "fails the run, unless --backends says whose is asked about"
-    parser.add_argument("--replay", metavar="FILE", help=text)
-    parser.set_defaults(run=run)
+    length.add_argument("--replay", metavar="FILE", help=text)
+    case_options.add_options(parser)
+    text = f"write an HTML page there, DIR/index.html, and failing cases beside it (else to ./{_FOLDER}); needs rich: "
+    text += "pip install 'ring-attention-update[cli]'"
+    parser.add_argument("--report", metavar="DIR", help=text)
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected names of backends, separated by commas")
+    return names
+
+
+@dataclass
+class DifftestRun:
+    """One run: what was asked for, and what came of it."""
+
+    report: Differential
+    tolerances: dict[str, float]  # that the backends declare, by their names
+    options: dict[str, Any]
+    not_run: dict[str, str]  # backends that are not available, with the reasons
+    configuration: dict[str, Any]
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def idle(self) -> list[str]:
+        """Backends that ran nothing, if they were named or all of them are."""
+        idle = [name for name in self.tolerances if not self.report.standings[name].cases]
+        return idle if self.options["backends"] or len(idle) == len(self.tolerances) else []
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing went wrong, in a run that came to its end."""
+        return not (self.report.wrong or self.interrupted or self.idle)
+
+    @property
+    def verdict(self) -> str:
+        """All of it in a line."""
+        report = self.report
+        tally = f"{session.counted(report.cases, 'case')} in {self.seconds:.0f} s"
+        if report.wrong:
+            wrong = [
+                f"{session.both(who)} {'differ' if ', ' in who else 'is wrong'} on {count:,} of them"
+                for who, count in report.wrong.items()
+            ]
+            return f"FAILED: {tally}{' (interrupted)' * self.interrupted}: {', '.join(wrong)}"
+        if self.interrupted:
+            return f"INTERRUPTED: {tally}, nothing wrong so far"
+        if self.idle:
+            return f"FAILED: {tally}, of which {', '.join(self.idle)} ran none"
+        different = sum(pair.different for pair in report.pairs.values())
+        bits = f"{different} with different bits, " if report.pairs else ""
+        recorded = "".join(f"; {finding.backend} is wrong" for finding in report.findings)
+        return f"PASSED: {tally}, {bits}none beyond the bound{recorded}"
+
+    def title(self, name: str) -> str:
+        """Name a backend, with its tolerance where that is not 1."""
+        tolerance = self.tolerances.get(name, 1)
+        return name if tolerance == 1 else f"{name} (tolerance {tolerance:g})"
+
+    def document(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        report = self.report
+        return {
+            "passed": self.passed,
+            "interrupted": self.interrupted,
+            "verdict": self.verdict,
+            "cases": report.cases,
+            "seconds": self.seconds,
+            "options": self.options,
+            "backends": {
+                name: asdict(standing)
+                | {"excluded": {reason: len(ids) for reason, ids in session.by_reason(standing.excluded.items())}}
+                | {"tolerance": self.tolerances.get(name, 1), "wrong": report.wrong.get(name, 0)}
+                for name, standing in report.standings.items()
+            },
+            "pairs": [{"backends": names} | asdict(pair) for names, pair in report.pairs.items()],
+            "findings": [asdict(finding) | {"replay": finding.replay} for finding in report.findings],
+            "not_run": self.not_run,
+            "configuration": self.configuration,
+        }
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the comparison.
-
-    Parameters
-    ----------
-    arguments : argparse.Namespace
-
-    Returns
-    -------
-    int
-        0: passed, 1: failed, 2: wrong usage or a named backend missing, 130: interrupted before anything was wrong.
-    """
-    from rau.cli import page, replay
+    """Run the comparison: 0 passed, 1 failed, 130 interrupted before anything was wrong."""
     from rau.config import collect
-    from rau.errors import RauError
-    from rau.testing.differential import Differential, run_differential
+    from rau.testing.differential import Differential
 
-    mistakes = _mistakes(arguments)
-    if mistakes:
-        return session.refuse("difftest", *mistakes)
-    try:
-        backends, not_run = session.choose(arguments.backends)
-    except RauError as error:
-        return session.refuse("difftest", str(error))
-    names = [backend.name for backend in backends]
-    twice = {name for name in names if names.count(name) > 1}
-    if not backends:
-        return session.refuse("difftest", "--backends names none")
-    if twice:
-        text = f"several backends are called {', '.join(twice)}; give each class its own name"
-        return session.refuse("difftest", text)
     if arguments.replay:
-        return replay.run(arguments, backends, not_run)
-    first = selection.named_cases(arguments)
-    count = _GENERATED if arguments.cases is None else arguments.cases
-    if not first and not any(True for _ in selection.generated_cases(arguments, min(count, 1))):
-        return session.refuse("difftest", "no case matches --select, --dtype and --layout; see python -m rau cases")
-    try:
-        folder = Path(arguments.report or _FOLDER)
-        if arguments.report:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return session.refuse("difftest", f"--report: {error}")
-
-    asked = ("backends", "cases", "minutes", "select", "dtype", "layout", "seed")
+        case_options.refuse_beside("--replay", arguments)
+    backends, not_run = session.choose(arguments.backends)
+    folder = _folder(arguments.report)
+    asked = ("backends", "cases", "minutes", "replay", "select", "dtype", "layout", "seed")
     options = {name: getattr(arguments, name) for name in asked}
     tolerances = {backend.name: backend.capabilities.tolerance for backend in backends}
-    this = Run(Differential(), tolerances, options, not_run, collect())
+    this = DifftestRun(Differential(), tolerances, options, not_run, collect())
+    started = time.monotonic()
+    if arguments.replay:
+        _replay(this, arguments, backends)
+    else:
+        _compare(this, arguments, backends, folder)
+    this.seconds = time.monotonic() - started
+    lines = _words(this)
+    if arguments.report:
+        _save_page(this, lines, folder / "index.html")
+        lines += [f"report: {folder / 'index.html'}", ""]
+    if arguments.json:
+        session.print_json(this.document())
+    else:
+        print(*lines, this.verdict, sep="\n")
+    return session.exit_status(this.passed, bool(this.report.wrong), this.interrupted)
+
+
+def _folder(report: str | None) -> Path:
+    """Where the page and failing cases go: what stands against it is told before anything takes time."""
+    if report is None:
+        return Path(_FOLDER)  # made when something fails
+    if find_spec("rich") is None:
+        raise session.UsageError("--report needs rich: pip install 'ring-attention-update[cli]'")
+    try:
+        Path(report).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        told = f"--report: got {report!r}; expected a folder, there or to be made: {error.strerror}"
+        raise session.UsageError(told) from error
+    return Path(report)
+
+
+def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any]) -> None:
+    """Compare what is recorded in a file with what backends make of the call now."""
+    from rau.testing import record
+    from rau.testing.differential import run_recorded
+
+    recorded = record.load(arguments.replay)
+    this.report = run_recorded(recorded, backends)
+    if arguments.backends is not None:  # the question is whether these are right now, whatever was recorded
+        this.report.wrong.pop(record.Recorded.name, None)
     if not arguments.json:
         print(session.heading(this.configuration))
-        print(f"\ncomparing {', '.join(names)}{'' if len(names) > 1 else ' with the oracle'}", flush=True)
-    started = time.monotonic()
+        print(f"\nreplaying {arguments.replay}: {case_options.describe(recorded.case)}")
+
+
+def _compare(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any], folder: Path) -> None:
+    """Run the named cases, then generated ones, on every backend."""
+    from rau.testing.differential import run_differential
+
+    named = case_options.named_cases(arguments)
+    count = _GENERATED if arguments.cases is None else arguments.cases
+    if not named and not any(True for _ in case_options.generated_cases(arguments, min(count, 1))):
+        raise session.UsageError("no case matches --select, --dtype and --layout; see python -m rau cases")
+    if not arguments.json:
+        names = ", ".join(this.tolerances)
+        print(session.heading(this.configuration))
+        print(f"\ncomparing {names}{'' if len(backends) > 1 else ' with the oracle'}", flush=True)
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
-    cases = _cases(arguments, first, count, None if seconds is None else started + seconds)
+    cases = _cases(arguments, named, count, None if seconds is None else time.monotonic() + seconds)
     try:
-        with session.watched(seconds or len(first) + count, arguments.json) as step:
-            progress = _Progress(step, timed=seconds is not None)
-            run_differential(backends, cases, folder=folder, progress=progress, into=this.report)
+        with progress(seconds or len(named) + count, quiet=arguments.json) as step:
+            shown = _Shown(step, timed=seconds is not None)
+            run_differential(backends, cases, folder=folder, progress=shown, into=this.report)
     except KeyboardInterrupt:
         this.interrupted = True
-    this.seconds = time.monotonic() - started
-    if arguments.report:
-        (folder / "index.html").write_text(page.render(this), encoding="utf-8")
-    if arguments.json:
-        session.print_json(document(this))
-    else:
-        _print_report(this, arguments.report)
-        print(this.verdict)
-    return session.exit_status(this.passed, this.wrong, this.interrupted)
 
 
-def _mistakes(arguments: argparse.Namespace) -> list[str]:
-    found = []
-    if arguments.cases is not None and arguments.cases < 0:
-        found.append(f"--cases is {arguments.cases}; expected 0 or more")
-    if arguments.minutes is not None and not 0 < arguments.minutes < float("inf"):
-        found.append(f"--minutes is {arguments.minutes}; expected more than 0")
-    if arguments.seed < 0:
-        found.append(f"--seed is {arguments.seed}; expected 0 or more")
-    if arguments.replay:
-        others = ("cases", "minutes", "dtype", "layout", "report")
-        given = [name for name in others if getattr(arguments, name) is not None]
-        given += ["select"] * (arguments.select != "*") + ["seed"] * (arguments.seed != 0)
-        found += [f"--replay runs one call; --{name} has no place beside it" for name in given]
-    return found
-
-
-def _cases(arguments: argparse.Namespace, first: list[Case], count: int, end: float | None) -> Iterator[Case]:
+def _cases(arguments: argparse.Namespace, named: list[Case], count: int, end: float | None) -> Iterator[Case]:
     """The named cases, then generated ones: `count`, or until the end, whichever is given."""
     if end is None:
-        yield from first
-        yield from selection.generated_cases(arguments, count)
+        yield from named
+        yield from case_options.generated_cases(arguments, count)
         return
-    for several in (first, selection.generated_cases(arguments)):
+    for several in (named, case_options.generated_cases(arguments)):
         for case in several:
             if time.monotonic() >= end:
                 return
             yield case
 
 
-class _Progress:
+class _Shown:
     """The live line: cases done, how fast, how bad."""
 
-    def __init__(self, step: Any, timed: bool) -> None:
+    def __init__(self, step: Step, timed: bool) -> None:
         self.step, self.timed = step, timed
-        self.started = self.shown = time.monotonic()
+        self.started = self.last = time.monotonic()
         self.cases = 0
 
     def __call__(self, report: Differential) -> None:
         now = time.monotonic()
-        if now - self.shown < _INTERVAL:
+        if now - self.last < _INTERVAL:
             return
         worst = max(standing.attn_share for standing in report.standings.values())
         wrong = f", {sum(report.wrong.values())} WRONG" if report.wrong else ""
         rate = report.cases / (now - self.started)
-        weight = now - self.shown if self.timed else report.cases - self.cases
+        weight = now - self.last if self.timed else report.cases - self.cases
         self.step(f"{report.cases:,} cases, {rate:.0f}/s, worst {session.share(worst)}{wrong}", weight)
-        self.shown, self.cases = now, report.cases
+        self.last, self.cases = now, report.cases
 
 
-def _print_report(this: Run, folder: str | None) -> None:
-    from rau.cli.console import print_table
-
+def _words(this: DifftestRun) -> list[str]:
+    """The report but for its verdict, line by line."""
     report = this.report
     columns = ["backend", "cases", "excluded", "wrong", "attn_out", "softmax_sum", "worst case"]
     rows = [
@@ -183,37 +261,71 @@ def _print_report(this: Run, folder: str | None) -> None:
         ]
         for name, standing in report.standings.items()
     ]  # fmt: skip
-    print_table(columns, rows, right=columns[1:6])
+    lines = ["", *table(columns, rows, right=columns[1:6]), ""]
     columns = ["worst by dtype", "dtype", "attn_out", "softmax_sum"]
     rows = [
         [this.title(name), dtype, session.share(share), session.share(standing.sum_shares[dtype])]
         for name, standing in report.standings.items()
         for dtype, share in standing.attn_shares.items()
     ]
-    print_table(columns, rows, right=columns[2:])
-    print(session.LEGEND)
+    lines += [*table(columns, rows, right=columns[2:]), "", session.LEGEND]
     if report.pairs:
         columns = ["pair", "cases", "different bits", "apart"]
         rows = [
             [" and ".join(names), f"{pair.cases:,}", f"{pair.different:,}", f"{pair.share:.3g}"]
             for names, pair in report.pairs.items()
         ]
-        print_table(columns, rows, right=columns[1:])
+        lines += ["", *table(columns, rows, right=columns[1:]), "", "apart: largest difference, as a share of the bound"]
+    lines += ["", *_histograms(this)]
     for names, pair in report.pairs.items():
         if pair.first:
-            print(f"first difference of {' and '.join(names)}: {pair.first}")
+            lines.append(f"first difference of {' and '.join(names)}: {pair.first}")
     for name, standing in report.standings.items():
         for reason, ids in session.by_reason(standing.excluded.items()):
-            print(f"excluded from {name}: {session.counted(len(ids), 'case')}: {reason}")
-    for name, reason in this.not_run.items():
-        print(f"not run: {name} ({reason})")
+            lines.append(f"excluded from {name}: {session.counted(len(ids), 'case')}: {reason}")
+    lines += [f"not run: {name} ({reason})" for name, reason in this.not_run.items()]
     for finding in report.findings:
-        case = selection.describe(finding.case)
-        print(f"\nWRONG: {session.both(finding.backend)}, smallest failing case: {case}")
-        print(f"    {finding.message}")
+        lines += ["", f"WRONG: {session.both(finding.backend)}: {finding.message}"]
+        if not this.options["replay"]:
+            lines.append(f"    smallest failing case: {case_options.describe(finding.case)}")
         if finding.file:
-            print(f"    again: {finding.replay}")
-            print(f"    a known mistake? python -m rau diagnose {shlex.quote(finding.file)}")
-    if folder:
-        print(f"\nreport: {Path(folder) / 'index.html'}")
-    print()
+            lines.append(f"    again: {finding.replay}")
+            lines.append(f"    a known mistake? python -m rau diagnose {shlex.quote(finding.file)}")
+    return [*lines, ""]
+
+
+def _histograms(this: DifftestRun) -> list[str]:
+    """How many elements of attn_out have which share of the bound; a bar grows by two for each factor of ten."""
+    tenths = {
+        name: [*standing.histogram[:-1].reshape(10, -1).sum(1).tolist(), int(standing.histogram[-1])]
+        for name, standing in this.report.standings.items()
+    }
+    shares = [*(f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}" for tenth in range(10)), "beyond"]
+    rows = [
+        [share, *(f"{count:13,} {'#' * round(2 * math.log10(count) + 1) if count else '':15}" for count in counts)]
+        for share, counts in zip(shares, zip(*tenths.values(), strict=True), strict=True)
+    ]
+    legend = "elements of attn_out by their error, those that are exact in the first row; bars are logarithmic"
+    return [*table(["of the bound", *tenths], rows), "", legend, ""]
+
+
+def _save_page(this: DifftestRun, lines: list[str], path: Path) -> None:
+    """Save the report as one page, which opens from disk and fetches nothing; failing cases beside it are linked."""
+    from rich.console import Console
+    from rich.style import Style
+    from rich.text import Text
+
+    command = ["python", "-m", "rau", "difftest"]
+    for name, value in this.options.items():
+        if value is not None:
+            command += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
+    title = f"{datetime.now().astimezone():%d %B %Y, %H:%M %Z}: {shlex.join(command)}"
+    page = Text("\n".join([title, "", this.verdict, "", session.heading(this.configuration), *lines]))
+    page.highlight_regex(r"(?m)^PASSED.*", "bold green")
+    page.highlight_regex(r"(?m)^(FAILED|INTERRUPTED|WRONG).*", "bold red")
+    for finding in this.report.findings:
+        if finding.file:
+            page.highlight_words([finding.file], Style(link=Path(finding.file).name))
+    console = Console(record=True, file=io.StringIO())
+    console.print(page, soft_wrap=True)
+    console.save_html(str(path), code_format=_PAGE)

@@ -1,15 +1,15 @@
-"""What the testing commands share: whom they test, how they begin, how they refuse and how they end."""
+"""What the commands share: types of arguments, whom they test, how they begin, what they print and how they end."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from rau.cli.console import Step, progress
+from rau.errors import RauError
 
 INTERRUPTED = 130  # as a shell has it for a process ended by Ctrl-C
 EXIT_STATUS = (
@@ -24,66 +24,62 @@ LEGEND = (
 BACKEND = "a registered backend, or module:Class for a class in a module of the current folder, not installed"
 
 
-def refuse(command: str, *sentences: str) -> int:
-    """Say on stderr why a command does nothing.
-
-    Parameters
-    ----------
-    command : str
-    *sentences : str
-
-    Returns
-    -------
-    int
-        The exit status, 2.
-    """
-    for sentence in sentences:
-        print(f"python -m rau {command}: error: {sentence}", file=sys.stderr)
-    return 2
+class UsageError(RauError, ValueError):
+    """Options that each have a value that can be, and cannot be followed."""
 
 
-def choose(names: str | None) -> tuple[list[Any], dict[str, str]]:
-    """Load the backends that are asked for, or all that are available.
+def whole(least: int) -> Callable[[str], int]:
+    """Make a type of argument: a whole number, `least` or more."""
 
-    Parameters
-    ----------
-    names : str or None
-        Separated by commas.
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number, {least} or more")
+        return number
 
-    Returns
-    -------
-    backends : list of Backend
-    not_run : dict of str to str
-        The registered ones that were not asked for by name and are not available, with the reasons.
+    return convert
 
-    Raises
-    ------
-    RauError
-        If one that is asked for cannot be had.
-    """
+
+def positive(text: str) -> float:
+    """Convert an argument that is a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a number above 0")
+    return number
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """Declare the option that names backends."""
+    text = f"only these backends (default: all that are available): {BACKEND}"
+    parser.add_argument("--backend", nargs="+", action="extend", metavar="NAME", help=text)
+
+
+def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
+    """Load the backends that are named, or all that are available, with the reasons why others are not."""
     from rau import registry
     from rau.testing.conformance import load
 
-    if names is not None:
-        asked_for = dict.fromkeys(name.strip() for name in names.split(","))
-        return [load(name) for name in asked_for if name], {}
-    states = registry.status()
-    available = [registry.get(state.name) for state in states if state.available]
-    return available, {state.name: state.reason for state in states if not state.available}
+    missing = {}
+    if names is None:
+        states = registry.status()
+        names = [state.name for state in states if state.available]
+        missing = {state.name: state.reason for state in states if not state.available}
+    backends = [load(name) for name in dict.fromkeys(names)]
+    called = [backend.name for backend in backends]
+    twice = dict.fromkeys(name for name in called if called.count(name) > 1)
+    if twice:
+        raise UsageError(f"several backends are called {', '.join(twice)}; give each class its own name")
+    return backends, missing
 
 
 def heading(configuration: dict[str, Any]) -> str:
-    """Word what a report begins with: versions, the machine, the core, and every RAU_* variable.
-
-    Parameters
-    ----------
-    configuration : dict
-        From :func:`rau.config.collect`.
-
-    Returns
-    -------
-    str
-    """
+    """Word what a report begins with: versions, the machine, the core, and every RAU_* variable."""
     lines = [", ".join(f"{name} {version}" for name, version in configuration["versions"].items())]
     lines += [configuration["platform"], _core(configuration)]
     variables = configuration["environment"]
@@ -97,50 +93,33 @@ def _core(configuration: dict[str, Any]) -> str:
     core, threads = configuration["core"], configuration["threads"]
     if not core["compiled"]:
         return "compiled core: none"
-    number = f"{threads['number']} thread{'s' if threads['number'] != 1 else ''} (from {threads['origin']})"
+    number = f"{counted(threads['number'], 'thread')} (from {threads['origin']})"
     return f"compiled core: {core['simd']}, {number if core['openmp'] else 'no OpenMP, 1 thread'}, {core['compiler']}"
 
 
-@contextmanager
-def watched(total: float, quiet: bool) -> Iterator[Step]:
-    """Show progress to a person at a terminal, and to nobody else.
-
-    Parameters
-    ----------
-    total : float
-    quiet : bool
-        Show nothing.
-
-    Yields
-    ------
-    step : callable
-        As :func:`rau.cli.console.progress` has it.
-    """
-    if quiet or not sys.stdout.isatty():
-        yield lambda what, weight=1: None
-    else:
-        with progress(total) as step:
-            yield step
-
-
-def print_json(document: dict[str, Any]) -> None:
+def print_json(document: Any) -> None:
     """Print one JSON document on stdout; infinities and NaN, which JSON has not, become strings."""
-    print(json.dumps(_strict(document), indent=2, allow_nan=False))
+    print(json.dumps(_plain(document), indent=2, allow_nan=False))
 
 
-def _strict(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Turn dataclasses, named tuples and arrays into what JSON has."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def counted(number: int, thing: str) -> str:
     """Word a number of things.
 
-    Examples
-    --------
     >>> counted(1, "case"), counted(1200, "case")
     ('1 case', '1,200 cases')
     """
@@ -150,8 +129,6 @@ def counted(number: int, thing: str) -> str:
 def both(who: str) -> str:
     """Word the name of a backend, or of a pair as reports have it.
 
-    Examples
-    --------
     >>> both("numpy"), both("cython, numpy")
     ('numpy', 'cython and numpy')
     """
@@ -159,19 +136,8 @@ def both(who: str) -> str:
 
 
 def by_reason(items: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """Sort what was left out by the reason.
+    """Sort (id, reason) into (reason, ids), the most frequent first.
 
-    Parameters
-    ----------
-    items : iterable of (id, reason)
-
-    Returns
-    -------
-    list of (reason, ids)
-        The most frequent first.
-
-    Examples
-    --------
     >>> by_reason([("a", "too wide"), ("b", "too long"), ("c", "too long")])
     [('too long', ['b', 'c']), ('too wide', ['a'])]
     """
@@ -184,25 +150,23 @@ def by_reason(items: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
 def share(value: float) -> str:
     """Word a share of the bound.
 
-    Examples
-    --------
     >>> share(0.99961), share(45_200_000.0), share(float("inf"))
     ('0.9996', '4.52e+07', 'inf')
     """
     return f"{value:.4f}" if value < 100 else f"{value:.3g}"
 
 
-def exit_status(passed: bool, wrong: bool, interrupted: bool) -> int:
-    """The exit status of a command that judges.
+def duration(seconds: float) -> str:
+    """Word a time.
 
-    Parameters
-    ----------
-    passed, wrong, interrupted : bool
-
-    Returns
-    -------
-    int
+    >>> duration(0.0123), duration(0.0000069)
+    ('12.30 ms', '6.9 us')
     """
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def exit_status(passed: bool, wrong: bool, interrupted: bool) -> int:
+    """The exit status of a command that judges, and that may have been interrupted."""
     if interrupted and not wrong:
         return INTERRUPTED
     return 0 if passed else 1

@@ -205,11 +205,7 @@ def run_differential(
       numpy: 1 cases, 0 excluded; worst 0... (attn_out) and 0... (softmax_sum) of the bound
         float32: 0... (attn_out) and 0... (softmax_sum)
     """
-    instances = [load(backend) for backend in backends]
-    names = [instance.name for instance in instances]
-    for name in names:
-        if names.count(name) > 1:
-            raise UnknownBackendError(f'two of the backends are called "{name}"; give each class its own `name`')
+    instances = _instances(backends)
     report = into if into is not None else Differential()
     for instance in instances:
         report.standings.setdefault(instance.name, Standing())
@@ -236,7 +232,46 @@ def run_differential(
     return report
 
 
-def judge(instances: Sequence[Any], case: Case, report: Differential | None = None) -> Iterator[tuple[str, str]]:
+def run_recorded(recorded: record.Record, backends: Sequence[Any]) -> Differential:
+    """Run a recorded call again, and compare: what was recorded is one backend more, whose bits nobody promises.
+
+    Parameters
+    ----------
+    recorded : Record
+        From :func:`rau.testing.record.load`.
+    backends : sequence of Backend or type or str
+
+    Returns
+    -------
+    Differential
+
+    Raises
+    ------
+    ConstraintError
+        If the arrays make no valid call.
+    """
+    observed = [] if recorded.observed is None else [record.Recorded(recorded.observed)]
+    report = Differential(cases=1)
+    for who, message in judge(_instances([*observed, *backends]), recorded.case, report, recorded.states):
+        if not who.startswith(f"{record.Recorded.name}, "):
+            report.wrong[who] = 1
+            report.findings.append(Finding(recorded.case, who, message))
+    return report
+
+
+def _instances(backends: Sequence[Any]) -> list[Any]:
+    """Load backends; each needs a name of its own."""
+    instances = [load(backend) for backend in backends]
+    names = [instance.name for instance in instances]
+    for name in names:
+        if names.count(name) > 1:
+            raise UnknownBackendError(f'two of the backends are called "{name}"; give each class its own `name`')
+    return instances
+
+
+def judge(
+    instances: Sequence[Any], case: Case, report: Differential | None = None, numbers: list[AttentionState] | None = None
+) -> Iterator[tuple[str, str]]:
     """Run one case on every backend.
 
     Parameters
@@ -245,6 +280,8 @@ def judge(instances: Sequence[Any], case: Case, report: Differential | None = No
     case : Case
     report : Differential, optional
         Takes the statistics.
+    numbers : list of AttentionState, optional
+        The input states, where they come from elsewhere; those of ``case.fill()`` by default.
 
     Yields
     ------
@@ -253,7 +290,7 @@ def judge(instances: Sequence[Any], case: Case, report: Differential | None = No
     """
     report = report if report is not None else Differential()
     try:
-        numbers = case.fill()
+        numbers = case.fill() if numbers is None else numbers
         pristine = case.make(numbers)
     except (ImportError, OSError) as error:  # of ml_dtypes; a system that reserves no memory that it may not have
         for instance in instances:

@@ -26,12 +26,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.backends import Backend, Capabilities
 from rau.constraints import FIELDS
 from rau.constraints.hints import meant
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.rules import Violations
 from rau.errors import RauError
 from rau.layouts import LAYOUTS, OTHER_LAYOUTS
+from rau.problem import Problem
 from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
 
@@ -55,6 +57,31 @@ class Record(NamedTuple):
 
 class RecordError(RauError, ValueError):
     """A file that is no record of a call."""
+
+
+class Recorded(Backend):
+    """What was recorded, as a backend: asked for that call, it gives back that output, right or wrong."""
+
+    name = "the recorded output"
+    capabilities = Capabilities(array_types=("numpy:ndarray",))
+
+    def __init__(self, observed: AttentionState) -> None:
+        self.observed = observed
+
+    def update(
+        self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
+    ) -> AttentionState:
+        """Return the recorded arrays, or fill `out` with them, as far as they fit."""
+        return self.merge(problem, (prev, cur), out)
+
+    def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
+        """The same, whatever the states."""
+        alike = [(mine.shape, mine.dtype) for mine in self.observed]
+        if out is None or alike != [(its.shape, its.dtype) for its in out]:
+            return self.observed
+        for its, mine in zip(out, self.observed, strict=True):
+            its[...] = mine
+        return out
 
 
 def save(path: str | PathLike[str], case: Case, states: Sequence[Any], observed: Sequence[Any] | None = None) -> None:

@@ -7,7 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rau.cli.session import UsageError, whole
 
 if TYPE_CHECKING:
     from rau.testing.cases import Case
@@ -15,23 +17,25 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16", "float64", "bfloat16-into-float32", "float16-into-float32")
 LAYOUTS = ("SBH", "TND", "BSND", "BNSD")
 
+_ALL: dict[str, Any] = {"select": "*", "dtype": None, "layout": None, "seed": 0}
 _LOOK_AHEAD = 10_000  # generated cases in a row that do not match: then none will
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that select cases.
-
-    Parameters
-    ----------
-    parser : argparse.ArgumentParser
-    """
+    """Declare the options that select cases."""
     text = "only cases whose id matches, such as 'tnd/*' or generated/0/17"
-    parser.add_argument("--select", default="*", metavar="GLOB", help=text)
+    parser.add_argument("--select", metavar="GLOB", help=text)
     parser.add_argument("--dtype", choices=DTYPES, metavar="D", help=f"only cases of this dtype: {', '.join(DTYPES)}")
-    parser.add_argument(
-        "--layout", choices=LAYOUTS, metavar="L", help=f"only cases in this layout: {', '.join(LAYOUTS)}"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the generated cases (default: 0)")
+    parser.add_argument("--layout", choices=LAYOUTS, metavar="L", help=f"only cases in this layout: {', '.join(LAYOUTS)}")
+    parser.add_argument("--seed", type=whole(0), metavar="S", help="seed of the generated cases (default: 0)")
+    parser.set_defaults(**_ALL)
+
+
+def refuse_beside(option: str, arguments: argparse.Namespace, **others: Any) -> None:
+    """Refuse to select cases, and `others` with their defaults, beside an option that says itself what is run."""
+    for name, default in (_ALL | others).items():
+        if getattr(arguments, name) != default:
+            raise UsageError(f"--{name} has no place beside {option}, which takes all that it finds there")
 
 
 def dtype_of(case: Case) -> str:
@@ -41,16 +45,7 @@ def dtype_of(case: Case) -> str:
 
 
 def matcher(options: argparse.Namespace) -> Callable[[Case], bool]:
-    """Tell which cases the options select.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-
-    Returns
-    -------
-    callable
-    """
+    """Tell which cases the options select."""
 
     def matches(case: Case) -> bool:
         return (
@@ -63,31 +58,14 @@ def matcher(options: argparse.Namespace) -> Callable[[Case], bool]:
 
 
 def named_cases(options: argparse.Namespace) -> list[Case]:
-    """List the named cases that are selected.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-    """
+    """List the named cases that are selected."""
     from rau.testing.cases import named
 
     return list(filter(matcher(options), named()))
 
 
 def generated_cases(options: argparse.Namespace, count: int = sys.maxsize) -> Iterator[Case]:
-    """Generate cases that are selected.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-    count : int
-        So many at most.
-
-    Yields
-    ------
-    Case
-        A case that is named in full, such as generated/0/17, is found wherever it is.
-    """
+    """Generate `count` cases that are selected, or fewer; one that is named in full is found wherever it is."""
     from rau.testing.cases import generated
 
     matches = matcher(options)
@@ -108,16 +86,7 @@ def generated_cases(options: argparse.Namespace, count: int = sys.maxsize) -> It
 
 
 def describe(case: Case) -> str:
-    """Word a case in a line: its geometry, its numbers, and where its arrays lie.
-
-    Parameters
-    ----------
-    case : Case
-
-    Returns
-    -------
-    str
-    """
+    """Word a case in a line: its geometry, its numbers, and where its arrays lie."""
     sizes = f"B {case.batch}, S {case.tokens}"
     layout = case.layout
     if case.layout == "TND":

@@ -6,12 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from rau.arrays.memory import aligned
 from rau.threads import get_num_threads, set_num_threads
+
+Call: TypeAlias = Callable[[], object]
+Key = TypeVar("Key")
 
 _TURN = 5e-4  # seconds: a shorter call is repeated within its turn
 _PAUSE = 2e-3  # the threads of another library's OpenMP spin for about so long after their work, on our CPUs
@@ -34,9 +37,17 @@ class Spread(NamedTuple):
         return cls(float(median), float(low), float(high))
 
 
+def on_host(call: Call, repeats: int) -> float:
+    """Seconds that some calls take, by the clock on the wall."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return time.perf_counter() - start
+
+
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], seconds: float, *, least: int = 3
-) -> dict[str, np.ndarray]:
+    calls: Mapping[Key, Call], seconds: float, *, least: int = 3, clock: Callable[[Call, int], float] = on_host
+) -> dict[Key, np.ndarray]:
     """Time calls in turn, A B C A B C, so that whatever disturbs the machine disturbs all of them.
 
     A turn starts with a call that is not timed: each then finds in the caches what it leaves there itself, and not what the
@@ -44,30 +55,32 @@ def interleaved(
 
     Parameters
     ----------
-    calls : mapping of str to callable
+    calls : mapping of hashable to callable
         Each is called some times at the start, to find how many calls make a turn.
     seconds : float
         About how long to measure in all. A call that has had its equal part of it drops out.
     least : int, default 3
         Rounds that every call takes part in, however long that takes.
+    clock : callable, default :func:`on_host`
+        Takes a call and how often to repeat it, and returns the seconds of all of that.
 
     Returns
     -------
-    dict of str to ndarray
+    dict of hashable to ndarray
         Seconds a call, one number a round; the rounds of different calls correspond.
     """
     repeats, times, spent = {}, {name: list[float]() for name in calls}, dict.fromkeys(calls, 0.0)
     for name, call in calls.items():
         call()  # touches its memory, loads and compiles what is loaded and compiled at first use
-        once = _seconds(call, 1)
+        once = clock(call, 1)
         if once < 100 * _TURN:  # the least of some, since others may have had the CPU meanwhile
-            once = min(_seconds(call, 1) for _ in range(5))
+            once = min(clock(call, 1) for _ in range(5))
         repeats[name] = max(1, round(_TURN / max(once, 1e-9)))
     left = list(calls)
     while left:
         for name in left:
             time.sleep(_PAUSE)
-            first, turn = _seconds(calls[name], 1), _seconds(calls[name], repeats[name])
+            first, turn = clock(calls[name], 1), clock(calls[name], repeats[name])
             spent[name] += _PAUSE + first + turn
             times[name].append(turn / repeats[name])
         done = {name for name in left if spent[name] >= seconds / len(calls) or len(times[name]) >= _MOST}
@@ -75,18 +88,17 @@ def interleaved(
     return {name: np.array(one) for name, one in times.items()}
 
 
+def ratio(of: np.ndarray, to: np.ndarray) -> Spread:
+    """How many times as long the first takes, by the rounds that both took part in."""
+    rounds = min(len(of), len(to))
+    return Spread.of(of[:rounds] / to[:rounds])
+
+
 @contextmanager
-def threads(number: int | None) -> Iterator[int]:
+def thread_count(number: int | None) -> Iterator[int]:
     """Let rau, and torch where it is loaded, use the same number of threads, and give them back what they had.
 
-    Parameters
-    ----------
-    number : int or None
-        None: as many as rau has.
-
-    Yields
-    ------
-    int
+    None: as many as rau has.
     """
     torch = sys.modules.get("torch")
     before, torch_before = get_num_threads(), torch.get_num_threads() if torch else 0
@@ -103,59 +115,28 @@ def threads(number: int | None) -> Iterator[int]:
             torch.set_num_threads(torch_before)
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return time.perf_counter() - start
-
-
-def ratio(of: np.ndarray, to: np.ndarray) -> Spread:
-    """How many times as long the first takes, by the rounds that both took part in: what share of the second's time it is.
-
-    Parameters
-    ----------
-    of, to : ndarray
-        From one :func:`interleaved`.
-
-    Returns
-    -------
-    Spread
-    """
-    rounds = min(len(of), len(to))
-    return Spread.of(of[:rounds] / to[:rounds])
-
-
 class Roof:
-    """Copy and triads over arrays of a state's size: what they take is the least that an update could.
+    """Copy and triads over three arrays of a state's size: what they take is the least that an update could.
 
     An update reads two states and writes one, as a triad (to = a + b / 2) does with its arrays: over as many bytes, the
-    triad's time by the update's is the update's share of the roof.
-
-    Attributes
-    ----------
-    bytes : int
-        Of each of the three arrays.
-    calls : dict of str to callable
-        "copy", "triad" and "in-place triad".
-    origin : str
-        Who runs them.
+    triad's time by the update's is the update's share of the roof. `calls` has "copy", "triad" and "in-place triad",
+    `origin` says who runs them.
     """
 
-    def __init__(self, bytes_: int, threads: int) -> None:
+    def __init__(self, bytes_: int) -> None:
         self.bytes = bytes_ // 4 * 4
         a, b, to = (_ones(self.bytes) for _ in range(3))
         try:
             from rau._core import roof
         except ImportError:
             self.origin = "NumPy's copyto and add, in one thread: the compiled core is missing"
-            self.calls: dict[str, Callable[[], object]] = {
+            self.calls: dict[str, Call] = {
                 "copy": lambda: np.copyto(to, a),
                 "triad": lambda: np.add(a, b, out=to),
                 "in-place triad": lambda: np.add(a, b, out=a),
             }
             return
-        around = self.bytes > _AROUND
+        threads, around = get_num_threads(), self.bytes > _AROUND
         stores = "around the cache (non-temporal)" if around else "into the cache"
         self.origin = f"the compiled core, threads: {threads}, stores {stores}, in place always into the cache"
         self.calls = {
@@ -169,18 +150,10 @@ class Roof:
         return (2 if name == "copy" else 3) * self.bytes
 
 
-def device_copy(backend: Any, bytes_: int) -> Callable[[], object] | None:
+def device_copy(backend: Any, bytes_: int) -> Call | None:
     """A copy on a backend's own device that moves as many bytes as a triad over arrays of `bytes_` does.
 
-    Parameters
-    ----------
-    backend : Backend
-    bytes_ : int
-
-    Returns
-    -------
-    callable or None
-        None where its arrays have no ``copy_``.
+    None where the backend's arrays have no ``copy_``.
     """
     source, to = (backend.asarray(np.zeros(bytes_ * 3 // 8, np.float32)) for _ in range(2))
     if not hasattr(to, "copy_"):

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from rau.cli.workload import Size
+from rau.cli.bench.timing import Call
+from rau.cli.bench.workload import Size
 from rau.state import AttentionState
 
 EAGER, WRITTEN, COMPILED = "torch eager", "torch eager, as commonly written", "torch.compile"
 
 
 class Peers:
-    """The composites.
+    """The composites; ImportError where torch is not installed.
 
-    Parameters
-    ----------
-    compiled : bool, default True
-        torch.compile too, which takes ten seconds or more the first time.
-
-    Raises
-    ------
-    ImportError
-        Where torch is not installed.
+    torch.compile, which takes ten seconds or more the first time, is one of them if `compiled`.
     """
 
     def __init__(self, compiled: bool = True) -> None:
-        import torch
-
+        try:
+            import torch
+        except ImportError as error:
+            raise ImportError("torch is not installed: pip install 'ring-attention-update[torch]'") from error
         self._torch, self._compiled = torch, compiled
 
     def tensors(self, state: AttentionState) -> AttentionState:
@@ -40,39 +34,24 @@ class Peers:
             output = torch.from_numpy(attn_out)
         return AttentionState(output, torch.from_numpy(maximum), torch.from_numpy(total))
 
-    def calls(self, size: Size, prev: AttentionState, cur: AttentionState) -> dict[str, Callable[[], object]]:
-        """Functions that merge two states, all with fresh results: a composite has no other.
+    def calls(self, size: Size, prev: AttentionState, cur: AttentionState) -> dict[str, Call]:
+        """Functions that merge two states of torch tensors, all with fresh results: a composite has no other.
 
-        Parameters
-        ----------
-        size : Size
-            Not one with packed statistics: for those nobody has a composite that runs on a CPU.
-        prev, cur : AttentionState
-            Of torch tensors.
-
-        Returns
-        -------
-        dict of str to callable
+        Not with packed statistics: for those nobody has a composite that runs on a CPU.
         """
         torch = self._torch
-        found: dict[str, Callable[[], object]] = {
-            EAGER: lambda: self.eager(prev, cur, size.heads),
-            WRITTEN: lambda: self.written(prev, cur, size.heads),
+        found: dict[str, Call] = {
+            EAGER: lambda: self.eager(prev, cur),
+            WRITTEN: lambda: self.written(prev, cur, size.head_dim),
         }
         if self._compiled:
             torch.compiler.reset()  # or the sizes before would make this one dynamic
             function = torch.compile(self.eager, dynamic=False)
-            found[COMPILED] = lambda: function(prev, cur, size.heads)
+            found[COMPILED] = lambda: function(prev, cur)
         return found
 
-    def eager(self, prev: AttentionState, cur: AttentionState, heads: int) -> tuple[Any, Any, Any]:
-        """The update with weights that broadcast: as good as eager operations get.
-
-        Parameters
-        ----------
-        prev, cur : AttentionState
-        heads : int
-        """
+    def eager(self, prev: AttentionState, cur: AttentionState) -> tuple[Any, Any, Any]:
+        """The update with weights that broadcast: as good as eager operations get."""
         weights, maximum, total = self._weights(prev, cur)
         shape = prev[0].shape
         if len(shape) == len(maximum.shape):  # TND
@@ -83,17 +62,10 @@ class Peers:
         merged = outputs[0] * rows[0] + outputs[1] * rows[1]  # in float32: the weights are
         return merged.to(prev[0].dtype).view(shape), maximum, total
 
-    def written(self, prev: AttentionState, cur: AttentionState, heads: int) -> tuple[Any, Any, Any]:
-        """The update with weights repeated to the outputs' shape, as training scripts have it.
-
-        Parameters
-        ----------
-        prev, cur : AttentionState
-        heads : int
-        """
+    def written(self, prev: AttentionState, cur: AttentionState, head_dim: int) -> tuple[Any, Any, Any]:
+        """The update with weights repeated to the outputs' shape, as training scripts have it."""
         weights, maximum, total = self._weights(prev, cur)
         shape = prev[0].shape
-        head_dim = prev[0][0].numel() // heads if len(shape) == len(maximum.shape) else shape[-1] // heads
         wide = [weight.repeat(*[1] * (weight.dim() - 1), head_dim) for weight in weights]
         if len(shape) != len(maximum.shape):
             wide = [weight.permute(2, 0, 1, 3).reshape(shape) for weight in wide]
