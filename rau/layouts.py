@@ -138,6 +138,37 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def dimensions(
+    layout: str, attn_shape: Sequence[int], stats_shape: Sequence[int]
+) -> tuple[int, int | None, int, int, int]:
+    """Read B, S, T, N and D off the shapes of a state; in TND, where lengths tell the sequences, one of all tokens.
+
+    Parameters
+    ----------
+    layout : str
+        A key of :data:`LAYOUTS`.
+    attn_shape, stats_shape : sequence of int
+
+    Returns
+    -------
+    tuple of int
+
+    Examples
+    --------
+    >>> dimensions("SBH", (6, 2, 12), (2, 3, 6, 8))
+    (2, 6, 12, 3, 4)
+    """
+    axes = LAYOUTS[layout]
+    tokens = attn_shape[axes.attn_token]
+    if axes.attn_head is None:
+        N = stats_shape[axes.stats_head]
+        D = attn_shape[-1] // N if N else 0
+    else:
+        N, D = attn_shape[axes.attn_head], attn_shape[-1]
+    B = 1 if axes.attn_batch is None else attn_shape[axes.attn_batch]
+    return B, tokens, B * tokens, N, D
+
+
 def packed_row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """Distance between two consecutive rows of packed statistics, or None where it varies.
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from rau.layouts import BlockTerms, block_terms, contiguous_strides
+from rau.arrays import Kind, kind_of, type_names
+from rau.layouts import BlockTerms, block_terms, contiguous_strides, dimensions
+
+
+def _strides(kind: Kind, array: Any) -> tuple[int, ...]:
+    """Strides in elements of an array that kernels can stream."""
+    strides = contiguous_strides(array.shape) if kind.contiguous(array) else kind.strides(array)
+    assert strides is not None
+    return strides
 
 
 class Problem:
-    """A call whose arguments have passed every check. Immutable by convention.
+    """A call whose arguments have passed every check. It is not to be written to: later calls like it may get the same one.
 
     Attributes
     ----------
@@ -49,78 +59,125 @@ class Problem:
         The last one found to take it: a problem that is met again need not be judged again.
     """
 
-    __slots__ = (
-        "B", "D", "K", "N", "S", "T", "_blocks", "_strides", "_terms", "actual_seq_qlen", "array_types", "cur_dtype",
-        "device", "dtype", "half", "in_place", "kind", "lanes", "layout", "profile", "shape", "softmax_layout",
-        "stats_dtype", "stats_shape", "taken_by",
-    )  # fmt: skip
+    layout: str
+    softmax_layout: str
+    profile: str
+    K: int
+    B: int
+    T: int
+    N: int
+    D: int
+    lanes: int
+    dtype: str
+    cur_dtype: str
+    stats_dtype: str
+    shape: tuple[int, ...]
+    stats_shape: tuple[int, ...]
+    actual_seq_qlen: Any
+    kind: str
+    array_types: tuple[str, ...]
+    device: str
+    in_place: bool
+    half: str | None
+    taken_by: Any
 
-    def __init__(
-        self,
-        *,
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a Problem is the description of a call, also of later ones like it: {name!r} is not to be written")
+
+    @classmethod
+    def of(
+        cls,
+        states: Sequence[Sequence[Any]],
+        out: Sequence[Any] | None,
+        lengths: Any,
         layout: str,
         softmax_layout: str,
         profile: str,
-        K: int,
-        B: int,
-        S: int | None,
-        T: int,
-        N: int,
-        D: int,
-        lanes: int,
-        dtype: str,
-        cur_dtype: str,
-        stats_dtype: str,
-        shape: tuple[int, ...],
-        stats_shape: tuple[int, ...],
-        actual_seq_qlen: Any,
-        kind: str,
-        array_types: tuple[str, ...],
-        device: str,
+        *,
         in_place: bool,
-        strides: tuple[tuple[int, ...], ...] | None,
         half: str | None = None,
-    ) -> None:
-        self.layout, self.softmax_layout, self.profile = layout, softmax_layout, profile
-        self.K, self.B, self.S, self.T, self.N, self.D, self.lanes = K, B, S, T, N, D, lanes
-        self.dtype, self.cur_dtype, self.stats_dtype = dtype, cur_dtype, stats_dtype
-        self.shape, self.stats_shape = shape, stats_shape
-        self.actual_seq_qlen = actual_seq_qlen
-        self.kind, self.array_types, self.device = kind, array_types, device
-        self.in_place, self.half = in_place, half
-        self._strides = strides
-        self._terms: BlockTerms | None = None
-        self._blocks: np.ndarray | None = None
-        self.taken_by: Any = None
+    ) -> Problem:
+        """Describe a call that is known to be valid. Nothing is checked here: who has not checked it asks the validator.
+
+        Parameters
+        ----------
+        states : sequence of triples of arrays
+            attn_out, softmax_max, softmax_sum of each input state; where there is a `half`, of the later state's shape all.
+        out : triple of arrays, or None
+        lengths : ndarray of int64, shape (B + 1,), or device array, or None
+            Cumulative sequence lengths in TND.
+        layout, softmax_layout, profile, in_place, half
+            As the attributes.
+
+        Returns
+        -------
+        Problem
+        """
+        attn_out, softmax_max, _ = states[0]
+        kind = kind_of(attn_out)
+        assert kind is not None
+        shape, stats_shape = tuple(attn_out.shape), tuple(softmax_max.shape)
+        B, longest, T, N, D = dimensions(layout, shape, stats_shape)
+        dtype = kind.dtype(attn_out)
+        described: dict[str, Any] = {
+            "layout": layout, "softmax_layout": softmax_layout, "profile": profile, "K": len(states),
+            "B": B, "T": T, "N": N, "D": D, "lanes": stats_shape[-1], "shape": shape, "stats_shape": stats_shape,
+            "dtype": dtype, "cur_dtype": kind.dtype(states[1][0]) if len(states) > 1 else dtype,
+            "stats_dtype": kind.dtype(softmax_max), "actual_seq_qlen": lengths, "kind": kind.name,
+            "array_types": type_names(type(attn_out)), "device": kind.device(attn_out), "in_place": in_place, "half": half,
+            "taken_by": None,
+        }  # fmt: skip
+        if lengths is None:
+            described["S"] = longest
+        else:
+            described["B"] = len(lengths) - 1
+        triples = states if out is None else (*states, out)
+        if not all([kind.contiguous(array) for state in triples for array in state]):
+            strides = [_strides(kind, array) for state in triples for array in state]
+            if out is None:
+                stats = contiguous_strides(stats_shape)
+                strides += contiguous_strides(shape), stats, stats
+            described["strides"] = tuple(strides)
+        self = cls()
+        vars(self).update(described)
+        return self
+
+    def result(self, like: Any) -> tuple[Any, Any, Any]:
+        """Allocate the arrays of a result in the kind of an input array; they have no values yet."""
+        kind = kind_of(like)
+        assert kind is not None
+        stats = self.stats_shape, self.stats_dtype
+        return kind.empty(self.shape, self.dtype), kind.empty(*stats), kind.empty(*stats)
 
     @property
     def packed(self) -> bool:
         """Whether the statistics are in TND's packed order."""
         return self.layout == "TND" and self.softmax_layout == "SBH"
 
-    @property
-    def strides(self) -> tuple[tuple[int, ...], ...]:
-        if self._strides is None:  # every array is contiguous
-            stats = contiguous_strides(self.stats_shape)
-            self._strides = (contiguous_strides(self.shape), stats, stats) * (self.K + 1)
-        return self._strides
+    @cached_property
+    def S(self) -> int | None:
+        if isinstance(self.actual_seq_qlen, np.ndarray):
+            return int(np.diff(self.actual_seq_qlen).max(initial=0))
+        return None
 
-    @property
+    @cached_property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        stats = contiguous_strides(self.stats_shape)
+        return (contiguous_strides(self.shape), stats, stats) * (self.K + 1)
+
+    @cached_property
     def block_terms(self) -> BlockTerms | None:
         """The block table in short; None where that is."""
-        anywhere = not self.packed and self.half is None  # it takes no lengths to find the rows
-        if self._terms is None and (isinstance(self.actual_seq_qlen, np.ndarray) or anywhere):
-            tokens = self.T if self.layout == "TND" else self.S
-            assert tokens is not None
-            lengths = (self.B, tokens, self.N, self.D)
-            self._terms = block_terms(self.layout, self.packed, lengths, self.actual_seq_qlen, self.strides, self.half)
-        return self._terms
+        if (self.packed or self.half is not None) and not isinstance(self.actual_seq_qlen, np.ndarray):
+            return None  # elsewhere it takes no lengths to find the rows
+        tokens = self.T if self.layout == "TND" else self.S
+        assert tokens is not None
+        lengths = (self.B, tokens, self.N, self.D)
+        return block_terms(self.layout, self.packed, lengths, self.actual_seq_qlen, self.strides, self.half)
 
-    @property
+    @cached_property
     def blocks(self) -> np.ndarray | None:
-        if self._blocks is None and self.block_terms is not None:
-            self._blocks = self.block_terms.table()
-        return self._blocks
+        return None if self.block_terms is None else self.block_terms.table()
 
     def __repr__(self) -> str:
         lengths = ", ".join(f"{name}={getattr(self, name)}" for name in "BSTND")

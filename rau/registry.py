@@ -176,7 +176,7 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
             entry = load(name)
             if entry.failure is None:
                 if problem.taken_by is entry.instance or not reasons_against(entry.instance, problem):
-                    problem.taken_by = entry.instance
+                    vars(problem)["taken_by"] = entry.instance  # not a backend's to write, but ours
                     return entry.instance, origin
             elif name == "cython":
                 _warn_core_missing(entry)

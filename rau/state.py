@@ -219,7 +219,7 @@ class AttentionState(NamedTuple):
         lengths = None
         if layout == "TND" and softmax_layout == "SBH":
             tokens = shape[0] if shape else None
-            lengths, _, _ = bind_lengths(report, actual_seq_qlen, tokens, packed=True, vendor=False)
+            lengths = bind_lengths(report, actual_seq_qlen, tokens, packed=True, vendor=False)
             check_lengths_here(report, lengths, "softmax_max", self.softmax_max)
         report.raise_if_broken()
         maximum, total = self.softmax_max[..., 0], self.softmax_sum[..., 0]
@@ -275,7 +275,7 @@ def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> Any:
             tokens = shape[0]
         else:
             report.add("rank", f"stats has shape {shape}; expected (T, N, lanes) or (T, N).")
-    lengths, _, _ = bind_lengths(report, actual_seq_qlen, tokens, packed=True, vendor=False)
+    lengths = bind_lengths(report, actual_seq_qlen, tokens, packed=True, vendor=False)
     check_lengths_here(report, lengths, "stats", stats)
     report.raise_if_broken()
     return reordered(stats, lengths, to)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -210,7 +211,9 @@ def test_the_whole_kit_on_a_kernel_of_ones_own(folder, capsys):
     assert main(["check", "kernel_at_hand:Mine", "--json", "--expect-failure", "nothing/at-all=why not"]) == 1
     found = document(capsys)
     assert found["failures"] == [{"id": "nothing/at-all", "message": "an expected failure that matches no check"}]
-    assert len(found["succeeded"]) > 700 and found["excluded"] == [] and found["seconds"] < 60
+    assert len(found["succeeded"]) > 700 and found["seconds"] < 60
+    without_torch = [] if find_spec("torch") else ["autograd/learns-of-writes"]
+    assert [excluded["id"] for excluded in found["excluded"]] == without_torch
 
 
 @pytest.mark.parametrize(

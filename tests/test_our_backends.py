@@ -1,5 +1,7 @@
 """Our own backends, held to the kit that we hand to others."""
 
+from importlib.util import find_spec
+
 import rau
 from rau.testing import check_backend, run_differential
 from rau.testing.cases import generated
@@ -10,7 +12,8 @@ def test_the_conformance_kit(any_backend):
     assert report.passed, str(report)
     assert len(report.succeeded) > 600, "the kit has shrunk"
     if rau.registry.get(any_backend).capabilities.tolerance == 1:
-        assert not report.excluded, str(report)
+        without_torch = [] if find_spec("torch") else ["autograd/learns-of-writes"]
+        assert [excluded.id for excluded in report.excluded] == without_torch, str(report)
 
 
 def test_the_same_bits_from_all_of_them():

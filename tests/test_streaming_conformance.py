@@ -197,6 +197,6 @@ def test_a_backend_without_a_batch_is_excused():
 
 
 def test_halves_are_a_matter_of_the_blocks():
-    assert "half" in Problem.__slots__
+    assert "half" in Problem.__annotations__
     assert rau.registry.capabilities("numpy").halves
     assert not Capabilities(array_types=NUMPY).halves

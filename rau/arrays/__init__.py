@@ -18,6 +18,7 @@ from rau.arrays.numpy_ import NumPyKind
 from rau.arrays.torch_ import TorchKind, tensor_inside
 
 _TYPE_NAMES: dict[type, tuple[str, ...]] = {}
+HOST_ARRAYS = ("numpy:ndarray", "torch:Tensor", "mindspore.common.tensor:Tensor")  # those with a `host_view`
 # Each names further types of arrays, as "module:qualname": the registry of backends adds itself, since plugins bring their own.
 foreign_types: list[Callable[[], set[str]]] = []
 
@@ -58,10 +59,19 @@ class Kind(Protocol):
         """Return a C-contiguous, aligned copy."""
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        """Return the values as a NumPy array, on the host."""
+        """Return the values as a NumPy array on the host; bfloat16 as ml_dtypes has it."""
+
+    def from_numpy(self, array: np.ndarray) -> Any:
+        """Turn a NumPy array into one of the library's, on the host and of the same memory where that can be."""
+
+    def host_view(self, array: Any) -> np.ndarray:
+        """See an array in host memory as NumPy's, bfloat16 as uint16."""
 
     def signature(self, arrays: Sequence[Any], inputs: int) -> Hashable | None:
         """Describe the arrays of a call, the last ones to write into, for :mod:`rau.constraints.cache`; None: not plain."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Allocate an array in host memory, C-contiguous, without values."""
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
         """Return a new array beside `like`, on its device, every element of it `value`."""
@@ -71,6 +81,8 @@ class Kind(Protocol):
 
 
 _KINDS: dict[type, Kind] = {np.ndarray: NumPyKind()}
+
+
 def type_names(cls: type) -> tuple[str, ...]:
     """Name a type and its bases as capabilities spell them.
 

@@ -54,10 +54,19 @@ class ForeignKind:
     def signature(self, arrays: Sequence[Any], inputs: int) -> None:
         return None
 
+    def host_view(self, array: Any) -> np.ndarray:
+        raise NotImplementedError("where its memory lies, its library knows")
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        raise NotImplementedError("its backend makes such arrays")
+
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
         raise NotImplementedError("its backend makes such arrays")
 
     def cast(self, array: Any, dtype: str) -> Any:
+        raise NotImplementedError("its backend makes such arrays")
+
+    def from_numpy(self, array: np.ndarray) -> Any:
         raise NotImplementedError("its backend makes such arrays")
 
     def to_numpy(self, array: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rau.arrays.memory import Memory
 from rau.arrays.numpy_ import NumPyKind
 from rau.arrays.torch_ import TorchKind
 from rau.errors import UnsupportedError
@@ -52,7 +53,29 @@ class MindSporeKind(TorchKind):
         return array.contiguous()
 
     def to_numpy(self, array: Any) -> np.ndarray:
+        mindspore = sys.modules["mindspore"]
+        if array.dtype == mindspore.bfloat16:
+            import ml_dtypes
+
+            return array.astype(mindspore.float32).asnumpy().astype(ml_dtypes.bfloat16)
         return array.asnumpy()
+
+    def from_numpy(self, array: np.ndarray) -> Any:
+        mindspore = sys.modules["mindspore"]
+        if array.dtype.name == "bfloat16":
+            return mindspore.Tensor(array.astype("f4")).astype(mindspore.bfloat16)
+        return mindspore.Tensor(array)
+
+    def host_view(self, array: Any) -> np.ndarray:
+        # Its asnumpy copies what is strided, and knows no bfloat16.
+        dtype = self.dtype(array)
+        return np.asarray(_Borrowed(array, self.memory(settled(array)), "uint16" if dtype == "bfloat16" else dtype))
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        mindspore = sys.modules["mindspore"]
+        if dtype == "bfloat16":
+            return mindspore.Tensor.from_numpy(_HOST.empty(shape, "uint16")).view(mindspore.bfloat16)
+        return mindspore.Tensor.from_numpy(_HOST.empty(shape, dtype))
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
         mindspore = sys.modules["mindspore"]
@@ -63,6 +86,20 @@ class MindSporeKind(TorchKind):
     def cast(self, array: Any, dtype: str) -> Any:
         copy = array.copy()
         return copy if self.dtype(array) == dtype else copy.astype(getattr(sys.modules["mindspore"], dtype))
+
+
+class _Borrowed:
+    """Memory of a tensor, for NumPy to see; it keeps the tensor."""
+
+    def __init__(self, array: Any, memory: Memory, dtype: str) -> None:
+        self.array = array
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": np.dtype(dtype).str,
+            "data": (memory.address, False),
+            "shape": memory.shape,
+            "strides": memory.strides,
+        }
 
 
 def settled(array: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ except ImportError:  # not compiled: every call takes the validator
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _NUMPY_NAMES: dict[np.dtype, str] = {}
+_DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
+_LARGE = 1 << 18  # elements: a smaller array stays in the cache, where its place does not matter
 
 
 class NumPyKind:
@@ -73,8 +76,18 @@ class NumPyKind:
     def to_numpy(self, array: np.ndarray) -> np.ndarray:
         return array
 
+    def from_numpy(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def host_view(self, array: np.ndarray) -> np.ndarray:
+        return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
     def signature(self, arrays: Sequence[Any], inputs: int) -> bytes | None:
         return signature(arrays, inputs)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        own = _DTYPES.get(dtype) or np.dtype(dtype)  # bfloat16, which NumPy knows since there is an input of it
+        return aligned(shape, own) if math.prod(shape) > _LARGE else np.empty(shape, own)
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> np.ndarray:
         array = aligned(shape, dtype, np.zeros)  # zeros cost nothing until touched

@@ -138,16 +138,40 @@ class TorchKind:
         return array.resolve_neg().contiguous()
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        return array.detach().cpu().numpy()
+        array = array.detach().cpu()
+        if array.dtype == sys.modules["torch"].bfloat16:
+            import ml_dtypes
+
+            return self.host_view(array).view(ml_dtypes.bfloat16)
+        return array.numpy()
+
+    def from_numpy(self, array: np.ndarray) -> Any:
+        torch = sys.modules["torch"]
+        if not array.flags.writeable or any(step < 0 for step in array.strides):
+            array = array.copy()  # torch knows neither
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array.view("u2")).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    def host_view(self, array: Any) -> np.ndarray:
+        torch = sys.modules["torch"]
+        array = array.detach()
+        return (array.view(torch.uint16) if array.dtype == torch.bfloat16 else array).numpy()
 
     def signature(self, arrays: Sequence[Any], inputs: int) -> Hashable | None:
         described = tensor_signature(arrays, inputs, sys.modules["torch"].Tensor)
         return None if described is None else tuple(described)
 
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        # NumPy asks the system for huge pages, and torch does not: that decides what a large fresh output costs.
+        torch = sys.modules["torch"]
+        if dtype == "bfloat16":
+            return torch.from_numpy(_HOST.empty(shape, "uint16")).view(torch.bfloat16)
+        return torch.from_numpy(_HOST.empty(shape, dtype))
+
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
         torch = sys.modules["torch"]
         if like.device.type == "cpu":
-            # NumPy asks the system for huge pages, and torch does not.
             return torch.from_numpy(_HOST.full(None, shape, dtype, value))
         return torch.full(shape, value, dtype=getattr(torch, dtype), device=like.device)
 

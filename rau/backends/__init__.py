@@ -216,11 +216,11 @@ class Backend:
     def _step(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
     ) -> AttentionState:
-        from rau.constraints import bind
-
-        pair, regular = bind("merge_states", (prev, cur), lambda k, field: f"states[{k}]", problem.actual_seq_qlen,
-                             problem.layout, problem.softmax_layout, out, "portable", "metadata")  # fmt: skip
-        return self.update(pair, AttentionState(*regular[0]), AttentionState(*regular[1]), out)
+        pair = Problem.of(
+            (prev, cur), out, problem.actual_seq_qlen, problem.layout, problem.softmax_layout, problem.profile,
+            in_place=out is not None and problem.in_place,
+        )  # fmt: skip
+        return self.update(pair, prev, cur, out)
 
     def _cast(self, state: AttentionState, dtype: str) -> AttentionState:
         with np.errstate(over="ignore"):

@@ -7,9 +7,11 @@ tested with.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from rau.arrays import kind_of
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.backends.ascend_operators import FRAMEWORKS, OnMindSpore, OnTorch
 from rau.constraints.profiles import CHIP, PROFILES
@@ -18,8 +20,6 @@ from rau.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
     import numpy as np
-
-_INFINITY = float("inf")
 
 
 def chip_limits(problem: Problem) -> list[str]:
@@ -72,7 +72,7 @@ def mended(framework: Any, problem: Problem, prev: AttentionState, cur: Attentio
     AttentionState
     """
     (m_prev, l_prev), (m_cur, l_cur) = ((state[1][..., :1], state[2][..., :1]) for state in (prev, cur))
-    no_prev, no_cur = ((l == 0) | (m == -_INFINITY) for m, l in ((m_prev, l_prev), (m_cur, l_cur)))
+    no_prev, no_cur = ((l == 0) | (m == -math.inf) for m, l in ((m_prev, l_prev), (m_cur, l_cur)))
     neither = no_prev & no_cur
 
     def mend(part: Any, of_prev: Any, of_cur: Any, masks: tuple[Any, Any, Any], nothing: float) -> Any:
@@ -80,13 +80,13 @@ def mended(framework: Any, problem: Problem, prev: AttentionState, cur: Attentio
         part = framework.select(masks[1], of_prev, part)
         return framework.fill(part, masks[2], nothing)
 
-    maximum = mend(result[1], m_prev, m_cur, (no_prev, no_cur, neither), -_INFINITY)
+    maximum = mend(result[1], m_prev, m_cur, (no_prev, no_cur, neither), -math.inf)
     total = mend(result[2], l_prev, l_cur, (no_prev, no_cur, neither), 0.0)
 
     def unread(m: Any, l: Any) -> Any:  # noqa: E741 - the field's own name
         # A sum that is infinite makes the other side's weight 0, and the output NaN all the same.
         weight = l * (m - maximum[..., :1]).exp() / total[..., :1]
-        return (weight == 0) & (total[..., :1].abs() < _INFINITY)
+        return (weight == 0) & (total[..., :1].abs() < math.inf)
 
     def rows(mask: Any) -> Any:  # (..., N, 1), in the order of the output's rows
         if problem.layout == "SBH":
@@ -101,6 +101,13 @@ def mended(framework: Any, problem: Problem, prev: AttentionState, cur: Attentio
     masks = rows(no_prev | unread(m_prev, l_prev)), rows(no_cur | unread(m_cur, l_cur)), rows(neither)
     attn_out = mend(heads(result[0]), heads(prev.attn_out), heads(cur.attn_out), masks, 0.0)
     return AttentionState(attn_out.reshape(problem.shape), maximum, total)
+
+
+def _filled(like: Any, value: float) -> Any:
+    """Make an array like another one, on its device, every element of it `value`."""
+    kind = kind_of(like)
+    assert kind is not None
+    return kind.full(like, tuple(like.shape), kind.dtype(like), value)
 
 
 class AscendBackend(Backend):
@@ -150,7 +157,7 @@ class AscendBackend(Backend):
         if problem.T and problem.N:
             result = mended(framework, problem, prev, cur, framework.run(problem, prev, cur))
         else:  # the operator refuses to do nothing
-            result = AttentionState(*(framework.full_like(part, 0.0) for part in prev))
+            result = AttentionState(*(_filled(part, 0.0) for part in prev))
         if out is None:
             return result
         for target, part in zip(out, result, strict=True):  # the operator writes into no array of ours
@@ -158,23 +165,20 @@ class AscendBackend(Backend):
         return out
 
     def _cast(self, state: AttentionState, dtype: str) -> AttentionState:
-        attn_out = state.attn_out
-        return state._replace(attn_out=self._framework_of(attn_out).cast(attn_out, dtype))
+        kind = kind_of(state.attn_out)
+        assert kind is not None
+        return state._replace(attn_out=kind.cast(state.attn_out, dtype))
 
     def _neutral(self, problem: Problem, like: AttentionState) -> AttentionState:
-        framework = self._framework(problem.kind)
-        return AttentionState(
-            like.attn_out, framework.full_like(like.softmax_max, -_INFINITY), framework.full_like(like.softmax_sum, 0.0)
-        )
-
-    def _framework_of(self, array: Any) -> OnTorch | OnMindSpore:
-        return self._framework("mindspore" if hasattr(array, "asnumpy") else "torch")
+        return AttentionState(like.attn_out, _filled(like.softmax_max, -math.inf), _filled(like.softmax_sum, 0.0))
 
     def asarray(self, array: np.ndarray) -> Any:
         return self._first.asarray(array)
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        return self._framework_of(array).to_numpy(array)
+        kind = kind_of(array)
+        assert kind is not None
+        return kind.to_numpy(array)
 
     def synchronize(self) -> None:
         self._first.synchronize()

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from rau.arrays.mindspore_ import MindSporeKind
+from rau.arrays.torch_ import TorchKind, packed_rows
 from rau.backends import AttentionState, Problem
 from rau.errors import BackendUnavailableError
 
@@ -50,9 +52,7 @@ class OnTorch:
         self._newer = getattr(torch_npu, "npu_ring_attention_update", None)
         if self._newer is None:
             try:
-                from mindspeed.ops.npu_ring_attention_update import (
-                    npu_ring_attention_update,
-                )
+                from mindspeed.ops.npu_ring_attention_update import npu_ring_attention_update
             except Exception as error:
                 raise BackendUnavailableError(MINDSPEED) from error
             self._older: Callable[..., Any] = npu_ring_attention_update
@@ -98,25 +98,10 @@ class OnTorch:
 
     def packed_rows(self, problem: Problem, like: Any) -> Any:
         """Where the statistic of each token and head stands among packed rows."""
-        from rau.arrays.torch_ import packed_rows
-
         return packed_rows(problem.actual_seq_qlen, problem.T, problem.N, like.device)
 
-    def cast(self, array: Any, dtype: str) -> Any:
-        return array.to(getattr(self._torch, dtype))
-
-    def full_like(self, array: Any, value: float) -> Any:
-        return self._torch.full_like(array, value)
-
     def asarray(self, array: np.ndarray) -> Any:
-        from rau.backends.torch_ import TorchBackend
-
-        return TorchBackend().asarray(array).to("npu")
-
-    def to_numpy(self, array: Any) -> np.ndarray:
-        from rau.backends.torch_ import TorchBackend
-
-        return TorchBackend().to_numpy(array)
+        return TorchKind().from_numpy(array).to("npu")
 
     def synchronize(self) -> None:
         self._npu.synchronize()
@@ -180,23 +165,8 @@ class OnMindSpore:
         rows = (start * problem.N + token - start).unsqueeze(-1) + ops.arange(problem.N) * length.unsqueeze(-1)
         return rows.reshape(-1).clamp(0, problem.T * problem.N - 1)
 
-    def cast(self, array: Any, dtype: str) -> Any:
-        return array.astype(getattr(self._mindspore, dtype))
-
-    def full_like(self, array: Any, value: float) -> Any:
-        return self._ops.full_like(array, value)
-
     def asarray(self, array: np.ndarray) -> Any:
-        if array.dtype.name == "bfloat16":
-            return self._mindspore.Tensor(array.astype("f4")).astype(self._mindspore.bfloat16)
-        return self._mindspore.Tensor(array)
-
-    def to_numpy(self, array: Any) -> np.ndarray:
-        if array.dtype == self._mindspore.bfloat16:
-            import ml_dtypes
-
-            return array.astype(self._mindspore.float32).asnumpy().astype(ml_dtypes.bfloat16)
-        return array.asnumpy()
+        return MindSporeKind().from_numpy(array)
 
     def synchronize(self) -> None:
         self._mindspore.runtime.synchronize()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from rau.arrays import HOST_ARRAYS
 from rau.arrays.mindspore_ import settled
 from rau.backends import AttentionState, Backend, Capabilities, Problem
-from rau.backends.host import HOST_ARRAYS, fresh
 from rau.errors import BackendUnavailableError
 from rau.threads import get_num_threads
 
@@ -43,7 +43,7 @@ class CythonBackend(Backend):
 
     def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
         if out is None:
-            out = fresh(problem, states[0])
+            out = AttentionState(*problem.result(states[0].attn_out))
         arrays = tuple([array for state in (*states, out) for array in state])
         if problem.kind == "mindspore":
             arrays = tuple(map(settled, arrays))

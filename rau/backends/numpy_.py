@@ -9,8 +9,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from rau.arithmetic import merge_rows, weigh
+from rau.arrays import HOST_ARRAYS, kind_of
 from rau.backends import AttentionState, Backend, Capabilities, Problem
-from rau.backends.host import HOST_ARRAYS, as_numpy, fresh
 from rau.layouts import ATTN, MAX, SUM, row_index
 
 _ELEMENTS = 1 << 18  # elements merged at a time: their float32 copies stay in the cache
@@ -59,7 +59,9 @@ class _Rows:
     """The rows of one array, wherever they lie: `length` elements from each start of an index on."""
 
     def __init__(self, array: Any, starts: np.ndarray, length: int) -> None:
-        array = as_numpy(array)
+        kind = kind_of(array)
+        assert kind is not None  # the validator has seen to that
+        array = kind.host_view(array)
         # Seen from its lowest address on, through windows of one row that start at every element.
         lowest = array[tuple(slice(None, None, -1 if step < 0 else 1) for step in array.strides)]
         itemsize = array.itemsize
@@ -90,7 +92,7 @@ class NumPyBackend(Backend):
 
     def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
         if out is None:
-            out = fresh(problem, states[0])
+            out = AttentionState(*problem.result(states[0].attn_out))
         table = problem.blocks
         assert table is not None
         head_dim, last = problem.D, len(states)

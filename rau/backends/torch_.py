@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rau.arithmetic import merge_rows, weigh
-from rau.arrays.torch_ import packed_rows
+from rau.arrays.torch_ import TorchKind, packed_rows
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.errors import BackendUnavailableError
 
@@ -123,19 +123,10 @@ class TorchBackend(Backend):
         return out
 
     def asarray(self, array: np.ndarray) -> Tensor:
-        if not array.flags.writeable or any(step < 0 for step in array.strides):
-            array = array.copy()  # torch knows neither
-        if array.dtype.name == "bfloat16":
-            return self._torch.from_numpy(array.view("u2")).view(self._torch.bfloat16)
-        return self._torch.from_numpy(array)
+        return TorchKind().from_numpy(array)
 
     def to_numpy(self, array: Tensor) -> np.ndarray:
-        array = array.detach().cpu()
-        if array.dtype == self._torch.bfloat16:
-            import ml_dtypes
-
-            return array.view(self._torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        return array.numpy()
+        return TorchKind().to_numpy(array)
 
     def synchronize(self) -> None:
         if self._torch.cuda.is_available():

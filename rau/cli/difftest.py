@@ -127,6 +127,7 @@ class DifftestRun:
             "backends": {
                 name: asdict(standing)
                 | {"excluded": {reason: len(ids) for reason, ids in session.by_reason(standing.excluded.items())}}
+                | {"attn_share": standing.attn_share, "sum_share": standing.sum_share}
                 | {"tolerance": self.tolerances.get(name, 1), "wrong": report.wrong.get(name, 0)}
                 for name, standing in report.standings.items()
             },

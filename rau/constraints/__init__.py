@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rau.arrays import Kind, kind_of, type_names
+from rau.arrays import Kind, kind_of
 from rau.constraints import cache
 from rau.constraints.hints import another_dtype, not_an_array, swapped
 from rau.constraints.lengths import bind_lengths
@@ -14,7 +14,7 @@ from rau.constraints.outputs import Names, check_out, is_triple
 from rau.constraints.profiles import PROFILES, Profile
 from rau.constraints.rules import RULES, Rule, Violations
 from rau.constraints.values import check_memory, check_values
-from rau.layouts import FIELDS, LAYOUTS, contiguous_strides, packed_row_stride
+from rau.layouts import FIELDS, LAYOUTS, dimensions, packed_row_stride
 from rau.problem import Problem
 
 __all__ = ["CHECKS", "FIELDS", "PROFILES", "RULES", "Problem", "Profile", "Rule", "bind", "check_options", "checked"]
@@ -91,18 +91,19 @@ def bind(
         dtype, cur_dtype, stats_dtype = _check_dtypes(report, kind, states, names, limits)
         if layout:
             found = _check_shapes(report, states, names, layout, limits)
-    (B, S, T, N, D), shapes = found or ((0, None, None, 0, 0), [])
-    qlen = None
+    lengths = None
     if layout == "TND":
+        tokens = None
         if found:
+            _, _, tokens, N, D = dimensions(layout, *found[:2])
             limits.limits(report, names(0, 0), N, D, dtype)
-        qlen, B, S = bind_lengths(report, actual_seq_qlen, T, packed, limits.vendor)
-    if kind is None or T is None:
+        lengths = bind_lengths(report, actual_seq_qlen, tokens, packed, limits.vendor)
+    if kind is None or found is None:
         raise report.error()  # what follows needs arrays whose axes are known
 
     plain = all([kind.contiguous(array) for state in states for array in state])
     regular = states if plain else _regular_inputs(report, kind, states, names, packed)
-    in_place = into is not None and check_out(report, kind, states, into, names, shapes, (dtype, stats_dtype), packed)
+    in_place = into is not None and check_out(report, kind, states, into, names, found, (dtype, stats_dtype), packed)
     report.raise_if_broken()
     if check != "metadata":
         check_values(report, kind, regular, names, check)
@@ -110,21 +111,9 @@ def bind(
         check_memory(report, kind, states, regular, names)
         report.raise_if_broken()
 
-    strides = None
-    if not plain or (into is not None and not all([kind.contiguous(array) for array in into])):
-        inputs = [_strides(kind, array) for state in regular for array in state]
-        if into is not None:
-            result = [_strides(kind, array) for array in into]
-        else:
-            result = [contiguous_strides(shape) for shape in shapes]
-        strides = (*inputs, *result)
-    problem = Problem(
-        layout=layout, softmax_layout=softmax_layout, profile=profile, K=len(states),
-        B=B, S=S, T=T, N=N, D=D, lanes=shapes[1][-1],
-        dtype=dtype, cur_dtype=cur_dtype, stats_dtype=stats_dtype, shape=shapes[0], stats_shape=shapes[1],
-        actual_seq_qlen=qlen, kind=kind.name, array_types=type_names(type(states[0][0])),
-        device=kind.device(states[0][0]), in_place=in_place, strides=strides, half=half,
-    )  # fmt: skip
+    problem = Problem.of(
+        regular, into, lengths, layout, softmax_layout, profile, in_place=in_place, half=half
+    )
     return problem, regular
 
 
@@ -185,8 +174,8 @@ def _check_dtypes(
 
 def _check_shapes(
     report: Violations, states: Sequence[Sequence[Any]], names: Names, layout: str, limits: Profile
-) -> tuple[tuple[int, int | None, int, int, int], list[tuple[int, ...]]] | None:
-    """Read B, S, T, N, D off the first state, and the shapes that every state has to have.
+) -> list[tuple[int, ...]] | None:
+    """Read the shapes that every state has to have off the first one.
 
     None where the ranks of the first state do not even allow that.
     """
@@ -211,16 +200,10 @@ def _check_shapes(
             lanes = 8
             shapes[0][1] = (*stats_shape[:-1], lanes)
 
-    tokens = attn_shape[axes.attn_token]
-    B, S = (1, None) if axes.attn_batch is None else (attn_shape[axes.attn_batch], tokens)
-    if axes.attn_head is None:
-        H, N = attn_shape[-1], stats_shape[axes.stats_head]
-        if H % N if N else H:
-            report.add("heads-divide-hidden", f"{names(0, 0)} has H = {H} and {names(0, 1)} N = {N} heads "
-                       f"(shapes {attn_shape} and {stats_shape}); expected H = N * D.")  # fmt: skip
-        D = H // N if N else 0
-    else:
-        N, D = attn_shape[axes.attn_head], attn_shape[-1]
+    B, tokens, _, N, _ = dimensions(layout, attn_shape, stats_shape)
+    if axes.attn_head is None and (attn_shape[-1] % N if N else attn_shape[-1]):
+        report.add("heads-divide-hidden", f"{names(0, 0)} has H = {attn_shape[-1]} and {names(0, 1)} N = {N} heads "
+                   f"(shapes {attn_shape} and {stats_shape}); expected H = N * D.")  # fmt: skip
     stats = (tokens, N, lanes) if axes.attn_batch is None else (B, N, tokens, lanes)
     expected = [attn_shape, stats, stats]
     for k, state in enumerate(shapes):
@@ -235,7 +218,7 @@ def _check_shapes(
                 report.add("shape-stats", f"{names(k, field)} has shape {tuple(states[k][field].shape)}; for "
                            f'{names(0, 0)} of shape {attn_shape} and N = {N} heads{source} layout "{layout}" expects '
                            f"{axes.stats.format(lanes=lanes)} = {stats}.")  # fmt: skip
-    return (B, S, (tokens if S is None else B * S), N, D), expected
+    return expected
 
 
 def _wrong_rank(name: str, shape: tuple[int, ...], layout: str, stats: bool) -> str:
@@ -246,12 +229,6 @@ def _wrong_rank(name: str, shape: tuple[int, ...], layout: str, stats: bool) -> 
     if stats and len(shape) == rank - 1:
         text += " The last axis holds one number, written 8 times: numpy.repeat(x[..., None], 8, axis=-1)."
     return text
-
-
-def _strides(kind: Kind, array: Any) -> tuple[int, ...]:
-    strides = contiguous_strides(array.shape) if kind.contiguous(array) else kind.strides(array)
-    assert strides is not None  # copies stand for such inputs
-    return strides
 
 
 def _regular_inputs(

@@ -15,7 +15,7 @@ NAME = "actual_seq_qlen"
 
 def bind_lengths(
     report: Violations, value: Any, tokens: int | None, packed: bool, vendor: bool
-) -> tuple[Any, int, int | None]:
+) -> Any:
     """Check the cumulative sequence lengths of a TND call.
 
     Parameters
@@ -32,12 +32,9 @@ def bind_lengths(
 
     Returns
     -------
-    lengths : ndarray of int64, or device array, or None
-    sequences : int
-    longest : int or None
-        None where the lengths live on a device and are not read.
+    ndarray of int64, or device array as it is, or None
+        None as well where they are wrong.
     """
-    nothing = None, 1, tokens
     if value is None:
         end = "T" if tokens is None else f"T = {tokens}"
         wanted = f"the cumulative sequence lengths from 0 to {end}"
@@ -48,17 +45,17 @@ def bind_lengths(
             report.add("tnd-qlen-required", f'{NAME} is None; layout "TND" expects {wanted}.{hint}')
         elif packed:
             report.add("packed-qlen-required", f'{NAME} is None; packed statistics expect {wanted}.')
-        return nothing
+        return None
     if isinstance(value, (list, tuple)):
         lengths = _from_list(report, value)
         if lengths is None:
-            return nothing
+            return None
     else:
         kind = kind_of(value)
         if kind is None:
             report.add("qlen-dtype", f"{NAME} is {described(value)}; expected an int64 array or a list of ints."
                        f"{in_its_place(value)}")  # fmt: skip
-            return nothing
+            return None
         dtype, shape = kind.dtype(value), tuple(value.shape)
         if dtype != "int64" and (vendor or dtype != "int32"):
             hint = ' profile="portable" takes int32 too.' if dtype == "int32" else ""
@@ -67,11 +64,11 @@ def bind_lengths(
         if len(shape) != 1 or shape[0] == 0:
             report.add("qlen-rank", f"{NAME} has shape {shape}; expected one axis with one more entry than there are "
                        "sequences, so at least [0].")  # fmt: skip
-            return nothing
+            return None
         if not dtype:
-            return nothing
+            return None
         if not kind.readable(value):
-            return value, shape[0] - 1, None
+            return value
         lengths = np.ascontiguousarray(kind.to_numpy(value), dtype=np.int64)
     return _check_cumulative(report, lengths, tokens)
 
@@ -95,13 +92,13 @@ def _from_list(report: Violations, value: list[Any] | tuple[Any, ...]) -> np.nda
 
 def _check_cumulative(
     report: Violations, lengths: np.ndarray, tokens: int | None
-) -> tuple[np.ndarray | None, int, int | None]:
+) -> np.ndarray | None:
     first, last = int(lengths[0]), int(lengths[-1])
     # Compared, not subtracted: a difference of two int64 may wrap.
     falls = lengths[1:] < lengths[:-1]
     falling = falls.any()
     if first == 0 and not falling and tokens in (last, None):
-        return lengths, len(falls), int(np.diff(lengths).max(initial=0))
+        return lengths
     if falling:
         at = int(falls.argmax())
         found = f"it decreases from {lengths[at]} at index {at} to {lengths[at + 1]}"
@@ -124,7 +121,7 @@ def _check_cumulative(
     end = "T" if tokens is None else f"T = {tokens}"
     report.add("tnd-qlen-cumulative", f"{NAME} = {_short(lengths)}: {found}; expected a non-decreasing sequence from "
                f"0 to {end}.{hint}")  # fmt: skip
-    return None, 1, tokens
+    return None
 
 
 def _short(lengths: np.ndarray) -> str:

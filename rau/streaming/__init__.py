@@ -123,7 +123,7 @@ class StreamingMerge:
         lengths = None
         self._packed = layout == "TND" and softmax_layout == "SBH"
         if layout == "TND":
-            lengths, _, _ = bind_lengths(report, actual_seq_qlen, None, self._packed, limits.vendor)
+            lengths = bind_lengths(report, actual_seq_qlen, None, self._packed, limits.vendor)
             report.raise_if_broken()
         self._layout, self._softmax_layout = layout, softmax_layout
         self._lengths = lengths.copy() if isinstance(lengths, np.ndarray) else lengths

@@ -12,7 +12,7 @@ from rau.arrays import kind_of
 from rau.arrays.foreign import ForeignKind
 from rau.arrays.numpy_ import NumPyKind
 from rau.call import hand_over
-from rau.constraints import FIELDS, bind
+from rau.constraints import FIELDS
 from rau.constraints.rules import Violations
 from rau.errors import UnsupportedError
 from rau.problem import Problem
@@ -64,9 +64,9 @@ class Running:
         else:
             arrays = [kind.full(like[0], shape, dtype, value) for shape, value in fills]
         self.state = AttentionState(*arrays)
-        self.asked, _ = bind(
-            UPDATE, (self.state, self.state), of_part, problem.actual_seq_qlen, problem.layout, problem.softmax_layout, None,
-            "portable", "metadata",
+        self.asked = Problem.of(
+            (self.state, self.state), None, problem.actual_seq_qlen, problem.layout, problem.softmax_layout, "portable",
+            in_place=False,
         )  # fmt: skip
         self.choose()  # who refuses does so before there is a state
         self._extents = [kind.extent(array) for array in arrays]
@@ -149,7 +149,7 @@ class Running:
     def _merge_adapted(
         self, chosen: Any, problem: Problem, whole: AttentionState, places: AttentionState, cur: AttentionState, on_host: bool
     ) -> None:
-        """Merge by a backend that does not take the call as it is, in calls that it takes; each is bound before any is made."""
+        """Merge by a backend that does not take the call as it is, in calls that it takes; each is judged before any is made."""
         takes, layout, lengths, half = chosen.capabilities, problem.layout, problem.actual_seq_qlen, problem.half
         if problem.cur_dtype != problem.dtype and not takes.mixed:
             wide = _HOST.cast(cur.attn_out, problem.dtype) if on_host else self.cast(cur.attn_out, problem.dtype)
@@ -172,13 +172,14 @@ class Running:
                     AttentionState(*(chosen.asarray(np.ascontiguousarray(array)) for array in state)) for state in (prev, cur)
                 )
             out = prev if takes.in_place else None
-            bound, states = bind(UPDATE, (prev, cur), of_part, lengths, layout, problem.softmax_layout, out, "portable",
-                                 "metadata", half)  # fmt: skip
+            bound = Problem.of(
+                (prev, cur), out, lengths, layout, problem.softmax_layout, "portable", in_place=takes.in_place, half=half
+            )
             reasons = registry.reasons_against(chosen, bound)
             if reasons:
                 raise UnsupportedError(f'{UPDATE}: backend "{chosen.name}" does not take {bound!r}: {"; ".join(reasons)}.')
             prev = prev if half is None else whole
-            calls.append((places, bound, prev, AttentionState(*states[1]), None if out is None else prev))
+            calls.append((places, bound, prev, cur, None if out is None else prev))
         for places, bound, prev, cur, out in calls:
             result = hand_over(UPDATE, chosen, bound, (prev, cur), out)
             if self.own_kind and not on_host:

@@ -192,7 +192,7 @@ def _describe(path: Any, states: list[AttentionState], arrays: dict[str, np.ndar
     lengths: tuple[int, ...] = ()
     if cumulative is not None:  # a case holds lengths, so that what is not cumulative would be lost
         report = Violations(str(path))
-        bound, _, _ = bind_lengths(report, cumulative, attn[0], order == "SBH", False)
+        bound = bind_lengths(report, cumulative, attn[0], order == "SBH", False)
         report.raise_if_broken()
         lengths = tuple(np.diff(bound).tolist())
     dtypes = [state.attn_out.dtype.name for state in states]
