@@ -23,13 +23,16 @@ class Verdict(NamedTuple):
     arrays : list of str or None
         What is wrong with the arrays' type or device.
     unavailable : str
-        Why the backend cannot be used here; empty where it can.
+        Why the backend cannot be used here; empty where nothing is known against it.
+    tried : bool
+        An instance of it was made before, or for this call. No other is made to explain.
     """
 
     name: str
     limits: list[str] | None
     arrays: list[str] | None
     unavailable: str
+    tried: bool
 
     def __str__(self) -> str:
         said = []
@@ -37,6 +40,8 @@ class Verdict(NamedTuple):
             said += ["; ".join(self.limits) or "within its limits", "; ".join(self.arrays) or "takes these arrays"]
         if self.unavailable:
             said.append(f"not available: {self.unavailable}")
+        elif not self.tried:
+            said.append("not tried yet")
         return f"{self.name}: {'; '.join(said)}"
 
 
@@ -114,17 +119,17 @@ actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
     """
     states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
     problem, _ = bind("explain", states, NAMES["ring_attention_update"], actual_seq_qlen, layout, softmax_layout, out, profile, check)
-    verdicts = []
-    for status in registry.status():
-        capabilities = registry.capabilities(status.name)
-        if capabilities is None:
-            verdicts.append(Verdict(status.name, None, None, status.reason))
-        else:
-            limits, arrays = capabilities.limits_broken(problem), capabilities.arrays_refused(problem)
-            verdicts.append(Verdict(status.name, limits, arrays, "" if status.available else status.reason))
-    origin = registry.requested(backend)[1]
+    failure = ""
+    chosen, origin = None, registry.requested(backend)[1]
     try:
         chosen, origin = registry.select(problem, backend)
     except RauError as error:
-        return Explanation(None, origin, str(error), verdicts, problem)
-    return Explanation(chosen.name, origin, "", verdicts, problem)
+        failure = str(error)
+    verdicts = []
+    for status in registry.standings():
+        limits = arrays = None
+        if capabilities := registry.capabilities(status.name):
+            limits, arrays = capabilities.limits_broken(problem), capabilities.arrays_refused(problem)
+        known = status.state in ("unavailable", "blocked")
+        verdicts.append(Verdict(status.name, limits, arrays, status.reason if known else "", status.state != "not tried"))
+    return Explanation(chosen and chosen.name, origin, failure, verdicts, problem)

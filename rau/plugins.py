@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ class Status(NamedTuple):
     ----------
     name : str
     available : bool
-    state : {"available", "unavailable", "blocked"}
+    state : {"available", "unavailable", "blocked", "not tried"}
     reason : str
         Why it is not available, or what else there is to say; empty where there is nothing.
     origin : str
@@ -152,7 +153,7 @@ def load_class(name: str) -> Any:
                 if name in blocked():
                     raise BackendUnavailableError(f"RAU_BLOCK = {os.environ['RAU_BLOCK']!r} names it")
                 cls = entry.load()
-                if fault := fault_of(cls):
+                if fault := missing_part(cls):
                     raise BackendUnavailableError(f"{cls!r} is no backend: {fault}")
                 entry.cls = cls
     return entry.cls
@@ -172,7 +173,7 @@ def _attempt(entry: Entry) -> Iterator[None]:
         raise
 
 
-def fault_of(backend: Any) -> str:
+def missing_part(backend: Any) -> str:
     """Say what a class or an instance lacks to be a backend; empty where it lacks nothing."""
     if not isinstance(getattr(backend, "capabilities", None), Capabilities):
         return "it has no attribute `capabilities`, a rau.backends.Capabilities"
@@ -244,15 +245,34 @@ def status() -> list[Status]:
     list of Status
         In the order of :func:`names`.
     """
+    for name in names():
+        load(name)
+    return standings()
+
+
+def standings() -> list[Status]:
+    """Tell what is known of every backend by its class and by earlier attempts: no instance is made, no library imported."""
     result = []
     for name in names():
-        entry = load(name)
-        state = "available" if entry.failure is None else "unavailable"
-        if entry.failure is not None and name in blocked():
-            state = "blocked"
-        reason = [] if entry.failure is None else [reason_of(entry.failure)]
-        result.append(Status(name, entry.failure is None, state, "; ".join(reason + entry.notes), entry.origin))
+        cls, entry = load_class(name), _entries[name]
+        state, reason = "not tried", []
+        if entry.instance is not None:
+            state = "available"
+        elif entry.failure is not None:
+            state, reason = "blocked" if name in blocked() else "unavailable", [reason_of(entry.failure)]
+        elif libraries := _missing_libraries(cls.capabilities):
+            state, reason = "unavailable", [f"it takes arrays of {' or '.join(libraries)}, which is not installed"]
+        result.append(Status(name, state == "available", state, "; ".join(reason + entry.notes), entry.origin))
     return result
+
+
+def _missing_libraries(declared: Capabilities) -> list[str]:
+    """Libraries of the arrays that a backend takes, where none of them is here."""
+    from importlib.util import find_spec  # for messages alone
+
+    libraries = sorted({name.partition(":")[0].partition(".")[0] for name in declared.array_types})
+    here = [name for name in libraries if name in sys.modules or find_spec(name)]
+    return [] if here else libraries
 
 
 def register(backend: Any, name: str | None = None) -> None:
@@ -273,7 +293,7 @@ def register(backend: Any, name: str | None = None) -> None:
     name = name or getattr(backend, "name", None)
     if not isinstance(name, str) or not name:
         raise UnknownBackendError(f"{backend!r} has no name; expected a class attribute `name`, a str.")
-    if fault := fault_of(backend):
+    if fault := missing_part(backend):
         raise UnknownBackendError(f"{backend!r} is no backend: {fault}.")
     with lock:
         if known(name):

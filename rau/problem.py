@@ -130,7 +130,7 @@ class Problem:
         if lengths is None:
             described["S"] = longest
         else:
-            described["B"] = len(lengths) - 1
+            described["B"] = lengths.shape[0] - 1
         triples = states if out is None else (*states, out)
         if not all([kind.contiguous(array) for state in triples for array in state]):
             strides = [_strides(kind, array) for state in triples for array in state]

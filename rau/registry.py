@@ -18,16 +18,18 @@ from rau.plugins import (
     array_types,
     blocked,
     capabilities,
-    fault_of,
+    missing_part,
     get,
     known,
     load,
+    load_class,
     lock,
     names,
     provisionally,
     reason_of,
     refresh,
     register,
+    standings,
     status,
 )
 from rau.problem import Problem
@@ -45,7 +47,7 @@ except ImportError:  # not compiled: the same, more slowly
 
 __all__ = [
     "Status", "array_types", "blocked", "capabilities", "get", "names", "provisionally", "refresh", "register",
-    "select", "status", "use_backend",
+    "select", "standings", "status", "use_backend",
 ]  # fmt: skip
 
 # The innermost use_backend's name, and what was there before it.
@@ -180,21 +182,19 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
                     return entry.instance, origin
             elif name == "cython":
                 _warn_core_missing(entry)
-        listing = "\n".join(f"  {line}" for line in judge(problem))
-        raise UnsupportedError(f"no backend takes {problem!r} unasked:\n{listing}")
+        raise UnsupportedError(f"no backend takes {problem!r} unasked:\n{reasons_of_all(problem)}")
     if isinstance(choice, str):
         instance = get(choice, origin)
     else:
         instance = choice
-        fault = "it is a class" if isinstance(instance, type) else fault_of(instance)
+        fault = "it is a class" if isinstance(instance, type) else missing_part(instance)
         if fault:
             raise UnknownBackendError(f"{origin}{instance!r} is no backend: {fault}; expected a name or an instance.")
     reasons = reasons_against(instance, problem)
     if reasons:
-        listing = "\n".join(f"  {line}" for line in judge(problem))
         raise UnsupportedError(
             f'backend "{instance.name}" (asked for by {origin}) does not take {problem!r}: {"; ".join(reasons)}.\n'
-            f"All backends:\n{listing}"
+            f"All backends:\n{reasons_of_all(problem)}"
         )
     return instance, origin
 
@@ -216,21 +216,22 @@ def automatic(problem: Problem) -> tuple[str, ...]:
 
 
 def reasons_against(backend: Any, problem: Problem) -> list[str]:
-    """All that speaks against running a problem by a backend; empty where nothing does."""
+    """All that speaks against running a problem by a backend, or a class of one; empty where nothing does."""
     capabilities = backend.capabilities
     return capabilities.arrays_refused(problem) + capabilities.limits_broken(problem)
 
 
-def judge(problem: Problem) -> list[str]:
-    """One line for each known backend: whether it takes the problem, and if not, why not."""
+def reasons_of_all(problem: Problem) -> str:
+    """One line for each known backend: whether it takes the problem, and if not, why not; none is tried for that."""
     lines = []
-    for one in status():
-        if not one.available:
-            lines.append(f"{one.name}: {one.state}: {one.reason}")
+    for one in standings():
+        if one.state in ("unavailable", "blocked"):
+            lines.append(f"  {one.name}: {one.state}: {one.reason}")
         else:
-            reasons = reasons_against(get(one.name), problem)
-            lines.append(f"{one.name}: {'; '.join(reasons) if reasons else 'takes it'}")
-    return lines
+            reasons = reasons_against(load_class(one.name), problem)
+            tried = "" if one.available else " (not tried yet)"
+            lines.append(f"  {one.name}: {'; '.join(reasons) if reasons else f'takes it{tried}'}")
+    return "\n".join(lines)
 
 
 def _warn_core_missing(entry: Entry) -> None:

@@ -1,5 +1,8 @@
 """explain: who would run a call, and every reason against the others, on a laptop too."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from states import NAMES, arguments, bits, tnd
@@ -7,6 +10,7 @@ from states import NAMES, arguments, bits, tnd
 import rau
 from rau import registry
 from rau.backends import Backend, Capabilities
+from rau.errors import UnknownBackendError, UnsupportedError
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +48,9 @@ def test_limits_are_judged_apart_from_arrays_and_device():
     found = verdict("chip", **arguments())
     assert found.limits == ["N = 3 > 2", "D = 8 is no multiple of 16"]
     assert found.arrays == ["numpy:ndarray is none of chip:Tensor", "device cpu is none of chip"]
-    assert found.unavailable == "OSError: no chip here"
+    assert found.unavailable == "it takes arrays of chip, which is not installed"
+    assert rau.explain(**arguments(), backend="chip").selected is None  # named, it is tried
+    found = verdict("chip", **arguments())
     assert str(found) == (
         "chip: N = 3 > 2; D = 8 is no multiple of 16; numpy:ndarray is none of chip:Tensor; "
         "device cpu is none of chip; not available: OSError: no chip here"
@@ -79,7 +85,7 @@ def test_what_it_returns():
     found = rau.explain(**arguments(), backend="numpy")
     assert (found.selected, found.origin, found.failure) == ("numpy", "backend=", "")
     assert [one.name for one in found.verdicts] == registry.names()
-    assert verdict("numpy", **arguments()) == ("numpy", [], [], "")
+    assert verdict("numpy", **arguments()) == ("numpy", [], [], "", True)
     assert (found.problem.layout, found.problem.S, found.problem.B, found.problem.N, found.problem.D) == (
         "SBH",
         4,
@@ -126,8 +132,55 @@ def test_a_backend_whose_module_cannot_be_imported(monkeypatch):
     monkeypatch.setenv("RAU_BLOCK", "numpy")
     registry.refresh()
     found = verdict("numpy", **arguments())
-    assert found == ("numpy", None, None, "RAU_BLOCK = 'numpy' names it")
+    assert found == ("numpy", None, None, "RAU_BLOCK = 'numpy' names it", True)
     assert str(found) == "numpy: not available: RAU_BLOCK = 'numpy' names it"
+
+
+def test_nobody_makes_an_instance_to_explain_or_to_word_an_error():
+    made = []
+
+    class Takes(Backend):
+        name, capabilities = "takes", Capabilities(array_types=("numpy:ndarray",))
+
+        def __init__(self):
+            made.append(self.name)
+
+    class Refuses(Takes):
+        name, capabilities = "refuses", Capabilities(array_types=("numpy:ndarray",), layouts=("TND",))
+
+    registry.register(Takes)
+    registry.register(Refuses)
+    assert str(verdict("takes", **arguments())) == "takes: within its limits; takes these arrays; not tried yet"
+    with pytest.raises(UnsupportedError, match=r"refuses: layout SBH is none of TND\n  takes: takes it \(not tried yet\)"):
+        rau.ring_attention_update(**arguments(), backend="refuses")
+    assert made == ["refuses"]  # which was named
+    with pytest.raises(UnknownBackendError, match="known are .*takes"):
+        rau.ring_attention_update(**arguments(), backend="tales")
+    assert made == ["refuses"]
+    registry.status()  # asks for all of them
+    assert made == ["refuses", "takes"]
+
+
+def test_torch_is_not_imported_to_explain_or_to_word_an_error():
+    code = """
+import sys, numpy as np, rau
+from rau.backends import Backend, Capabilities
+
+class Refuses(Backend):
+    name, capabilities = "refuses", Capabilities(array_types=("numpy:ndarray",), layouts=("TND",))
+
+rau.registry.register(Refuses)
+state = np.ones((2, 1, 4), "f4"), np.ones((1, 1, 2, 8), "f4"), np.ones((1, 1, 2, 8), "f4")
+said = str(rau.explain(*state, *state))
+for options in {"backend": "refuses"}, {"backend": "thorch"}, {"layout": "TND"}:
+    try:
+        rau.ring_attention_update(*state, *state, **options)
+    except rau.RauError as error:
+        said += str(error)
+assert "torch: " in said and "layout SBH is none of TND" in said and "Did you mean" in said and "(T, N, 8)" in said, said
+assert not {"torch", "triton", "mindspore"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_nothing_is_run_and_nothing_written():

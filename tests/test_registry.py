@@ -287,7 +287,7 @@ def test_a_request_is_strict(monkeypatch):
         first, heading, *lines = str(caught.value).split("\n")
         assert heading == "All backends:"
         assert [line.split(":")[0].strip() for line in lines] == registry.names()
-        assert "  numpy: takes it" in lines
+        assert "  numpy: takes it (not tried yet)" in lines
         assert f"  picky: {reasons}" in lines
         return first
 
