@@ -36,18 +36,17 @@ def _version(distribution: str) -> str | None:
 
 def _core() -> dict[str, Any]:
     try:
-        import rau._core as _core
+        from rau._core import build, forked, simd, simd_versions
     except ImportError as error:
         from rau.backends.cython_ import MISSING
 
         cost = "the numpy backend runs instead: the same bits, several times slower, one thread"
         return {"compiled": False, "missing": f"{MISSING} [{error}]", "cost": cost}
-    build = _core.build()
-    core = {"compiled": True, **build, "simd": _core.simd(), "simd_versions": _core.simd_versions()}
-    if not build["openmp"]:
+    core = {"compiled": True, **build(), "simd": simd(), "simd_versions": simd_versions()}
+    if not core["openmp"]:
         core["missing"] = "the compiler had no OpenMP when the core was built"
         core["cost"] = "one thread: a problem that fits the cache takes about twice as long on two CPUs as it could"
-    if _core.forked():
+    if forked():
         core["forked"] = "this process is a forked child and runs serially"
     return core
 

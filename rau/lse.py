@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rau.arithmetic import cast, exp_nonpositive, library
+from rau.arrays.torch_ import packed_rows
 from rau.layouts import SUM, block_terms, row_index
 
 _SWAPPED = ("BSN", "NT")  # the others have the axes of the statistics
@@ -117,8 +118,6 @@ def reordered(stats: Any, lengths: Any, to: str) -> Any:
         row = (heads, 1, 1)  # strides of a (T, N, 1) array
         rows = row_index(block_terms("TND", True, (1, tokens, heads, 1), lengths, (row,) * 3).table(), 0, SUM)
     else:
-        from rau.arrays.torch_ import packed_rows
-
         rows = packed_rows(lengths, tokens, heads, stats.device)
     flat: Any = stats.reshape(tokens * heads, *stats.shape[2:])
     if to == "TND":

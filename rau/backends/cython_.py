@@ -26,15 +26,15 @@ class CythonBackend(Backend):
 
     def __init__(self) -> None:
         try:
-            import rau._core as _core
+            from rau._core import merge, simd_versions, use_simd
         except ImportError as error:
             raise BackendUnavailableError(f"{MISSING} [{error}]") from error
         version = os.environ.get("RAU_SIMD", "")
         try:
-            _core.use_simd(version or _core.simd_versions()[-1])
+            use_simd(version or simd_versions()[-1])
         except ValueError as error:
             raise BackendUnavailableError(f"RAU_SIMD = {version!r}: {error}") from error
-        self._merge = _core.merge
+        self._merge = merge
 
     def update(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None

@@ -17,7 +17,7 @@ from rau.errors import ConstraintError, UnsupportedError
 from rau.layouts import LAYOUTS
 from rau.problem import Problem
 from rau.state import AttentionState
-from rau.streaming.running_state import UPDATE, Running, of_part
+from rau.streaming.running_state import UPDATE, RunningState, of_part
 from rau.streaming.tokens import part, part_of
 
 _CLASS, _RESULT = "StreamingMerge", "StreamingMerge.result"
@@ -128,7 +128,7 @@ class StreamingMerge:
         self._layout, self._softmax_layout = layout, softmax_layout
         self._lengths = lengths.copy() if isinstance(lengths, np.ndarray) else lengths
         self._backend, self._profile, self._check = backend, profile, check
-        self._running: Running | None = None
+        self._running: RunningState | None = None
         if like is not None:
             if not isinstance(like, (tuple, list)) or len(like) != 3:
                 report.add("states", f"like is {described(like)}; expected an AttentionState of the full shape.")
@@ -241,9 +241,9 @@ class StreamingMerge:
         attn_out, *stats = running.state
         return AttentionState(running.cast(attn_out, wanted), *(running.cast(part, own) for part in stats))
 
-    def _start(self, call: str, like: Any, names: Names, check: str) -> Running:
+    def _start(self, call: str, like: Any, names: Names, check: str) -> RunningState:
         problem, _ = bind(call, (like,), names, self._lengths, self._layout, self._softmax_layout, None, self._profile, check)
-        return Running(problem, like, self._backend)
+        return RunningState(problem, like, self._backend)
 
     def _bind(
         self, states: Any, out: Any, names: Names, lengths: Any, profile: str = "portable", check: str = "metadata",

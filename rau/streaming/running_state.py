@@ -28,7 +28,7 @@ def of_part(state: int, field: int) -> str:
     return FIELDS[field] if state else f"the running {FIELDS[field]} at `tokens`"
 
 
-class Running:
+class RunningState:
     """Three arrays that begin as the empty state.
 
     Parameters
