@@ -36,19 +36,7 @@ def run(
     profile: str,
     check: str,
 ) -> AttentionState:
-    """Check a call, choose who runs it, and run it.
-
-    Parameters
-    ----------
-    call : {"ring_attention_update", "merge_states"}
-    states : sequence of triples
-    actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
-        As in :func:`ring_attention_update`.
-
-    Returns
-    -------
-    AttentionState
-    """
+    """Check a call, choose who runs it, and run it; `call` is "ring_attention_update" or "merge_states"."""
     problem, states = checked(
         call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, out, profile, check
     )
@@ -60,27 +48,9 @@ def run(
 def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> AttentionState:
     """Have a backend merge states: the one way to a backend, so that none of them has to think of autograd.
 
-    Parameters
-    ----------
-    call : str
-        "merge_states" takes its `merge`, any other its `update`.
-    backend : Backend
-    problem : Problem
-    states : sequence of triples of arrays
-    out : triple of arrays, or None
-
-    Returns
-    -------
-    AttentionState
-
-    Raises
-    ------
-    UnsupportedError
-        If the arrays' library forbids the write; if the backend has no `merge`.
-
-    Notes
-    -----
-    The library is told of a write before it, and so where a backend fails half way, too.
+    "merge_states" takes its `merge`, any other call its `update`. The arrays' library is told of a write before it, and
+    so where a backend fails half way, too; UnsupportedError where it forbids the write, or where the backend has no
+    `merge`.
     """
     states = [state if type(state) is AttentionState else AttentionState(*state) for state in states]
     if out is not None:

@@ -19,39 +19,15 @@ _LN2 = math.log(2.0)
 
 
 def arranged(lse: Any, lse_layout: str) -> Any:
-    """See a log-sum-exp with the axes of the statistics, or with those of `lse_layout`; it is its own inverse.
-
-    Parameters
-    ----------
-    lse : array
-    lse_layout : str
-        A key of :data:`rau.layouts.LSE_LAYOUTS`.
-
-    Returns
-    -------
-    array
-        A view.
-    """
+    """See a log-sum-exp with the axes of the statistics, or with those of `lse_layout`; it is its own inverse."""
     return lse.swapaxes(-1, -2) if lse_layout in _SWAPPED else lse
 
 
 def statistics(lse: Any, dtype: str, base: str, inf_is_empty: bool) -> tuple[Any, Any]:
-    """Turn a log-sum-exp into a maximum and a sum of 8 lanes each.
+    """Turn a log-sum-exp, with the axes of the statistics, into a maximum and a sum of shape (*lse.shape, 8) and `dtype`.
 
-    Parameters
-    ----------
-    lse : array, float32 or float64
-        With the axes of the statistics.
-    dtype : {"float32", "float64"}
-        Of the statistics; no wider than `lse`.
-    base : {"e", "2"}
-    inf_is_empty : bool
-        +inf stands for -inf.
-
-    Returns
-    -------
-    maximum, total : array, shape (*lse.shape, 8)
-        Views of stride 0 along the lanes; for base "e" and the dtype of `lse` the maximum is one of it, unless `inf_is_empty`.
+    Views of stride 0 along the lanes; for base "e" and the dtype of `lse` the maximum is one of it, unless
+    `inf_is_empty`, where +inf stands for -inf.
     """
     xp = library(lse)
     own = getattr(xp, dtype)
@@ -73,18 +49,7 @@ def statistics(lse: Any, dtype: str, base: str, inf_is_empty: bool) -> tuple[Any
 
 
 def log_sum_exp(maximum: Any, total: Any, base: str) -> Any:
-    """Turn rows' statistics into their log-sum-exp; computed in float64, rounded once.
-
-    Parameters
-    ----------
-    maximum, total : array, float32 or float64
-        Without lanes.
-    base : {"e", "2"}
-
-    Returns
-    -------
-    array, shape and dtype of `maximum`
-    """
+    """Turn rows' statistics, without lanes, into their log-sum-exp of the same shape; computed in float64, rounded once."""
     xp = library(maximum)
     empty = (total == 0) | (maximum == -math.inf)
     # Numbers that are not used are replaced before they are computed with: their gradients would be 0 * inf.
@@ -97,18 +62,7 @@ def log_sum_exp(maximum: Any, total: Any, base: str) -> Any:
 
 
 def reordered(stats: Any, lengths: Any, to: str) -> Any:
-    """Do what :func:`rau.reorder_softmax` says, to arguments that have been checked.
-
-    Parameters
-    ----------
-    stats : array, shape (T, N, ...)
-    lengths : ndarray of int64, or for torch tensors also one of them on a device
-    to : {"TND", "SBH"}
-
-    Returns
-    -------
-    array, shape and dtype of `stats`
-    """
+    """Do what :func:`rau.reorder_softmax` says: statistics of shape (T, N, ...), lengths of shape (sequences + 1,)."""
     xp = library(stats)
     rows: Any
     tokens, heads = stats.shape[:2]

@@ -29,15 +29,6 @@ def wanted(states: Sequence[Sequence[Any]]) -> bool:
 
     It has to while torch compiles or exports, inside a functorch transform or forward-mode AD, for tensors of other
     types than torch's own two (fake ones, subclasses), and where a gradient is asked for.
-
-    Parameters
-    ----------
-    states : sequence of triples
-        The arrays of a call.
-
-    Returns
-    -------
-    bool
     """
     arrays = [array for state in states for array in state]
     if type(arrays[0]) is not Tensor and not any([isinstance(array, Tensor) for array in arrays]):
@@ -61,25 +52,10 @@ def wanted(states: Sequence[Sequence[Any]]) -> bool:
 def through_operator(
     call: str, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, options: Options, out: Any, backend: Any
 ) -> Triple:
-    """Make a call by its operator.
+    """Make a call by its operator; `options` are layout, softmax_layout, profile and check.
 
-    Parameters
-    ----------
-    call : {"ring_attention_update", "merge_states"}
-    states : sequence of triples of Tensors
-    actual_seq_qlen, out, backend
-        As the caller gave them.
-    options : tuple of str
-        (layout, softmax_layout, profile, check)
-
-    Returns
-    -------
-    tuple of Tensor
-
-    Raises
-    ------
-    UnsupportedError
-        For `out` and a backend that is no name, which cannot be part of a graph; for functorch and forward-mode AD.
+    UnsupportedError for `out` and a backend that is no name, which cannot be part of a graph; for functorch and
+    forward-mode AD.
     """
     if out is not None:
         raise UnsupportedError(

@@ -50,7 +50,7 @@ class Kind(Protocol):
         """Tell the library that a backend is about to write into a state of its arrays, behind its back."""
 
     def extent(self, array: Any) -> tuple[int, int]:
-        """Return the lowest address touched and the one after the highest; equal where only its library knows, or there is none."""
+        """Return the lowest address touched and the one after the highest; equal where there is none that we know."""
 
     def memory(self, array: Any) -> Memory:
         """Return exactly where the array lies."""
@@ -86,14 +86,6 @@ _KINDS: dict[type, Kind] = {np.ndarray: NumPyKind()}
 def type_names(cls: type) -> tuple[str, ...]:
     """Name a type and its bases as capabilities spell them.
 
-    Parameters
-    ----------
-    cls : type
-
-    Returns
-    -------
-    tuple of str
-
     Examples
     --------
     >>> type_names(bool)
@@ -106,17 +98,10 @@ def type_names(cls: type) -> tuple[str, ...]:
 
 
 def kind_of(array: Any) -> Kind | None:
-    """Find the kind of an array by its type.
+    """Find the kind of an array by its type; None for an object that is no array which any backend takes.
 
-    Parameters
-    ----------
-    array : object
-
-    Returns
-    -------
-    Kind or None
-        None where the object is no array that any backend takes. Masked arrays are none: their mask
-        would be lost. Tensors that hold others are none: torch would split what must stay together.
+    Masked arrays are none: their mask would be lost. Tensors that hold others are none: torch would split what must stay
+    together.
     """
     kind = _KINDS.get(type(array))
     if kind is None:

@@ -23,20 +23,9 @@ _MOST_WORK: Any = 1_000_000
 
 
 def aligned(shape: tuple[int, ...], dtype: Any, make: Any = np.empty) -> np.ndarray:
-    """Allocate a large array whose first element stands at a multiple of 64 bytes.
+    """Allocate a C-contiguous array whose first element stands at a multiple of 64 bytes; a view of memory that it keeps.
 
     NumPy's own stand at 16 modulo 64, and vectors of 64 bytes that cross cache lines are stored more slowly.
-
-    Parameters
-    ----------
-    shape : tuple of int
-    dtype : dtype
-    make : {numpy.empty, numpy.zeros}
-
-    Returns
-    -------
-    ndarray
-        C-contiguous; a view of memory that it keeps.
 
     Examples
     --------

@@ -103,21 +103,9 @@ class _Borrowed:
 
 
 def settled(array: Any) -> Any:
-    """Make sure that a MindSpore tensor has memory, and that nobody waits for a gradient through it.
+    """Make sure that a MindSpore tensor has memory, and that nobody waits for a gradient through it; return it.
 
-    Parameters
-    ----------
-    array : mindspore.Tensor
-
-    Returns
-    -------
-    mindspore.Tensor
-        The same.
-
-    Raises
-    ------
-    UnsupportedError
-        Inside mindspore.grad: what MindSpore does not see would have a gradient of zero, without a word.
+    Inside mindspore.grad that is an error: what MindSpore does not see would have a gradient of zero, without a word.
     """
     if getattr(array, "_requires_grad", False):
         # A tensor that was differentiated once says so for ever; whether that goes on now, the executor knows.

@@ -34,30 +34,14 @@ _HOLDERS = {
 
 
 def tensor_inside(cls: type) -> str:
-    """Word what is to be passed of a torch tensor that holds others; empty for any other type.
-
-    Parameters
-    ----------
-    cls : type
-
-    Returns
-    -------
-    str
-    """
+    """Word what is to be passed of a torch tensor that holds others; empty for any other type."""
     return _HOLDERS.get(cls.__name__, "") if cls.__module__.startswith("torch.") else ""
 
 
 def has_float64(device: Any) -> bool:
     """Tell whether torch computes in float64 on a device: Apple's mps does not, nor do some of Intel's GPUs.
 
-    Parameters
-    ----------
-    device : torch.device or str
-
-    Returns
-    -------
-    bool
-        True as well where nobody can tell: while torch traces, and for a device that is not here.
+    True as well where nobody can tell: while torch traces, and for a device that is not here.
     """
     torch = sys.modules["torch"]
     if torch.compiler.is_compiling():
@@ -181,20 +165,10 @@ class TorchKind:
 
 
 def packed_rows(actual_seq_qlen: Any, tokens: int, heads: int, device: Any) -> Any:
-    """Where the statistic of each token and head stands among packed rows, token by token.
+    """Where the statistic of each token and head stands among packed rows: an int64 tensor of shape (T * N,), by tokens.
 
-    Computed on the device, without waiting for it; inside bounds whatever the lengths contain.
-
-    Parameters
-    ----------
-    actual_seq_qlen : Tensor or ndarray of int64, shape (sequences + 1,)
-    tokens, heads : int
-        T and N.
-    device : torch.device
-
-    Returns
-    -------
-    Tensor of int64, shape (T * N,)
+    Computed on the device, without waiting for it, from cumulative lengths of shape (sequences + 1,); inside bounds whatever
+    they contain.
     """
     import torch
 

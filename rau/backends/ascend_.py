@@ -23,17 +23,7 @@ if TYPE_CHECKING:
 
 
 def chip_limits(problem: Problem) -> list[str]:
-    """Limits of the operator that would run a problem. Layout SBH has none but on D = 0.
-
-    Parameters
-    ----------
-    problem : Problem
-
-    Returns
-    -------
-    list of str
-        Each with the computed value and the limit.
-    """
+    """Limits of the operator that would run a problem, each with the computed value. Layout SBH has none but on D = 0."""
     reasons = []
     if not problem.D and problem.T and problem.N:
         reasons.append("D = 0: the operator takes no empty output")
@@ -57,19 +47,7 @@ def mended(framework: Any, problem: Problem, prev: AttentionState, cur: Attentio
 
     It computes 0 / 0 where both sides are empty, and 0 times whatever stands behind an empty one, or behind one whose
     weight is 0. Which rows to mend is decided on the device, without waiting for it; the price is three more passes
-    over the output.
-
-    Parameters
-    ----------
-    framework : OnTorch or OnMindSpore
-    problem : Problem
-    prev, cur : AttentionState
-    result : triple of arrays
-        What the operator made of them; on torch it is written over.
-
-    Returns
-    -------
-    AttentionState
+    over the output. On torch the operator's result is written over.
     """
     (m_prev, l_prev), (m_cur, l_cur) = ((state[1][..., :1], state[2][..., :1]) for state in (prev, cur))
     no_prev, no_cur = ((l == 0) | (m == -math.inf) for m, l in ((m_prev, l_prev), (m_cur, l_cur)))

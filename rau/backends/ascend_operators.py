@@ -28,12 +28,7 @@ MINDSPORE = "MindSpore is not installed: on a machine with an Ascend NPU, https:
 
 
 class OnTorch:
-    """Torch tensors on device "npu", and ATen operations.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If there is no operator, or no NPU; it says how to get one.
+    """Torch tensors on device "npu", and ATen operations; without operator or NPU its making fails, and says how to get one.
     """
 
     kind = "torch"
@@ -58,21 +53,8 @@ class OnTorch:
             self._older: Callable[..., Any] = npu_ring_attention_update
 
     def run(self, problem: Problem, prev: AttentionState, cur: AttentionState) -> Any:
-        """Call the operator.
+        """Call the operator on contiguous states with equal lanes; it returns fresh arrays.
 
-        Parameters
-        ----------
-        problem : Problem
-        prev, cur : AttentionState
-            Contiguous, with equal lanes.
-
-        Returns
-        -------
-        triple of Tensor
-            Fresh ones.
-
-        Notes
-        -----
         Told that every token is a sequence of its own, the packed order is the token-major one: that is how the older
         entry, which reads packed statistics alone, serves token-major calls as well, without a copy.
         """
@@ -108,12 +90,7 @@ class OnTorch:
 
 
 class OnMindSpore:
-    """MindSpore tensors where the device target is Ascend, and MindSpore's operations.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If there is no operator, or the target is another one.
+    """MindSpore tensors where the device target is Ascend, and MindSpore's operations; its making fails where it is another.
     """
 
     kind = "mindspore"

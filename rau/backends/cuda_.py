@@ -92,23 +92,11 @@ class CudaBackend(TorchBackend):
     def launch(
         self, problem: Problem, arrays: Sequence[Tensor], lengths: Tensor | None
     ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-        """Describe a call of the kernel.
+        """Describe a call of the kernel on the arrays of inputs and result: its grid, arguments and options.
 
-        Parameters
-        ----------
-        problem : Problem
-        arrays : sequence of 3 * (K + 1) Tensors
-            Of the inputs, then of the result.
-        lengths : Tensor of int64, or None
-            Cumulative sequence lengths where the statistics are packed, or halves of sequences are meant.
-
-        Returns
-        -------
-        grid : tuple of int
-        arguments : tuple
-        options : dict
-            These alone decide what is compiled: dtypes, states, lanes, whether all rows are aligned to 16 bytes, whether
-            statistics are packed, and which half is meant. No length or stride does.
+        The options alone decide what is compiled: dtypes, states, lanes, whether all rows are aligned to 16 bytes,
+        whether statistics are packed, and which half is meant. No length or stride does. `lengths` is None unless rows
+        are found by it.
         """
         axes = row_axes(problem, self._rows)
         (outers, _), (middles, _), (inners, _) = axes
@@ -159,19 +147,10 @@ class CudaBackend(TorchBackend):
 
 
 def row_axes(problem: Problem, rows: int) -> list[Axis]:
-    """See the rows of all arrays along three axes: outer, middle and inner.
+    """See the rows of all arrays along three axes: outer, middle, and inner, of which a program takes `rows`.
 
-    Parameters
-    ----------
-    problem : Problem
-    rows : int
-        How many rows along the inner axis a program takes.
-
-    Returns
-    -------
-    list of 3 (length, strides)
-        The strides in the order of ``problem.strides``. Packed statistics have one along the inner axis alone: the
-        kernel finds the place of each row.
+    Strides are in the order of ``problem.strides``. Packed statistics have one along the inner axis alone: the kernel finds
+    the place of each row.
     """
     layout = LAYOUTS[problem.layout]
     table = []  # batch, head and token stride of every array

@@ -17,37 +17,14 @@ _ELEMENTS = 1 << 18  # elements merged at a time: their float32 copies stay in t
 
 
 def widen(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """Convert elements to the type they are computed in; exact.
-
-    Parameters
-    ----------
-    bits : ndarray
-        Elements; bfloat16 as uint16.
-    dtype : str
-        Their name.
-
-    Returns
-    -------
-    ndarray of float32, or float64 where that is the dtype
-    """
+    """Convert elements, bfloat16 as uint16, to the type they are computed in, float32 or float64; exact."""
     if dtype == "bfloat16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.astype(np.float64 if dtype == "float64" else np.float32, copy=False)
 
 
 def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Round elements to the type they are stored in, once, to nearest even.
-
-    Parameters
-    ----------
-    values : ndarray of float32 or float64
-    dtype : str
-
-    Returns
-    -------
-    ndarray
-        bfloat16 as uint16.
-    """
+    """Round elements to the type they are stored in, bfloat16 as uint16, once, to nearest even."""
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
         rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 class Geometry:
     """How the tensors of one call are seen as rows: (..., N) statistics beside (..., N, D) outputs.
 
-    Parameters
-    ----------
-    layout : str
-    heads : int
-        N.
-    packed : Tensor of int64, shape (T * N,), or None
-        Where each row's statistic stands, if they are packed: see :func:`packed_rows`.
+    `packed` tells where each row's statistic stands, an int64 tensor of shape (T * N,); None where they are not packed.
     """
 
     def __init__(self, layout: str, heads: int, packed: Tensor | None) -> None:
@@ -34,18 +28,7 @@ class Geometry:
 
     @classmethod
     def of(cls, state: Sequence[Tensor], actual_seq_qlen: Any, layout: str, softmax_layout: str) -> Geometry:
-        """Read it off a state.
-
-        Parameters
-        ----------
-        state : triple of Tensor
-        actual_seq_qlen : Tensor or ndarray of int64, or None
-        layout, softmax_layout : str
-
-        Returns
-        -------
-        Geometry
-        """
+        """Read it off a state, and off the cumulative lengths where its statistics are packed."""
         attn_out, maximum = state[0], state[1]
         heads = maximum.shape[1]
         if layout != "TND" or softmax_layout != "SBH":

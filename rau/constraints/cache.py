@@ -21,20 +21,10 @@ _problems: dict[tuple[Any, ...], tuple[Problem, list[Any]]] = {}
 def signature(
     call: str, states: Sequence[Sequence[Any]], layout: Any, softmax_layout: Any, out: Any, profile: Any, check: Any
 ) -> tuple[Any, ...] | None:
-    """Describe a call by all that decides whether it is allowed.
+    """Describe a call by all that decides whether it is allowed: equal for calls that are alike.
 
-    Parameters
-    ----------
-    call : str
-    states : sequence of triples
-    layout, softmax_layout, out, profile, check : object
-        As the caller gave them.
-
-    Returns
-    -------
-    tuple or None
-        Equal for calls that are alike; None for those that take the validator each time: options that are no strings,
-        values or lengths to be read, anything but contiguous arrays, outputs that meet other arrays.
+    None for those that take the validator each time: options that are no strings, values or lengths to be read, anything but
+    contiguous arrays, outputs that meet other arrays.
     """
     if not (
         type(layout) is type(softmax_layout) is type(profile) is type(check) is str
@@ -54,30 +44,13 @@ def signature(
 
 
 def recall(signature: tuple[Any, ...]) -> Problem | None:
-    """Return the problem of an earlier call of this signature.
-
-    Parameters
-    ----------
-    signature : tuple
-
-    Returns
-    -------
-    Problem or None
-    """
+    """Return the problem of an earlier call of this signature."""
     found = _problems.get(signature)
     return None if found is None else found[0]
 
 
 def remember(signature: tuple[Any, ...], problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> None:
-    """Keep the problem of a call that has passed every check.
-
-    Parameters
-    ----------
-    signature : tuple
-    problem : Problem
-    states : sequence of triples
-    out : triple or None
-    """
+    """Keep the problem of a call that has passed every check."""
     if len(_problems) >= _MOST:
         _problems.clear()
     # A signature may hold the address of a dtype, which nobody else may get while it is compared with.

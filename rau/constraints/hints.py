@@ -15,14 +15,6 @@ SIGNIFICANT = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # bi
 def described(value: object) -> str:
     """Word what somebody passed, for messages.
 
-    Parameters
-    ----------
-    value : object
-
-    Returns
-    -------
-    str
-
     Examples
     --------
     >>> described(None), described([1]), described(np.float32(1))
@@ -34,18 +26,7 @@ def described(value: object) -> str:
 
 
 def not_an_array(name: str, value: object) -> str:
-    """Word the message about an argument that is no array.
-
-    Parameters
-    ----------
-    name : str
-        The argument's.
-    value : object
-
-    Returns
-    -------
-    str
-    """
+    """Word the message about an argument that is no array."""
     hint = in_its_place(value)
     if isinstance(value, np.ma.MaskedArray):
         hint = " A mask would be lost: fill it first; an empty row has softmax_sum 0."
@@ -53,17 +34,7 @@ def not_an_array(name: str, value: object) -> str:
 
 
 def in_its_place(value: object) -> str:
-    """Word what to pass in the place of what is no array of a kind that a backend takes.
-
-    Parameters
-    ----------
-    value : object
-
-    Returns
-    -------
-    str
-        To be appended to a message; empty where nobody knows.
-    """
+    """Word what to pass in the place of what is no array of a kind that a backend takes; empty where nobody knows."""
     if isinstance(value, (list, tuple)):
         return " Convert it with numpy.asarray(..., dtype=...)."
     if isinstance(value, np.ma.MaskedArray):
@@ -83,23 +54,8 @@ def swapped(dtype: str) -> str:
 
 
 def another_dtype(name: str, kind: str, dtype: str, wanted: str) -> str:
-    """Word how statistics, or a log-sum-exp, come to the dtype that they should have, and what that costs.
+    """Word how statistics, or a log-sum-exp, come to the dtype they should have, and what that costs; empty if nobody knows.
 
-    Parameters
-    ----------
-    name : str
-        The argument's.
-    kind : str
-        Of its array.
-    dtype, wanted : str
-
-    Returns
-    -------
-    str
-        To be appended to a message; empty where there is no such way.
-
-    Notes
-    -----
     With p significant bits the logarithm of a state's weight is off by up to d = abs(m) * 2**-p, that of a sum by 2**-p. The
     derivative of a weight w_i by the logarithms is w_i * (1 - w_i) and -w_i * w_j: 2 * w_i * (1 - w_i) <= 1/2 in all.
     """
@@ -120,18 +76,8 @@ def another_dtype(name: str, kind: str, dtype: str, wanted: str) -> str:
 def meant(name: str, known: Collection[str], others: Mapping[str, tuple[str, str]]) -> str:
     """Word which of some names another library's is: by what it means, since names alike in spelling may mean other axes.
 
-    Parameters
-    ----------
-    name : str
-    known : collection of str
-        In capitals.
-    others : mapping of str to (str, str)
-        Other libraries' names, in capitals: the one of `known`, or "" where there is none, and what else has to be done.
-
-    Returns
-    -------
-    str
-        To be appended to a message; empty where nothing is known of the name.
+    `others` has other libraries' names, in capitals: each with the one of `known`, or "" where there is none, and what else
+    has to be done. Empty where nothing is known of the name.
     """
     name = name.upper()
     ours, how = (name, "") if name in known else others.get(name, ("", ""))

@@ -16,24 +16,10 @@ NAME = "actual_seq_qlen"
 def bind_lengths(
     report: Violations, value: Any, tokens: int | None, packed: bool, vendor: bool
 ) -> Any:
-    """Check the cumulative sequence lengths of a TND call.
+    """Check the cumulative sequence lengths of a TND call, of `tokens` tokens if that is known; a `vendor` wants int64.
 
-    Parameters
-    ----------
-    report : Violations
-    value : array or list or tuple of int, or None
-        As the caller gave it: cumulative, from 0 to `tokens`, one more entry than sequences.
-    tokens : int or None
-        T; None where the shapes did not tell.
-    packed : bool
-        The statistics are packed per sequence.
-    vendor : bool
-        A vendor's profile: the argument is required, and int64.
-
-    Returns
-    -------
-    ndarray of int64, or device array as it is, or None
-        None as well where they are wrong.
+    Return them as an int64 array of shape (sequences + 1,), a device array as it is; None without any, or where they are
+    wrong.
     """
     if value is None:
         end = "T" if tokens is None else f"T = {tokens}"

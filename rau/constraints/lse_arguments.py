@@ -32,20 +32,10 @@ def check_base(report: Violations, base: object) -> None:
 
 
 def check_layouts(report: Violations, layout: object, lse_layout: object) -> str:
-    """Check the names of a layout of attention and of one of its log-sum-exp.
+    """Check the names of a layout of attention and of one of its log-sum-exp, which is returned; empty where they are wrong.
 
-    Parameters
-    ----------
-    report : Violations
-    layout : object
-    lse_layout : object
-        None stands for "BNS", save in layout "TND", which has no default: both orders are common there, no shape tells
-        them apart where T = N, and taken for one another they give wrong numbers without a word.
-
-    Returns
-    -------
-    str
-        The layout of the log-sum-exp; empty where a name does not exist, or the two do not go together.
+    None stands for "BNS", save in layout "TND", which has no default: both orders are common there, no shape tells
+    them apart where T = N, and taken for one another they give wrong numbers without a word.
     """
     known = check_layout(report, layout)
     names = lse_layouts(str(layout)) if known else tuple(LSE_LAYOUTS)
@@ -62,13 +52,7 @@ def check_layouts(report: Violations, layout: object, lse_layout: object) -> str
 
 
 class Described(NamedTuple):
-    """What the checks ask of an array.
-
-    Attributes
-    ----------
-    kind : {"numpy", "torch"}
-    dtype, device : str
-    """
+    """What the checks ask of an array, of kind "numpy" or "torch"."""
 
     kind: str
     dtype: str
@@ -76,23 +60,7 @@ class Described(NamedTuple):
 
 
 def check_array(report: Violations, name: str, array: Any, rule: str, dtypes: tuple[str, ...] = ()) -> Described | None:
-    """Check that something is a NumPy array or a torch tensor, of one of some dtypes.
-
-    Parameters
-    ----------
-    report : Violations
-    name : str
-    array : object
-    rule : str
-        The one of its dtype.
-    dtypes : tuple of str, optional
-        Any, by default.
-
-    Returns
-    -------
-    Described or None
-        None where it is not.
-    """
+    """Check that something is a NumPy array or a torch tensor of one of some dtypes (any by default); None if not."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor) and not tensor_inside(type(array)):
         # Not through its kind: a compiler that traces this would guard the kinds' tables, which grow meanwhile.
@@ -116,14 +84,7 @@ def check_array(report: Violations, name: str, array: Any, rule: str, dtypes: tu
 
 
 def check_alike(report: Violations, name: str, its: Described, other_name: str, other: Described) -> None:
-    """Check that two arrays are of one kind, on one device.
-
-    Parameters
-    ----------
-    report : Violations
-    name, other_name : str
-    its, other : Described
-    """
+    """Check that two arrays are of one kind, on one device."""
     if its.kind != other.kind:
         report.add("array-kind", f"{name} is a {its.kind} array and {other_name} a {other.kind} one; expected one kind "
                    "for both. Convert one of them first.")  # fmt: skip
@@ -133,15 +94,7 @@ def check_alike(report: Violations, name: str, its: Described, other_name: str, 
 
 
 def check_float64(report: Violations, name: str, array: Any, its: Described) -> None:
-    """Refuse a tensor on a device without float64, in which log-sum-exps are computed.
-
-    Parameters
-    ----------
-    report : Violations
-    name : str
-    array : array
-    its : Described
-    """
+    """Refuse a tensor on a device without float64, in which log-sum-exps are computed."""
     if its.kind == "torch":
 
         if not has_float64(array.device):
@@ -150,35 +103,14 @@ def check_float64(report: Violations, name: str, array: Any, its: Described) -> 
 
 
 def check_lengths_here(report: Violations, lengths: Any, name: str, stats: Any) -> None:
-    """Refuse lengths on a device for statistics that are on the host.
-
-    Parameters
-    ----------
-    report : Violations
-    lengths : ndarray or device array, or None
-    name : str
-        Of `stats`.
-    stats : array
-    """
+    """Refuse lengths on a device for statistics, called `name`, that are on the host."""
     if isinstance(stats, np.ndarray) and lengths is not None and not isinstance(lengths, np.ndarray):
         report.add("array-device", f"{NAME} is not on the host and {name} is a NumPy array; expected both on the host. "
                    f"Pass {NAME}.cpu().")  # fmt: skip
 
 
 def check_heads(report: Violations, heads: int | None) -> int | None:
-    """Check a number of query heads.
-
-    Parameters
-    ----------
-    report : Violations
-    heads : int or None
-        As the caller gave it; None where there is nothing to check.
-
-    Returns
-    -------
-    int or None
-        None as well where it is no such number.
-    """
+    """Check a number of query heads; None where there is nothing to check, or it is no such number."""
     if heads is None or (isinstance(heads, (int, np.integer)) and not isinstance(heads, bool) and heads >= 0):
         return heads
     report.add("heads", f"heads = {heads!r}; expected the number N of query heads, an int.")
@@ -186,17 +118,7 @@ def check_heads(report: Violations, heads: int | None) -> int | None:
 
 
 def check_shapes(report: Violations, attn_out: Any, lse: Any, layout: str, lse_layout: str, heads: int | None) -> None:
-    """Check that an output and a log-sum-exp fit together.
-
-    Parameters
-    ----------
-    report : Violations
-    attn_out, lse : array
-    layout, lse_layout : str
-        Valid names.
-    heads : int or None
-        What :func:`check_heads` returns.
-    """
+    """Check that an output and a log-sum-exp fit together; `heads` is what :func:`check_heads` returned."""
     axes = LAYOUTS[layout]
     shape, given = tuple(attn_out.shape), tuple(lse.shape)
     if len(shape) != axes.attn.count(",") + 1:

@@ -10,31 +10,13 @@ CHECKS = ("metadata", "values", "document")
 
 
 def check_layout(report: Violations, layout: object) -> bool:
-    """Check the name of a layout of attention outputs.
-
-    Parameters
-    ----------
-    report : Violations
-    layout : object
-
-    Returns
-    -------
-    bool
-        Whether it is one.
-    """
+    """Check the name of a layout of attention outputs."""
     note = " The letters are the axes of attn_out: B batch, S or T tokens, N heads, D head dimension, H = N * D."
     return report.choice("layout", "layout", layout, LAYOUTS, note, OTHER_LAYOUTS)
 
 
 def check_softmax_layout(report: Violations, rule: str, argument: str, order: object) -> None:
-    """Check the name of an order of the statistics in layout TND.
-
-    Parameters
-    ----------
-    report : Violations
-    rule, argument : str
-    order : object
-    """
+    """Check the name of an order of the statistics in layout TND."""
     note = ' "TND" is token-major; "SBH" is packed per sequence, as the vendor\'s kernels emit.'
     report.choice(rule, argument, order, ("TND", "SBH"), note, {})
 

@@ -14,17 +14,7 @@ Names = Callable[[int, int], str]  # (state, field) -> the name that the caller 
 
 
 def is_triple(report: Violations, out: Any) -> bool:
-    """Check that `out` is three things.
-
-    Parameters
-    ----------
-    report : Violations
-    out : object
-
-    Returns
-    -------
-    bool
-    """
+    """Check that `out` is three things."""
     if isinstance(out, (tuple, list)) and len(out) == 3:
         return True
     got = f"has {len(out)} items" if isinstance(out, (tuple, list)) else f"is {described(out)}"
@@ -42,29 +32,7 @@ def check_out(
     dtypes: tuple[str, str],
     packed: bool,
 ) -> bool:
-    """Check the arrays to write into.
-
-    Parameters
-    ----------
-    report : Violations
-    kind : Kind
-        That of the inputs.
-    states : sequence of triples of arrays
-        The inputs.
-    out : triple of objects
-    names : callable
-        Gives the caller's name of array `field` of state `state`.
-    shapes : triple of tuples of int
-    dtypes : tuple of str
-        Of the output and of the statistics.
-    packed : bool
-        The statistics are packed per sequence.
-
-    Returns
-    -------
-    bool
-        The call is in place: an output stands on an input.
-    """
+    """Check the arrays to write into, three of them; return whether the call is in place: an output stands on an input."""
     broken = len(report.broken)
     device = kind.device(states[0][0])
     for field, array in enumerate(out):

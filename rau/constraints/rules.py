@@ -80,15 +80,7 @@ class Violations:
         self.broken: list[tuple[str, str]] = []
 
     def add(self, rule: str, message: str) -> None:
-        """Note a broken rule.
-
-        Parameters
-        ----------
-        rule : str
-            A key of :data:`RULES`.
-        message : str
-            What was found, what was expected, what to do.
-        """
+        """Note a broken rule, a key of :data:`RULES`: what was found, what was expected, what to do."""
         self.broken.append((rule, message))
 
     def choice(
@@ -100,25 +92,10 @@ class Violations:
         note: str = "",
         others: Mapping[str, tuple[str, str]] | None = None,
     ) -> bool:
-        """Note an option whose value does not exist, with the one that seems to be meant.
+        """Check that an option's value exists, and note it with the one that seems to be meant where it does not.
 
-        Parameters
-        ----------
-        rule : str
-            A key of :data:`RULES`.
-        argument : str
-            The option's name.
-        value : object
-        known : collection of str
-        note : str, optional
-            Appended: what the values mean.
-        others : mapping, optional
-            For values that are no words, as :func:`meant` takes it. Without it the closest spelling is named.
-
-        Returns
-        -------
-        bool
-            Whether the value exists.
+        `note` is appended: what the values mean. `others` is for values that are no words, as :func:`meant` takes it;
+        without it the closest spelling is named.
         """
         if isinstance(value, str) and value in known:  # asked in this order, anything can be tested
             return True

@@ -17,25 +17,7 @@ _EXPECTED = (
 
 
 def as_states(states: Any, layout: Any) -> Sequence[Sequence[Any]]:
-    """Take the argument of merge_states apart, before anything looks inside the states.
-
-    Parameters
-    ----------
-    states : list or tuple of triples, or triple of arrays
-        As the caller gave it.
-    layout : str
-        How many axes an array of one state has.
-
-    Returns
-    -------
-    sequence of triples
-        At least one; views of stacked arrays.
-
-    Raises
-    ------
-    ShapeError
-        For anything else.
-    """
+    """Take the argument of merge_states apart, before anything looks inside the states: at least one, views where stacked."""
     if getattr(type(states), "_fields", ()) == FIELDS or (
         isinstance(states, (list, tuple)) and len(states) == 3 and all(hasattr(part, "shape") for part in states)
     ):

@@ -14,18 +14,9 @@ from rau.constraints.rules import Violations
 def check_values(
     report: Violations, kind: Kind, states: Sequence[Sequence[Any]], names: Callable[[int, int], str], check: str
 ) -> None:
-    """Read the statistics of every state and note what no attention kernel would have written.
+    """Read the statistics of every state, of shape (..., lanes), and note what no attention kernel would have written.
 
-    Parameters
-    ----------
-    report : Violations
-    kind : Kind
-    states : sequence of triples of arrays
-        Statistics of shape (..., lanes), float32 or float64.
-    names : callable
-        Gives the caller's name of array `field` of state `state`.
-    check : {"values", "document"}
-        "document" also holds the reference page to its word that max is positive.
+    The check "document" also holds the reference page to its word that max is positive.
     """
     if kind.device(states[0][0]) == "meta":
         report.add("array-device", f'{names(0, 0)} is on meta, where tensors have no values; check = "{check}" expects a device '
@@ -55,17 +46,7 @@ def check_memory(
     """Note outputs of several states in one place: a kernel that writes into one buffer has overwritten the earlier ones.
 
     A place may be shared where no row has seen keys in both states, as the rows of a buffer that several kernels fill.
-
-    Parameters
-    ----------
-    report : Violations
-    kind : Kind
-    states : sequence of triples of arrays
-        Where they lie.
-    regular : sequence of triples of arrays
-        The same values, readable.
-    names : callable
-        Gives the caller's name of array `field` of state `state`.
+    `states` are where they lie, `regular` has the same values, readable.
     """
     first: dict[Any, int] = {}
     for k, (attn_out, _, _) in enumerate(states):

@@ -29,22 +29,12 @@ def of_part(state: int, field: int) -> str:
 
 
 class RunningState:
-    """Three arrays that begin as the empty state.
-
-    Parameters
-    ----------
-    problem : Problem
-        Of one state of the full shape.
-    like : triple of arrays
-        That state: where the arrays are to be, and of which kind.
-    backend : str or Backend or None
-        Who is asked for.
+    """Three arrays that begin as the empty state, of the full shape, in the place and of the kind of a state like it.
 
     Attributes
     ----------
     state : AttentionState
         float32, or float64; arrays of a plugin's own kind may be other ones after an update.
-    kind : Kind
     asked : Problem
         What each update asks the registry: to merge into such a state.
     own_kind : bool
@@ -76,18 +66,7 @@ class RunningState:
         return registry.select(self.asked, self._backend)
 
     def refuse_overlap(self, partial: AttentionState) -> None:
-        """Refuse arrays taken from the state: they would be counted twice, and overwritten while they are read.
-
-        Parameters
-        ----------
-        partial : AttentionState
-            Not checked yet.
-
-        Raises
-        ------
-        ShapeError
-            If one shares memory with an array of the state.
-        """
+        """Refuse arrays taken from the state: they would be counted twice, and overwritten while they are read."""
         for array, name in zip(partial, FIELDS, strict=True):
             its = kind_of(array)
             if its is None or its.name != self.kind.name:
@@ -116,25 +95,10 @@ class RunningState:
     def merge(
         self, problem: Problem, whole: AttentionState, places: AttentionState, cur: AttentionState, *, on_host: bool
     ) -> None:
-        """Merge a partial state into some places of the state.
+        """Merge a partial state into some places of the state; UnsupportedError, and nothing written, if it cannot be.
 
-        Parameters
-        ----------
-        problem : Problem
-            The update, in place.
-        whole : AttentionState
-            `state`, or what :meth:`to_host` made of it.
-        places : AttentionState
-            The part of `whole` that is meant; where the problem has a half, as many tokens.
-        cur : AttentionState
-            The partial state; on the host where `whole` is.
-        on_host : bool
-            These are NumPy arrays in place of a plugin's own.
-
-        Raises
-        ------
-        UnsupportedError
-            If the backend cannot do it; nothing is written then.
+        `whole` is the state, or what :meth:`to_host` made of it where `on_host`; `places` the part of it that is meant,
+        or, where the problem has a half, as many tokens.
         """
         chosen, origin = self.choose()
         registry.log_call(UPDATE, chosen, origin)
@@ -149,7 +113,7 @@ class RunningState:
     def _merge_adapted(
         self, chosen: Any, problem: Problem, whole: AttentionState, places: AttentionState, cur: AttentionState, on_host: bool
     ) -> None:
-        """Merge by a backend that does not take the call as it is, in calls that it takes; each is judged before any is made."""
+        """Merge by a backend that does not take the call as it is, in calls that it takes, all judged before any is made."""
         takes, layout, lengths, half = chosen.capabilities, problem.layout, problem.actual_seq_qlen, problem.half
         if problem.cur_dtype != problem.dtype and not takes.mixed:
             wide = _HOST.cast(cur.attn_out, problem.dtype) if on_host else self.cast(cur.attn_out, problem.dtype)

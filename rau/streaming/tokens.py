@@ -17,29 +17,7 @@ HALVES = ("front", "back")
 
 
 def part_of(call: str, tokens: Any, layout: str, length: int, lengths: np.ndarray | None) -> slice | str:
-    """Check which tokens are meant.
-
-    Parameters
-    ----------
-    call : str
-        For messages.
-    tokens : slice or {"front", "back"}
-        As the caller gave it.
-    layout : str
-    length : int
-        S; in layout "TND", T.
-    lengths : ndarray of int64, or None
-        Cumulative sequence lengths in layout "TND"; None: one sequence.
-
-    Returns
-    -------
-    slice or str
-        A slice along the token axis, or in layout "TND" the name of the half.
-
-    Raises
-    ------
-    ConstraintError
-        If it is neither, or a sequence has no halves.
+    """Check which tokens are meant, of S (in layout "TND", T): a slice along the token axis, or in TND the name of a half.
     """
     report = Violations(call)
     if isinstance(tokens, slice):
@@ -78,20 +56,7 @@ def part_of(call: str, tokens: Any, layout: str, length: int, lengths: np.ndarra
 
 
 def part(state: Sequence[Any], layout: str, tokens: slice) -> AttentionState:
-    """See some tokens of a state.
-
-    Parameters
-    ----------
-    state : triple of ndarray or Tensor
-    layout : str
-    tokens : slice
-        Along the token axis.
-
-    Returns
-    -------
-    AttentionState
-        Views.
-    """
+    """See some tokens of a state."""
     axes = LAYOUTS[layout]
     places = axes.attn_token, axes.stats_token, axes.stats_token
     return AttentionState(*(array[(slice(None),) * axis + (tokens,)] for array, axis in zip(state, places, strict=True)))
@@ -102,25 +67,9 @@ def halves(
 ) -> Iterator[tuple[AttentionState, AttentionState]]:
     """See the halves of TND sequences as calls of a layout with a batch axis: one for each run of equal lengths.
 
-    In such a run both orders of the statistics are regular, so that no call needs to know of sequences.
-
-    Parameters
-    ----------
-    running, partial : triples of ndarray or Tensor
-        Of T and T / 2 tokens; `running` is contiguous.
-    lengths : ndarray of int64
-        Cumulative lengths of the running state's sequences, all even.
-    half : {"front", "back"}
-    packed : bool
-        The statistics are packed per sequence.
-    layout : {"BSND", "SBH", "BNSD"}
-        Of the calls.
-
-    Yields
-    ------
-    running, partial : AttentionState
-        The half of some sequences, and what is merged into it. Of `running` these are views; of `partial` too, save where
-        SBH cannot fold heads that are not side by side.
+    In such a run both orders of the statistics are regular, so that no call needs to know of sequences. `running` has T
+    tokens and is contiguous, `partial` T / 2; what is yielded are views, but of `partial` where SBH cannot fold heads
+    that are not side by side.
     """
     each = np.diff(lengths)
     starts = np.flatnonzero(np.diff(each, prepend=-1))
