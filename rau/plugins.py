@@ -271,7 +271,7 @@ def _missing_libraries(declared: Capabilities) -> list[str]:
     from importlib.util import find_spec  # for messages alone
 
     libraries = sorted({name.partition(":")[0].partition(".")[0] for name in declared.array_types})
-    here = [name for name in libraries if name in sys.modules or find_spec(name)]
+    here = [name for name in libraries if sys.modules.get(name) or find_spec(name)]
     return [] if here else libraries
 
 

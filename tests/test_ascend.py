@@ -50,6 +50,10 @@ def test_on_a_laptop_it_says_what_the_chip_would_say():
     assert found.arrays == [
         "numpy:ndarray is none of torch:Tensor, mindspore.common.tensor:Tensor", "device cpu is none of npu, ascend"
     ]  # fmt: skip
+    assert not found.tried
+    with pytest.raises(rau.BackendUnavailableError):
+        registry.get("ascend")
+    found = verdict(**arguments(tnd), actual_seq_qlen=[0, 8], layout="TND", profile="portable")
     assert found.unavailable == f"{ascend_operators.TORCH_NPU}; {ascend_operators.MINDSPORE}"
     assert verdict(**arguments(tnd, N=42, D=128), actual_seq_qlen=[0, 8], layout="TND").limits == []
 
