@@ -66,6 +66,15 @@ class Layout(NamedTuple):
     stats_token: int
     stats_head: int
 
+    @property
+    def row_order(self) -> tuple[int, ...]:
+        """Axes of the statistics, but for the lanes, in the order in which the output has its rows."""
+        places = [(self.attn_batch, self.stats_batch), (self.attn_token, self.stats_token)]
+        rows = sorted((attn, stats) for attn, stats in places if attn is not None and stats is not None)
+        if self.attn_head is None:  # within a row of tokens, on the last axis
+            return (*(stats for _, stats in rows), self.stats_head)
+        return tuple(stats for _, stats in sorted([*rows, (self.attn_head, self.stats_head)]))
+
 
 LAYOUTS: dict[str, Layout] = {
     "SBH": Layout("(S, B, H)", "(B, N, S, {lanes})", 1, 0, None, 0, 2, 1),
@@ -167,6 +176,30 @@ def dimensions(
         N, D = attn_shape[axes.attn_head], attn_shape[-1]
     B = 1 if axes.attn_batch is None else attn_shape[axes.attn_batch]
     return B, tokens, B * tokens, N, D
+
+
+def shapes(layout: str, B: int, S: int, N: int, D: int, lanes: int = 8) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Spell the shapes of a state's output and statistics; in TND, S counts the tokens of all sequences, and B is 1.
+
+    Parameters
+    ----------
+    layout : str
+        A key of :data:`LAYOUTS`.
+    B, S, N, D : int
+    lanes : int, default 8
+
+    Returns
+    -------
+    attn_shape, stats_shape : tuple of int
+
+    Examples
+    --------
+    >>> shapes("SBH", 2, 6, 3, 4)
+    ((6, 2, 12), (2, 3, 6, 8))
+    """
+    sizes = {"B": B, "S": S, "T": B * S, "N": N, "D": D, "H": N * D, "{lanes}": lanes}
+    attn, stats = (tuple(sizes[axis] for axis in form[1:-1].split(", ")) for form in LAYOUTS[layout][:2])
+    return attn, stats
 
 
 def packed_row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:

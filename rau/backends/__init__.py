@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rau.arrays.torch_ import has_float64
+from rau.layouts import LAYOUTS
 from rau.problem import Problem
 from rau.state import AttentionState
 
@@ -61,7 +62,7 @@ class Capabilities:
     devices: tuple[str, ...] | None = ("cpu",)
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     mixed: bool = True
-    layouts: tuple[str, ...] = ("SBH", "TND", "BSND", "BNSD")
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
     softmax_layouts: tuple[str, ...] = ("TND", "SBH")
     lanes: tuple[int, ...] = (8, 1)
     in_place: bool = True

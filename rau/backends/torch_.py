@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from rau.arithmetic import merge_rows, weigh
 from rau.arrays.torch_ import TorchKind, packed_rows
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.errors import BackendUnavailableError
+from rau.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+
+@cache
+def _permutations(layout: str) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Axes of the statistics in the order of the output's rows, and back; None where that is their own order."""
+    order = LAYOUTS[layout].row_order
+    back = tuple(order.index(axis) for axis in range(len(order)))
+    return (None, None) if order == back == tuple(range(len(order))) else (order, back)
 
 
 class Geometry:
@@ -22,7 +32,8 @@ class Geometry:
     """
 
     def __init__(self, layout: str, heads: int, packed: Tensor | None) -> None:
-        self._layout = layout
+        self._folded = LAYOUTS[layout].attn_head is None
+        self._order, self._inverse = _permutations(layout)
         self._heads = heads
         self._packed = packed
 
@@ -30,14 +41,14 @@ class Geometry:
     def of(cls, state: Sequence[Tensor], actual_seq_qlen: Any, layout: str, softmax_layout: str) -> Geometry:
         """Read it off a state, and off the cumulative lengths where its statistics are packed."""
         attn_out, maximum = state[0], state[1]
-        heads = maximum.shape[1]
+        heads = maximum.shape[LAYOUTS[layout].stats_head]
         if layout != "TND" or softmax_layout != "SBH":
             return cls(layout, heads, None)
         return cls(layout, heads, packed_rows(actual_seq_qlen, attn_out.shape[0], heads, attn_out.device))
 
     def heads(self, attn_out: Tensor) -> Tensor:
         """See an output as (..., N, D), without a copy."""
-        if self._layout != "SBH":
+        if not self._folded:
             return attn_out
         return attn_out.unflatten(-1, (self._heads, attn_out.shape[-1] // max(self._heads, 1)))
 
@@ -46,20 +57,14 @@ class Geometry:
         lane = stats[..., 0]
         if self._packed is not None:
             return lane.reshape(-1).index_select(0, self._packed).view(lane.shape)
-        if self._layout == "SBH":
-            return lane.permute(2, 0, 1)
-        return lane.transpose(1, 2) if self._layout == "BSND" else lane
+        return lane if self._order is None else lane.permute(self._order)
 
     def statistics(self, rows: Tensor) -> Tensor:
         """Put rows back into the axes and the order of the statistics; one lane, on a last axis of length 1."""
         if self._packed is not None:
             flat = rows.new_zeros(rows.numel())
             return flat.index_copy_(0, self._packed, rows.reshape(-1)).view(*rows.shape, 1)
-        if self._layout == "SBH":
-            rows = rows.permute(1, 2, 0)
-        elif self._layout == "BSND":
-            rows = rows.transpose(1, 2)
-        return rows.unsqueeze(-1)
+        return (rows if self._inverse is None else rows.permute(self._inverse)).unsqueeze(-1)
 
 
 class TorchBackend(Backend):

@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from rau.cli.session import UsageError, whole
+from rau.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from rau.testing.cases import Case
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "bfloat16-into-float32", "float16-into-float32")
-LAYOUTS = ("SBH", "TND", "BSND", "BNSD")
 
 _ALL: dict[str, Any] = {"select": "*", "dtype": None, "layout": None, "seed": 0}
 _LOOK_AHEAD = 10_000  # generated cases in a row that do not match: then none will

@@ -8,6 +8,7 @@ import numpy as np
 
 from rau.cli.bench.timing import Call
 from rau.arrays.memory import aligned
+from rau.layouts import shapes
 from rau.state import AttentionState
 from rau.update import ring_attention_update
 
@@ -42,11 +43,7 @@ class Size(NamedTuple):
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of attn_out and of the statistics."""
-        B, S, N, D = self.batch, sum(self.lengths), self.heads, self.head_dim
-        if self.layout == "TND":
-            return (S, N, D), (S, N, 8)
-        attn = {"SBH": (S, B, N * D), "BSND": (B, S, N, D), "BNSD": (B, N, S, D)}[self.layout]
-        return attn, (B, N, S, 8)
+        return shapes(self.layout, self.batch, sum(self.lengths), self.heads, self.head_dim)
 
     def state_bytes(self, dtype: str) -> int:
         """Bytes of one state: an output element for each of D, and two statistics of 8 lanes, a token and head."""
