@@ -1,7 +1,7 @@
 """Backends that are wrong, each in its own way, by name: what the conformance kit must catch. And two that it must not.
 
-Those made of `rau.testing.mistakes` compute wrong numbers. The others compute the right ones, most by
-`rau.testing.plain`, and do something wrong around them.
+Those made of `rau.testing.diagnosis.mistakes` compute wrong numbers. The others compute the right ones, most by
+`rau.testing.diagnosis.steps`, and do something wrong around them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from numpy.lib.stride_tricks import as_strided
 import rau
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.backends.numpy_ import NumPyBackend
-from rau.testing.mistakes import MISTAKES, Mistake
-from rau.testing.plain import Rows
+from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
+from rau.testing.diagnosis.steps import Rows
 
 NUMPY = ("numpy:ndarray",)
 

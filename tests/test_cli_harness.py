@@ -21,8 +21,8 @@ from command import status
 import rau
 from rau.__main__ import main
 from rau.cli import case_options, difftest
-from rau.testing import record
 from rau.testing.cases import Case
+from rau.testing.differential import record
 
 # A kernel in its author's folder. MODE says what is wrong with it.
 KERNEL = '''

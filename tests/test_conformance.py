@@ -15,16 +15,16 @@ from rau.errors import BackendUnavailableError, UnknownBackendError, Unsupported
 from rau.testing.cases import Case, named
 from rau.testing.comparison import compare
 from rau.testing.conformance import check_backend, checks, load
+from rau.testing.conformance.report import Report
 from rau.testing.differential import run_differential
-from rau.testing.expected import oracle
-from rau.testing.report import Report
+from rau.testing.reference.oracle import oracle
 
 # A backend of somebody else's, in a module of its own: its arrays are nothing that NumPy or rau knows.
 LOOPBACK = '''
 import numpy as np
 
 from rau.backends import AttentionState, Backend, Capabilities
-from rau.testing.plain import Rows
+from rau.testing.diagnosis.steps import Rows
 
 
 class Box:

@@ -12,9 +12,9 @@ from rau.__main__ import main
 from rau.testing import cases, oracle
 from rau.testing.cases import Case
 from rau.testing.diagnosis import diagnose
-from rau.testing.mistakes import MISTAKES
-from rau.testing.plain import Rows
-from rau.testing.record import Record, save
+from rau.testing.diagnosis.mistakes import MISTAKES
+from rau.testing.diagnosis.steps import Rows
+from rau.testing.differential.record import Record, save
 
 NAMES = ("attn_out", "softmax_max", "softmax_sum")
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import rau
-from rau.testing import interop, partial_attention
+from rau.testing import partial_attention
+from rau.testing.conformance import interop
 
 PAGE = (Path(__file__).parents[1] / "docs" / "interop.md").read_text()
 BLOCKS = {

@@ -5,11 +5,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 
 from rau.backends import Capabilities
-from rau.testing import memory, strategies
+from rau.testing import strategies
 from rau.testing.bits import same_bits
+from rau.testing.cases import placements
 from rau.testing.cases import Case
-from rau.testing.checks import check_case, expected_of, problem_of
 from rau.testing.comparison import compare
+from rau.testing.trial import check_case, expected_of, problem_of
 
 sought = settings(max_examples=5000, database=None, phases=[Phase.generate])  # and not shrunk
 slow_to_draw = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -112,4 +113,4 @@ def test_numbers_fit_their_case(dtype):
 
 
 def test_placements_are_all_known():
-    assert set(memory.PACKED_PLACEMENTS) <= set(memory.PLACEMENTS) >= set(memory.OUT_PLACEMENTS)
+    assert set(placements.PACKED_PLACEMENTS) <= set(placements.PLACEMENTS) >= set(placements.OUT_PLACEMENTS)

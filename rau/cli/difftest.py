@@ -183,7 +183,7 @@ def _folder(report: str | None) -> Path:
 
 def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any]) -> None:
     """Compare what is recorded in a file with what backends make of the call now."""
-    from rau.testing import record
+    from rau.testing.differential import record
     from rau.testing.differential import run_recorded
 
     recorded = record.load(arguments.replay)

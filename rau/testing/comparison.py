@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rau.testing.expected import Expected, once_stored, widen
-from rau.testing.rows import FORMATS
+from rau.testing.reference.oracle import Expected, once_stored, widen
+from rau.testing.reference.row_weights import FORMATS
 
 _SLAB = 2**18
 

@@ -18,8 +18,8 @@ from rau.errors import RauError
 from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
 from rau.testing.comparison import Comparison, compare
-from rau.testing.expected import Expected, oracle
-from rau.testing.report import Failure, Report
+from rau.testing.conformance.report import Failure, Report
+from rau.testing.reference.oracle import Expected, oracle
 
 INDEX, HOW_TO = "cases.json", "README.txt"
 _FORMAT = 1

@@ -4,7 +4,7 @@ A test of a backend is then a few lines::
 
     from hypothesis import given
     from rau.testing import strategies
-    from rau.testing.checks import check_case
+    from rau.testing.trial import check_case
 
     backend = MyBackend()
 
@@ -28,7 +28,7 @@ from hypothesis.extra import numpy as hnp
 
 from rau.backends import Capabilities
 from rau.state import AttentionState
-from rau.testing import contents, memory
+from rau.testing.cases import numbers, placements
 from rau.testing.cases import Case, named_dtype
 
 _EVERYTHING = Capabilities(array_types=())
@@ -112,8 +112,8 @@ def cases(draw: st.DrawFn, capabilities: Capabilities = _EVERYTHING) -> Case:
         id="drawn", layout=layout, softmax_layout=order, batch=batch, tokens=tokens, heads=heads,
         head_dim=head_dim if heads or layout != "SBH" else 0,  # N = 0 needs H = 0
         lengths=tuple(np.diff(ends).tolist()), qlen=qlen, lanes=draw(st.sampled_from(takes.lanes)), dtype=dtype,
-        cur_dtype=cur_dtype, states=states, statistics=draw(st.sampled_from(tuple(contents.STATISTICS))),
-        outputs=draw(st.sampled_from(tuple(contents.OUTPUTS))), read_only=draw(st.booleans()),
+        cur_dtype=cur_dtype, states=states, statistics=draw(st.sampled_from(tuple(numbers.STATISTICS))),
+        outputs=draw(st.sampled_from(tuple(numbers.OUTPUTS))), read_only=draw(st.booleans()),
         aliased=aliased and cur_dtype == dtype,
     )  # fmt: skip
     return _in_memory(draw, case, takes.in_place)
@@ -132,14 +132,14 @@ def _in_memory(draw: st.DrawFn, case: Case, in_place: bool) -> Case:
         goes += ["prev"] if case.states == 1 or case.cur_dtype != case.dtype else ["prev", "cur"]
     out = draw(st.sampled_from(goes))
     packed = case.layout == "TND" and case.softmax_layout == "SBH"
-    stats = list(memory.PACKED_PLACEMENTS if packed else memory.PLACEMENTS)
-    attn = [placement for placement in memory.PLACEMENTS if placement != "broadcast"]
+    stats = list(placements.PACKED_PLACEMENTS if packed else placements.PLACEMENTS)
+    attn = [placement for placement in placements.PLACEMENTS if placement != "broadcast"]
     if out in ("prev", "cur"):
-        stats = [placement for placement in stats if placement in memory.OUT_PLACEMENTS]
-        attn = list(memory.OUT_PLACEMENTS)
+        stats = [placement for placement in stats if placement in placements.OUT_PLACEMENTS]
+        attn = list(placements.OUT_PLACEMENTS)
     case = replace(
         case, out=out, attn_placement=draw(st.sampled_from(attn)), stats_placement=draw(st.sampled_from(stats)),
-        out_placement=draw(st.sampled_from(memory.OUT_PLACEMENTS)),
+        out_placement=draw(st.sampled_from(placements.OUT_PLACEMENTS)),
     )  # fmt: skip
     unequal = draw(st.booleans())
     return replace(case, unequal_lanes=unequal and case.lanes > 1 and case.stats_placement != "broadcast")

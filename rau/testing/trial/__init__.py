@@ -14,11 +14,11 @@ from rau.arrays import kind_of
 from rau.constraints import FIELDS, bind
 from rau.problem import Problem
 from rau.state import AttentionState
-from rau.testing import folding
 from rau.testing.bits import same_bits
 from rau.testing.cases import Call, Case
 from rau.testing.comparison import Comparison
-from rau.testing.expected import Expected, oracle
+from rau.testing.reference.oracle import Expected, oracle
+from rau.testing.trial.judge import judge as judge_values
 
 
 def problem_of(call: Call) -> Problem:
@@ -216,7 +216,7 @@ def check_case(
     result, problems = run(backend, case, numbers)
     if result is None:
         return problems, None
-    comparison = folding.judge(backend, case, numbers, result, expected)
+    comparison = judge_values(backend, case, numbers, result, expected)
     problems = [*comparison.problems, *problems]
     if backend.capabilities.deterministic:
         problems += _repeated(backend, case, numbers, result)

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.plain import (
+from rau.testing.diagnosis.steps import (
     Array,
     Rows,
     add,

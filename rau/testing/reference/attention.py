@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.expected import widen
-from rau.testing.sequences import (
+from rau.testing.reference.oracle import widen
+from rau.testing.reference.sequences import (
     DTYPES,
     Call,
     Sequence,

@@ -13,9 +13,9 @@ from rau.arrays import kind_of
 from rau.constraints import FIELDS
 from rau.state import AttentionState
 from rau.streaming import StreamingMerge
-from rau.testing.algebra import Law
 from rau.testing.cases import Case
-from rau.testing.checks import excluded_by
+from rau.testing.conformance.laws import Law
+from rau.testing.trial import excluded_by
 
 
 def writes(backend: Any) -> Iterator[tuple[str, Law, str, str]]:

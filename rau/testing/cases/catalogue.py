@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rau.testing import contents, memory
-from rau.testing.case import Call, Case, named_dtype
-
-__all__ = ["Call", "Case", "generated", "named", "named_dtype"]
+from rau.testing.cases import numbers, placements
+from rau.testing.cases.case import Case
 
 
 def named() -> list[Case]:
@@ -62,10 +60,10 @@ def _named() -> Iterator[Case]:
         profile = "mindspore" if dtype == cur_dtype != "float64" else "portable"
         yield Case(id=f"dtype/{name}", tokens=130, heads=3, head_dim=64, profile=profile, **common)
         yield Case(id=f"dtype/{name}-attention", tokens=20, heads=3, head_dim=64, statistics="attention", **common)
-        for outputs in contents.OUTPUTS:
+        for outputs in numbers.OUTPUTS:
             yield Case(id=f"outputs/{outputs}-{name}", tokens=9, heads=3, head_dim=22, outputs=outputs, statistics="empty",
                        **common)  # fmt: skip
-        for statistics in contents.STATISTICS:
+        for statistics in numbers.STATISTICS:
             yield Case(id=f"statistics/{statistics}-{name}", tokens=65, heads=2, head_dim=22, statistics=statistics,
                        **common)  # fmt: skip
         for states in (1, 3, 8):
@@ -88,12 +86,12 @@ def _named() -> Iterator[Case]:
         name = "packed" if order == "SBH" else layout
         yield Case(id=f"lanes/unequal-{name}", layout=layout, softmax_layout=order, tokens=9, lengths=(3, 6), heads=3,
                    head_dim=22, statistics="empty", unequal_lanes=True)  # fmt: skip
-    for placement in memory.PLACEMENTS:
+    for placement in placements.PLACEMENTS:
         for layout in ("SBH", "TND", "BSND", "BNSD"):
             common = {"layout": layout, "tokens": 10, "lengths": (10,), "heads": 3, "head_dim": 16, "statistics": "empty"}
             inputs: dict[str, Any] = {"attn_placement": "contiguous" if placement == "broadcast" else placement, "stats_placement": placement}
             yield Case(id=f"views/{placement}-{layout}", read_only=True, **common, **inputs)
-            if placement in memory.OUT_PLACEMENTS:
+            if placement in placements.OUT_PLACEMENTS:
                 yield Case(id=f"out/{placement}-{layout}", out="given", out_placement=placement, **common)
                 yield Case(id=f"in-place/{placement}-{layout}", out="prev", **common, **inputs)
                 yield Case(id=f"in-place/{placement}-{layout}-cur", out="cur", **common, **inputs)
@@ -101,7 +99,7 @@ def _named() -> Iterator[Case]:
         yield Case(id=f"far/views-{layout}", layout=layout, tokens=3, lengths=(3,), attn_placement="far",
                    stats_placement="far")  # fmt: skip
         yield Case(id=f"far/out-{layout}", layout=layout, tokens=3, lengths=(3,), out="given", out_placement="far")
-    for placement in memory.PACKED_PLACEMENTS:
+    for placement in placements.PACKED_PLACEMENTS:
         yield Case(id=f"views/{placement}-packed", layout="TND", softmax_layout="SBH", tokens=10, lengths=(3, 7), heads=3,
                    stats_placement=placement)  # fmt: skip
     yield Case(id="views/aliased", tokens=5, aliased=True)
@@ -174,16 +172,16 @@ def _generate(name: str) -> Case:
         out = "prev"
     if aliased and out != "given":
         out = "fresh"
-    stats_placements: tuple[str, ...] = memory.PACKED_PLACEMENTS if packed else memory.PLACEMENTS
+    stats_placements: tuple[str, ...] = placements.PACKED_PLACEMENTS if packed else placements.PLACEMENTS
     in_place = out in ("prev", "cur")
     if in_place:  # what is written to must be writable and have a contiguous last axis
         stats_placements = tuple(p for p in stats_placements if p not in ("broadcast", "gapped"))
-    attn_placements = memory.OUT_PLACEMENTS if in_place else tuple(p for p in memory.PLACEMENTS if p != "broadcast")
+    attn_placements = placements.OUT_PLACEMENTS if in_place else tuple(p for p in placements.PLACEMENTS if p != "broadcast")
     return Case(
         id=name, layout=layout, softmax_layout="SBH" if packed else "TND", batch=batch, tokens=tokens, heads=heads,
         head_dim=head_dim, lengths=lengths, qlen=pick(("array", "int32", "list") if packed else ("array", "list", "none")),
         lanes=pick((8, 1), (0.8, 0.2)), dtype=dtype, cur_dtype=cur_dtype, states=states,
-        statistics=pick((*contents.STATISTICS, "attention")) if heads and head_dim and batch else "ordinary", outputs=pick(tuple(contents.OUTPUTS)),
+        statistics=pick((*numbers.STATISTICS, "attention")) if heads and head_dim and batch else "ordinary", outputs=pick(tuple(numbers.OUTPUTS)),
         attn_placement=pick(attn_placements), stats_placement=pick(stats_placements),
-        out_placement=pick(memory.OUT_PLACEMENTS), out=out, read_only=bool(rng.random() < 0.5), aliased=aliased,
+        out_placement=pick(placements.OUT_PLACEMENTS), out=out, read_only=bool(rng.random() < 0.5), aliased=aliased,
     )  # fmt: skip

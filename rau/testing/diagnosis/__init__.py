@@ -10,13 +10,13 @@ import numpy as np
 
 from rau.state import AttentionState
 from rau.testing.bits import same_bits
-from rau.testing.checks import expected_of, problem_of
 from rau.testing.comparison import Comparison, compare, shares
-from rau.testing.expected import Expected, widen
-from rau.testing.mistakes import MISTAKES, Mistake
-from rau.testing.plain import Rows
-from rau.testing.record import Record, RecordError
-from rau.testing.rows import half_ulp
+from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
+from rau.testing.diagnosis.steps import Rows
+from rau.testing.differential.record import Record, RecordError
+from rau.testing.reference.oracle import Expected, widen
+from rau.testing.reference.row_weights import half_ulp
+from rau.testing.trial import expected_of, problem_of
 
 _MISFIT = 0.1  # so much of what is wrong is left to what else may be wrong
 _ALIKE = 0.01  # a difference in misfit that another arithmetic may make
@@ -132,7 +132,7 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     Parameters
     ----------
     record : Record
-        As :func:`rau.testing.record.load` reads it.
+        As :func:`rau.testing.differential.record.load` reads it.
     tolerance : float, default 1.0
         How many times the bound is still right.
 

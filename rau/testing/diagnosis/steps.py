@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.doubledouble import two_sum
-from rau.testing.expected import _row_order, widen
+from rau.testing.reference.doubledouble import two_sum
+from rau.testing.reference.oracle import _row_order, widen
 
 Array: TypeAlias = np.ndarray
 

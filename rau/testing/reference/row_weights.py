@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rau.testing import doubledouble as dd
+from rau.testing.reference import doubledouble as dd
 
 _E = 2.0**-53  # unit roundoff of float64
 _U = 2.0**-24  # and of float32

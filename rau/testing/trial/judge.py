@@ -19,7 +19,7 @@ from rau.state import AttentionState
 from rau.testing.bits import same_bits
 from rau.testing.cases import Case, named_dtype
 from rau.testing.comparison import Comparison, compare
-from rau.testing.expected import Expected, oracle
+from rau.testing.reference.oracle import Expected, oracle
 
 
 def folds(backend: Any, case: Case) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-import rau
 from rau.state import AttentionState
-from rau.testing import contents, memory
-from rau.testing.memory import Placed, place
+from rau.testing.cases import numbers, placements
+from rau.testing.cases.placements import Placed, place
+from rau.update import merge_states, ring_attention_update
 
 _TOKEN_AXIS = {"SBH": (0, 2), "TND": (0, 0), "BSND": (1, 2), "BNSD": (2, 2)}  # of attn_out, of statistics
 
@@ -37,10 +37,10 @@ class Case:
     states : int
         2 calls ring_attention_update, anything else merge_states.
     statistics, outputs : str
-        Kinds of numbers: keys of `rau.testing.contents.STATISTICS` and `OUTPUTS`. Statistics "attention" and "flash": the states are
+        Kinds of numbers: keys of `rau.testing.cases.numbers.STATISTICS` and `OUTPUTS`. Statistics "attention" and "flash": the states are
         real partial attention, outputs included; "flash" is torch's FlashAttention on the CPU, with its log-sum-exp.
     attn_placement, stats_placement, out_placement : str
-        How inputs and result lie in memory, see `rau.testing.memory`.
+        How inputs and result lie in memory, see `rau.testing.cases.placements`.
     out : {"fresh", "given", "prev", "cur"}
         Where the result goes: allocated, into given arrays, or in place.
     read_only : bool
@@ -120,8 +120,8 @@ class Case:
             "profile": self.profile, "backend": backend, "out": out,
         }  # fmt: skip
         if self.states == 2:
-            return rau.ring_attention_update(*states[0], *states[1], **options)
-        return rau.merge_states(states, **options)
+            return ring_attention_update(*states[0], *states[1], **options)
+        return merge_states(states, **options)
 
     def fill(self) -> list[AttentionState]:
         """Make the numbers.
@@ -135,15 +135,15 @@ class Case:
         shape, stats_shape = self.shapes
         distinct = 1 if self.aliased else self.states
         if self.statistics == "attention":
-            return contents.attention(rng, self, distinct)
+            return numbers.attention(rng, self, distinct)
         if self.statistics == "flash":
-            return contents.flash(rng, self, distinct)
-        maxima, sums = contents.fill_statistics(rng, self.statistics, distinct, int(np.prod(stats_shape[:-1])))
+            return numbers.flash(rng, self, distinct)
+        maxima, sums = numbers.fill_statistics(rng, self.statistics, distinct, int(np.prod(stats_shape[:-1])))
         states = []
         with np.errstate(all="ignore"):  # numbers that a narrow dtype cannot hold become infinite: so be it
             for k in range(distinct):
                 dtype = named_dtype(self.dtype if k == 0 else self.cur_dtype or self.dtype)
-                output = contents.fill_output(rng, self.outputs, shape).astype(dtype)
+                output = numbers.fill_output(rng, self.outputs, shape).astype(dtype)
                 rows = (part[k].astype(self.stats_dtype).reshape(stats_shape[:-1]) for part in (maxima, sums))
                 states.append(AttentionState(output, *map(self.in_all_lanes, rows)))
         return states
@@ -208,7 +208,7 @@ class Case:
         elif self.out == "given":
             shape, stats_shape = self.shapes
             packed = self.layout == "TND" and self.softmax_layout == "SBH"
-            stats = "offset" if packed and self.out_placement not in memory.PACKED_PLACEMENTS else self.out_placement
+            stats = "offset" if packed and self.out_placement not in placements.PACKED_PLACEMENTS else self.out_placement
             blank = np.zeros(stats_shape, self.stats_dtype)
             out = (
                 place(np.zeros(shape, named_dtype(self.dtype)), self.out_placement, attn_axis),

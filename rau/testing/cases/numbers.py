@@ -163,7 +163,7 @@ def attention(rng: Generator, case: Case, states: int) -> list[AttentionState]:
     list of AttentionState
         In the case's layout, orders, dtypes and lanes. Early queries do not see the later parts: their rows are empty.
     """
-    from rau.testing.attention import partial_attention
+    from rau.testing.reference.attention import partial_attention
 
     shape = case.shapes[0]
     if case.layout == "SBH":
@@ -211,7 +211,7 @@ def flash(rng: Generator, case: Case, states: int) -> list[AttentionState]:
     """
     import torch
 
-    from rau.testing.cases import named_dtype
+    from rau.testing.cases.case import named_dtype
 
     dtype = getattr(torch, case.dtype)
 

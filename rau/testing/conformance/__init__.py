@@ -13,18 +13,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-import rau
 from rau import registry
-from rau.errors import BackendUnavailableError, UnknownBackendError
-from rau.testing import memory
-from rau.testing.algebra import laws
-from rau.testing.autograd import writes
+from rau.errors import BackendUnavailableError, ShapeError, UnknownBackendError
 from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
-from rau.testing.checks import check_case, described, excluded_by, run
-from rau.testing.interop import recipes
-from rau.testing.report import Report
-from rau.testing.streams import streams
+from rau.testing.cases.placements import PACKED_PLACEMENTS
+from rau.testing.conformance.autograd import writes
+from rau.testing.conformance.interop import recipes
+from rau.testing.conformance.laws import laws
+from rau.testing.conformance.report import Report
+from rau.testing.conformance.streaming import streams
+from rau.testing.trial import check_case, described, excluded_by, run
+from rau.update import ring_attention_update
 
 GENERATED = 400  # cases beside the named ones
 
@@ -215,7 +215,7 @@ def _fitting(backend: Any, case: Case) -> Case:
     rows: dict[str, Any] = {}
     if layout == "TND":
         rows = {"batch": 1, "tokens": case.batch * case.tokens, "lengths": (case.tokens,) * case.batch}
-        if "TND" not in backend.capabilities.softmax_layouts and case.stats_placement in memory.PACKED_PLACEMENTS:
+        if "TND" not in backend.capabilities.softmax_layouts and case.stats_placement in PACKED_PLACEMENTS:
             rows |= {"softmax_layout": "SBH", "qlen": "array"}
     portable = "portable" if layout != "TND" else case.profile
     return replace(case, id=f"{case.id}@{layout}", layout=layout, profile=portable, **rows)
@@ -234,8 +234,8 @@ def _wrong_call(backend: Any) -> list[str]:
     before = [np.array(backend.to_numpy(part)) for part in out]
     short = [states[1][0], states[1][1], backend.asarray(call.states[1].softmax_sum[:, :, :-1])]
     try:
-        rau.ring_attention_update(*states[0], *short, out=tuple(out), backend=backend)
-    except rau.ShapeError:
+        ring_attention_update(*states[0], *short, out=tuple(out), backend=backend)
+    except ShapeError:
         return same_bits(before, [np.asarray(backend.to_numpy(part)) for part in out])
     return ["statistics of unequal shapes were taken"]
 

@@ -12,13 +12,13 @@ import numpy as np
 
 from rau.arrays import kind_of
 from rau.state import AttentionState
-from rau.testing.algebra import Law
-from rau.testing.attention import exact_attention, partial_attention
 from rau.testing.bits import same_bits
 from rau.testing.cases import Case
-from rau.testing.checks import excluded_by
-from rau.testing.expected import oracle
-from rau.testing.folding import folds, judge
+from rau.testing.conformance.laws import Law
+from rau.testing.reference.attention import exact_attention, partial_attention
+from rau.testing.reference.oracle import oracle
+from rau.testing.trial import excluded_by
+from rau.testing.trial.judge import folds, judge
 
 _CUTS = (3, 7)  # of the keys: causal queries before a cut have no key in the parts after it
 

@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from rau.testing import doubledouble as dd
-from rau.testing.rows import FORMATS, Rows, half_ulp, merge_rows
+from rau.testing.reference import doubledouble as dd
+from rau.testing.reference.row_weights import FORMATS, Rows, half_ulp, merge_rows
 
 _SLAB = 2**17  # elements: a handful of float64 temporaries of this size stay in the cache
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.attention import exact_attention, partial_attention
 from rau.testing.bits import same_bits
 from rau.testing.cases import Case
-from rau.testing.checks import excluded_by
 from rau.testing.comparison import compare
-from rau.testing.expected import oracle
-from rau.testing.folding import folds
+from rau.testing.reference.attention import exact_attention, partial_attention
+from rau.testing.reference.oracle import oracle
+from rau.testing.trial import excluded_by
+from rau.testing.trial.judge import folds
 
 Merge = Callable[[Sequence[AttentionState]], AttentionState]
 Law = Callable[[Any, str], list[str]]

@@ -16,13 +16,16 @@ import numpy as np
 from rau import registry
 from rau.errors import ConstraintError, RauError, UnknownBackendError
 from rau.state import AttentionState
-from rau.testing import checks, folding, record
 from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
 from rau.testing.comparison import shares
 from rau.testing.conformance import load
-from rau.testing.expected import Expected, widen
-from rau.testing.shrink import shrink
+from rau.testing.differential import record
+from rau.testing.differential.shrink import shrink
+from rau.testing.reference.oracle import Expected, widen
+from rau.testing.trial import excluded_by, expected_of, problem_of, run
+from rau.testing.trial.judge import judge as judge_values
+from rau.testing.trial.judge import promises_bits
 
 BINS = 20  # of the histogram of shares, over [0, 1]; one more holds what is beyond
 
@@ -195,7 +198,7 @@ def run_differential(
     Notes
     -----
     A backend is wrong where a value is beyond the bound at ``capabilities.tolerance``, or where it fails any other
-    check of :mod:`rau.testing.checks`. Two backends that declare tolerance 1, and are not wrong, must have the same bits.
+    check of :mod:`rau.testing.trial`. Two backends that declare tolerance 1, and are not wrong, must have the same bits.
 
     Examples
     --------
@@ -238,7 +241,7 @@ def run_recorded(recorded: record.Record, backends: Sequence[Any]) -> Differenti
     Parameters
     ----------
     recorded : Record
-        From :func:`rau.testing.record.load`.
+        From :func:`rau.testing.differential.record.load`.
     backends : sequence of Backend or type or str
 
     Returns
@@ -296,20 +299,20 @@ def judge(
         for instance in instances:
             report.standings.setdefault(instance.name, Standing()).excluded[case.id] = str(error)
         return
-    problem, expected = checks.problem_of(pristine), checks.expected_of(pristine)
+    problem, expected = problem_of(pristine), expected_of(pristine)
     results: list[tuple[Any, AttentionState]] = []
     blamed: set[str] = set()
     for instance in instances:
         standing = report.standings.setdefault(instance.name, Standing())
-        reasons = checks.excluded_by(instance, case, problem)
+        reasons = excluded_by(instance, case, problem)
         if reasons:
             standing.excluded[case.id] = "; ".join(reasons)
             continue
         standing.cases += 1
         with registry.provisionally(instance):
-            result, problems = checks.run(instance, case, numbers)
+            result, problems = run(instance, case, numbers)
         if result is not None:
-            comparison = folding.judge(instance, case, numbers, result, expected)
+            comparison = judge_values(instance, case, numbers, result, expected)
             problems = [*comparison.problems, *problems]
             if comparison.attn_share > standing.attn_share or not standing.worst:
                 standing.worst = case.id
@@ -329,7 +332,7 @@ def judge(
             pair.share = max(pair.share, _apart(mine, its, expected))
             pair.first = pair.first or f"{case.id}: {differences[0]}"
             told = {one.name, other.name} & blamed  # that one of them is wrong explains the difference
-            if folding.promises_bits(one, case) and folding.promises_bits(other, case) and not told:
+            if promises_bits(one, case) and promises_bits(other, case) and not told:
                 yield f"{one.name}, {other.name}", "; ".join(differences)
 
 
@@ -379,7 +382,7 @@ def _write(finding: Finding, instances: Sequence[Any], folder: Path) -> None:
     path = folder / f"{name}.npz"
     first = _involved(finding, instances)[0]
     with registry.provisionally(first):
-        observed = checks.run(first, case).result
+        observed = run(first, case).result
     try:
         folder.mkdir(parents=True, exist_ok=True)
         record.save(path, case, case.make().states, observed)

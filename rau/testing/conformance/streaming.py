@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-import rau
 from rau.state import AttentionState
 from rau.streaming import StreamingMerge
-from rau.testing.algebra import Law
 from rau.testing.bits import same_bits
 from rau.testing.cases import Case, named_dtype
-from rau.testing.checks import excluded_by
 from rau.testing.comparison import compare
-from rau.testing.expected import oracle
+from rau.testing.conformance.laws import Law
+from rau.testing.reference.oracle import oracle
+from rau.testing.trial import excluded_by
+from rau.update import merge_states
 
 HEADS, HEAD_DIM = 3, 64
 LENGTHS = {"TND": (4, 4, 0, 6, 2, 14), "": (8, 8)}  # of the sequences; in TND some are equal, and one is empty
@@ -93,9 +93,9 @@ def check_stacked(backend: Any, dtype: str) -> list[str]:
             whole = [AttentionState(*(part[b] for part in state)) for b in range(len(lengths))]
             cut = [AttentionState(s[0][:n], s[1][:, :n], s[2][:, :n]) for s, n in zip(whole, lengths, strict=True)]
             states.append(_laid_out(cut, layout, options.get("softmax_layout") == "SBH"))
-        listed = rau.merge_states([AttentionState(*map(backend.asarray, state)) for state in states], **options)
+        listed = merge_states([AttentionState(*map(backend.asarray, state)) for state in states], **options)
         stack = AttentionState(*(backend.asarray(np.stack(parts)) for parts in zip(*states, strict=True)))
-        stacked = rau.merge_states(stack, **options)
+        stacked = merge_states(stack, **options)
         differences = same_bits(_on_host(backend, stacked), _on_host(backend, listed))
         problems += [f"{count} states in one stack and in a list: {difference}" for difference in differences]
     return problems

@@ -1,0 +1,9 @@
+"""Cases: calls to try a backend on, named or generated, always the same for the same id.
+
+The rule of this room: a case is words and numbers, and nothing here runs one or judges it.
+"""
+
+from rau.testing.cases.case import Call, Case, named_dtype
+from rau.testing.cases.catalogue import generated, named
+
+__all__ = ["Call", "Case", "generated", "named", "named_dtype"]
