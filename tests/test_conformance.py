@@ -14,10 +14,11 @@ from rau.backends import AttentionState, Backend, Capabilities
 from rau.errors import BackendUnavailableError, UnknownBackendError, UnsupportedError
 from rau.testing.cases import Case, named
 from rau.testing.comparison import compare
-from rau.testing.conformance import check_backend, checks, load
+from rau.testing.conformance import check_backend, checks
 from rau.testing.conformance.report import Report
 from rau.testing.differential import run_differential
 from rau.testing.reference.oracle import oracle
+from rau.testing.under_test import load
 
 # A backend of somebody else's, in a module of its own: its arrays are nothing that NumPy or rau knows.
 LOOPBACK = '''

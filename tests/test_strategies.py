@@ -6,10 +6,9 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 
 from rau.backends import Capabilities
 from rau.testing import strategies
-from rau.testing.bits import same_bits
+from rau.testing.comparison import compare, same_bits
 from rau.testing.cases import placements
 from rau.testing.cases import Case
-from rau.testing.comparison import compare
 from rau.testing.trial import check_case, expected_of, problem_of
 
 sought = settings(max_examples=5000, database=None, phases=[Phase.generate])  # and not shrunk

@@ -43,7 +43,8 @@ def _expectation(text: str) -> tuple[str, str]:
 def run(arguments: argparse.Namespace) -> int:
     """Run the checks: 0 passed, 1 failed, 130 interrupted before anything failed."""
     from rau.config import collect
-    from rau.testing.conformance import check_backend, load
+    from rau.testing.conformance import check_backend
+    from rau.testing.under_test import load
     from rau.testing.conformance.report import Report
 
     backend = load(arguments.backend)

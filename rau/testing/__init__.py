@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rau.testing import cases, strategies
-    from rau.testing.bits import same_bits
-    from rau.testing.comparison import compare
+    from rau.testing.comparison import compare, same_bits
     from rau.testing.conformance import BackendConformance, check_backend
     from rau.testing.diagnosis import diagnose
     from rau.testing.differential import run_differential
@@ -47,7 +46,7 @@ _HOME = {
     "oracle": "reference.oracle",
     "partial_attention": "reference.attention",
     "run_differential": "differential",
-    "same_bits": "bits",
+    "same_bits": "comparison",
     "verify_outputs": "export",
 }
 

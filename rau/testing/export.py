@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.backends.numpy_ import NumPyBackend
-from rau.constraints import FIELDS
 from rau.errors import RauError
+from rau.layouts import FIELDS
 from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
 from rau.testing.comparison import Comparison, compare

@@ -216,7 +216,7 @@ def calls(draw: st.DrawFn, capabilities: Capabilities = _EVERYTHING) -> tuple[Ca
     Examples
     --------
     >>> from hypothesis import given, settings
-    >>> from rau.testing.bits import same_bits
+    >>> from rau.testing.comparison import same_bits
     >>> @settings(max_examples=10, database=None)
     ... @given(calls())
     ... def test(call):

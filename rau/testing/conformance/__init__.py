@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,70 +12,19 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from rau import registry
-from rau.errors import BackendUnavailableError, ShapeError, UnknownBackendError
-from rau.testing.bits import same_bits
+from rau.errors import ShapeError
 from rau.testing.cases import Case, generated, named
 from rau.testing.cases.placements import PACKED_PLACEMENTS
+from rau.testing.comparison import same_bits
 from rau.testing.conformance.autograd import writes
-from rau.testing.conformance.interop import recipes
 from rau.testing.conformance.laws import laws
 from rau.testing.conformance.report import Report
 from rau.testing.conformance.streaming import streams
-from rau.testing.trial import check_case, described, excluded_by, run
+from rau.testing.trial import check_case, excluded_by, run
+from rau.testing.under_test import described, load
 from rau.update import ring_attention_update
 
 GENERATED = 400  # cases beside the named ones
-
-
-def load(backend: Any) -> Any:
-    """Find a backend by name, by "module:Class", by class, or take an instance as it is.
-
-    Parameters
-    ----------
-    backend : str or type or Backend
-        A module is looked for in the current folder first, so that nothing need be installed.
-
-    Returns
-    -------
-    Backend
-
-    Raises
-    ------
-    UnknownBackendError
-        If there is no such backend, module or class.
-    BackendUnavailableError
-        If it cannot be used here; the cause is chained.
-    """
-    if isinstance(backend, str) and ":" in backend:
-        module_name, _, class_name = backend.partition(":")
-        if "" not in sys.path:
-            sys.path.insert(0, "")
-        try:
-            module = importlib.import_module(module_name)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-                raise UnknownBackendError(
-                    f"{backend!r}: no module {module_name!r} here or installed; expected module:Class"
-                ) from error
-            raise BackendUnavailableError(
-                f"{backend!r}: module {module_name!r} cannot be imported: {described(error)}"
-            ) from error
-        backend = getattr(module, class_name, None)
-        if backend is None:
-            raise UnknownBackendError(f"module {module_name!r} has no class {class_name!r}")
-    elif isinstance(backend, str):
-        return registry.get(backend)
-    try:
-        instance = backend() if isinstance(backend, type) else backend
-    except (Exception, SystemExit) as error:
-        raise BackendUnavailableError(f"{backend.__qualname__}() failed: {described(error)}") from error
-    needed = ("name", "capabilities", "update", "merge", "asarray", "to_numpy", "synchronize")
-    missing = [name for name in needed if not hasattr(instance, name)]
-    if missing:
-        raise UnknownBackendError(
-            f"{type(instance).__qualname__} has no {', '.join(missing)}; derive it from rau.backends.Backend"
-        )
-    return instance
 
 
 def check_backend(
@@ -117,9 +64,8 @@ def check_backend(
     Each case checks the values against the oracle (within the bound at ``capabilities.tolerance``), dtypes and shapes,
     equal lanes, array kind and device, that inputs are unchanged, that `out` is what comes back and nothing beside it is
     written, and that a second run with another number of threads gives the same bits. Beside the cases stand the laws of
-    merging, every way in which other libraries hand out a state, a StreamingMerge over the backend in each layout, whole
-    and in parts, what autograd learns of writes into torch tensors, a wrong call (nothing may be written), and calls from
-    several threads at once.
+    merging, a StreamingMerge over the backend in each layout, whole and in parts, what autograd learns of writes into torch
+    tensors, a wrong call (nothing may be written), and calls from several threads at once.
 
     Examples
     --------
@@ -185,7 +131,7 @@ def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*")
         case = _fitting(backend, case)
         if fnmatchcase(case.id, select):
             every.append(Check(case.id, partial(_case, backend, case), excluded_by(backend, case)))
-    for id, law, dtype, reason in (*laws(backend), *recipes(backend), *streams(backend), *writes(backend)):
+    for id, law, dtype, reason in (*laws(backend), *streams(backend), *writes(backend)):
         every.append(Check(id, partial(law, backend, dtype), [reason] if reason else []))
     every.append(Check("calls/wrong-call-writes-nothing", partial(_wrong_call, backend), []))
     several = [_ordinary(backend, f"calls/threads-{i}", 40 + i) for i in range(4)]

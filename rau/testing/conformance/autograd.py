@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rau.arrays import kind_of
-from rau.constraints import FIELDS
+from rau.layouts import FIELDS
 from rau.state import AttentionState
 from rau.streaming import StreamingMerge
 from rau.testing.cases import Case

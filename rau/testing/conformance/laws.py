@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case
-from rau.testing.comparison import compare
+from rau.testing.comparison import compare, same_bits
 from rau.testing.reference.attention import exact_attention, partial_attention
 from rau.testing.reference.oracle import oracle
 from rau.testing.trial import excluded_by

@@ -13,9 +13,8 @@ import numpy as np
 
 from rau.state import AttentionState
 from rau.streaming import StreamingMerge
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, named_dtype
-from rau.testing.comparison import compare
+from rau.testing.comparison import compare, same_bits
 from rau.testing.conformance.laws import Law
 from rau.testing.reference.oracle import oracle
 from rau.testing.trial import excluded_by

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.bits import same_bits
-from rau.testing.comparison import Comparison, compare, shares
+from rau.testing.comparison import Comparison, compare, same_bits, shares
 from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
 from rau.testing.diagnosis.steps import Rows
 from rau.testing.differential.record import Record, RecordError

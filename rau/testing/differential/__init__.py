@@ -16,16 +16,15 @@ import numpy as np
 from rau import registry
 from rau.errors import ConstraintError, RauError, UnknownBackendError
 from rau.state import AttentionState
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
-from rau.testing.comparison import shares
-from rau.testing.conformance import load
+from rau.testing.comparison import same_bits, shares
 from rau.testing.differential import record
 from rau.testing.differential.shrink import shrink
 from rau.testing.reference.oracle import Expected, widen
 from rau.testing.trial import excluded_by, expected_of, problem_of, run
 from rau.testing.trial.judge import judge as judge_values
 from rau.testing.trial.judge import promises_bits
+from rau.testing.under_test import load
 
 BINS = 20  # of the histogram of shares, over [0, 1]; one more holds what is beyond
 

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.backends import Backend, Capabilities
-from rau.constraints import FIELDS
 from rau.constraints.hints import meant
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.rules import Violations
 from rau.errors import RauError
+from rau.layouts import FIELDS
 from rau.layouts import LAYOUTS, OTHER_LAYOUTS
 from rau.problem import Problem
 from rau.state import AttentionState

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rau import threads
 from rau.arrays import kind_of
-from rau.constraints import FIELDS, bind
+from rau.constraints import bind
+from rau.layouts import FIELDS
 from rau.problem import Problem
 from rau.state import AttentionState
-from rau.testing.bits import same_bits
 from rau.testing.cases import Call, Case
-from rau.testing.comparison import Comparison
+from rau.testing.comparison import Comparison, same_bits
 from rau.testing.reference.oracle import Expected, oracle
 from rau.testing.trial.judge import judge as judge_values
+from rau.testing.under_test import described
 
 
 def problem_of(call: Call) -> Problem:
@@ -81,22 +80,6 @@ def expected_of(call: Call) -> Expected:
     """
     case = call.case
     return oracle(call.states, case.lengths_argument(), case.layout, softmax_layout=case.softmax_layout)
-
-
-def described(error: BaseException) -> str:
-    """Word an exception, with the place where it was raised.
-
-    Parameters
-    ----------
-    error : BaseException
-
-    Returns
-    -------
-    str
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 class Run(NamedTuple):

@@ -16,9 +16,8 @@ import numpy as np
 from rau import registry
 from rau.backends import Backend
 from rau.state import AttentionState
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, named_dtype
-from rau.testing.comparison import Comparison, compare
+from rau.testing.comparison import Comparison, compare, same_bits
 from rau.testing.reference.oracle import Expected, oracle
 
 
