@@ -4,6 +4,7 @@ The rule of this room: a case is words and numbers, and nothing here runs one or
 """
 
 from rau.testing.cases.case import Call, Case, named_dtype
-from rau.testing.cases.catalogue import generated, named
+from rau.testing.cases.catalogue import named
+from rau.testing.cases.space import generated
 
 __all__ = ["Call", "Case", "generated", "named", "named_dtype"]

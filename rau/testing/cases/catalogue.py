@@ -1,13 +1,10 @@
-"""Cases: calls to try a backend on, named or generated, always the same for the same id."""
+"""The cases with names: what has gone wrong somewhere, from small to large."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
-
-import numpy as np
 
 from rau.testing.cases import numbers, placements
 from rau.testing.cases.case import Case
@@ -112,76 +109,3 @@ _DTYPES = (
     ("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float64", "float64"),
     ("float32", "bfloat16"), ("float32", "float16"),
 )  # fmt: skip
-
-
-def generated(seed: int, count: int, first: int = 0) -> Iterator[Case]:
-    """Generate cases that mix everything with everything, small enough to run thousands.
-
-    Parameters
-    ----------
-    seed : int
-        Case i of a seed is always the same.
-    count : int
-    first : int, default 0
-        The number i of the first one.
-
-    Yields
-    ------
-    Case
-        With the id "generated/SEED/I".
-
-    Examples
-    --------
-    >>> [case.id for case in generated(7, 2)]
-    ['generated/7/0', 'generated/7/1']
-    """
-    for index in range(first, first + count):
-        yield _generate(f"generated/{seed}/{index}")
-
-
-def _generate(name: str) -> Case:
-    rng = np.random.default_rng(zlib.crc32(f"{name} shape".encode()))
-
-    def pick(options: Any, weights: Any = None) -> Any:
-        at = rng.choice(len(options), p=weights)
-        return options[int(at)]
-
-    layout = pick(("SBH", "TND", "BSND", "BNSD"), (0.35, 0.45, 0.1, 0.1))
-    packed = layout == "TND" and bool(rng.random() < 0.6)
-    dtype = pick(("float32", "bfloat16", "float16", "float64"), (0.35, 0.25, 0.25, 0.15))
-    cur_dtype = dtype
-    if dtype == "float32" and rng.random() < 0.25:
-        cur_dtype = pick(("bfloat16", "float16"))
-    states = pick((2, 1, 3, 4, 9), (0.6, 0.05, 0.15, 0.1, 0.1))
-    lengths: tuple[int, ...] = ()
-    batch = 1
-    if layout == "TND":
-        sequences = int(rng.integers(0, 7))
-        lengths = tuple(int(n) for n in rng.choice((0, 1, 2, 3, 5, 17, 70), size=sequences))
-        tokens = sum(lengths)
-    else:
-        batch = pick((1, 2, 3, 0), (0.5, 0.3, 0.18, 0.02))
-        tokens = pick((1, 2, 3, 7, 65, 130, 0), (0.2, 0.2, 0.2, 0.2, 0.13, 0.05, 0.02))
-    heads = pick((1, 2, 3, 5, 8, 0), (0.25, 0.25, 0.2, 0.2, 0.09, 0.01))
-    head_dim = pick((1, 2, 3, 7, 8, 16, 22, 33, 64, 65, 128, 600, 0), (*[0.08] * 10, 0.1, 0.09, 0.01))
-    if layout == "SBH" and heads == 0:
-        head_dim = 0
-    aliased = bool(rng.random() < 0.05) and cur_dtype == dtype
-    out = pick(("fresh", "given", "prev", "cur"), (0.3, 0.35, 0.25, 0.1))
-    if out == "cur" and (states == 1 or cur_dtype != dtype):
-        out = "prev"
-    if aliased and out != "given":
-        out = "fresh"
-    stats_placements: tuple[str, ...] = placements.PACKED_PLACEMENTS if packed else placements.PLACEMENTS
-    in_place = out in ("prev", "cur")
-    if in_place:  # what is written to must be writable and have a contiguous last axis
-        stats_placements = tuple(p for p in stats_placements if p not in ("broadcast", "gapped"))
-    attn_placements = placements.OUT_PLACEMENTS if in_place else tuple(p for p in placements.PLACEMENTS if p != "broadcast")
-    return Case(
-        id=name, layout=layout, softmax_layout="SBH" if packed else "TND", batch=batch, tokens=tokens, heads=heads,
-        head_dim=head_dim, lengths=lengths, qlen=pick(("array", "int32", "list") if packed else ("array", "list", "none")),
-        lanes=pick((8, 1), (0.8, 0.2)), dtype=dtype, cur_dtype=cur_dtype, states=states,
-        statistics=pick((*numbers.STATISTICS, "attention")) if heads and head_dim and batch else "ordinary", outputs=pick(tuple(numbers.OUTPUTS)),
-        attn_placement=pick(attn_placements), stats_placement=pick(stats_placements),
-        out_placement=pick(placements.OUT_PLACEMENTS), out=out, read_only=bool(rng.random() < 0.5), aliased=aliased,
-    )  # fmt: skip
