@@ -1,6 +1,6 @@
-"""What is under test: a backend, however it is named, and how its exceptions are worded.
+"""What is under test: a backend, however it is named, its arrays, and how its exceptions are worded.
 
-The rule of this room: it finds and makes a backend, and judges nothing about it.
+The rule of this room: it finds a backend, gives it arrays of its own and takes them back, and judges nothing about it.
 """
 
 from __future__ import annotations
@@ -8,32 +8,19 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rau import registry
 from rau.errors import BackendUnavailableError, UnknownBackendError
+from rau.state import AttentionState
 
 
 def load(backend: Any) -> Any:
-    """Find a backend by name, by "module:Class", by class, or take an instance as it is.
-
-    Parameters
-    ----------
-    backend : str or type or Backend
-        A module is looked for in the current folder first, so that nothing need be installed.
-
-    Returns
-    -------
-    Backend
-
-    Raises
-    ------
-    UnknownBackendError
-        If there is no such backend, module or class.
-    BackendUnavailableError
-        If it cannot be used here; the cause is chained.
-    """
+    """Find a backend by name, by "module:Class" (here first, then installed), by class, or take an instance as it is."""
     if isinstance(backend, str) and ":" in backend:
         module_name, _, class_name = backend.partition(":")
         if "" not in sys.path:
@@ -66,17 +53,19 @@ def load(backend: Any) -> Any:
     return instance
 
 
+def own_state(backend: Any, state: Sequence[Any]) -> AttentionState:
+    """Make the backend's own arrays of a NumPy state, which has to be contiguous for some."""
+    return AttentionState(*(backend.asarray(np.ascontiguousarray(part)) for part in state))
+
+
+def host_state(backend: Any, state: Sequence[Any]) -> AttentionState:
+    """Wait for a state of the backend's own arrays, and copy it into NumPy's."""
+    backend.synchronize()
+    return AttentionState(*(np.array(backend.to_numpy(part)) for part in state))
+
+
 def described(error: BaseException) -> str:
-    """Word an exception, with the place where it was raised.
-
-    Parameters
-    ----------
-    error : BaseException
-
-    Returns
-    -------
-    str
-    """
+    """Word an exception, with the place where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"

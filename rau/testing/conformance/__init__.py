@@ -1,4 +1,7 @@
-"""The conformance kit: hold any backend to the contract, from Python or from pytest."""
+"""The conformance kit: hold any backend to the contract, from Python or from pytest.
+
+The rule of this room: whatever is asked of a backend is a :class:`Check`, with an id, and a reason where it is excluded.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,10 +21,10 @@ from rau.testing.cases.placements import PACKED_PLACEMENTS
 from rau.testing.comparison import same_bits
 from rau.testing.conformance.autograd import writes
 from rau.testing.conformance.laws import laws
-from rau.testing.conformance.report import Report
+from rau.testing.conformance.report import Check, Report
 from rau.testing.conformance.streaming import streams
-from rau.testing.trial import check_case, excluded_by, run
-from rau.testing.under_test import described, load
+from rau.testing.trial import check_case, excluded_by, ordinary_case, run
+from rau.testing.under_test import load
 from rau.update import ring_attention_update
 
 GENERATED = 400  # cases beside the named ones
@@ -88,66 +91,19 @@ def check_backend(
     return report
 
 
-class Check(NamedTuple):
-    """One check of one backend.
-
-    Attributes
-    ----------
-    id : str
-    run : callable
-        Returns what is wrong, a list of str.
-    excluded : list of str
-        Why the backend's capabilities exclude it; empty where they do not.
-    """
-
-    id: str
-    run: Callable[[], list[str]]
-    excluded: list[str]
-
-    def problems(self) -> list[str]:
-        """Run it; an exception is a problem like any other."""
-        try:
-            return self.run()
-        except Exception as error:
-            return [described(error)]
-
-
 def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*") -> list[Check]:
-    """List all the checks of a backend.
-
-    Parameters
-    ----------
-    backend : Backend
-    cases : iterable of Case, optional
-    select : str, default "*"
-        Pattern of their ids.
-
-    Returns
-    -------
-    list of Check
-    """
+    """List all the checks of a backend whose ids match a pattern, those of the cases first."""
     every = []
     for case in [*named(), *generated(0, GENERATED)] if cases is None else cases:
         case = _fitting(backend, case)
         if fnmatchcase(case.id, select):
             every.append(Check(case.id, partial(_case, backend, case), excluded_by(backend, case)))
-    for id, law, dtype, reason in (*laws(backend), *streams(backend), *writes(backend)):
-        every.append(Check(id, partial(law, backend, dtype), [reason] if reason else []))
+    every += [*laws(backend), *streams(backend), *writes(backend)]
     every.append(Check("calls/wrong-call-writes-nothing", partial(_wrong_call, backend), []))
-    several = [_ordinary(backend, f"calls/threads-{i}", 40 + i) for i in range(4)]
-    every.append(
-        Check("calls/several-threads-at-once", partial(_several_threads, backend, several), excluded_by(backend, several[0]))
-    )
+    several = [ordinary_case(backend, f"calls/threads-{i}", 40 + i) for i in range(4)]
+    together = partial(_several_threads, backend, several)
+    every.append(Check("calls/several-threads-at-once", together, excluded_by(backend, several[0])))
     return [check for check in every if fnmatchcase(check.id, select)]
-
-
-def _ordinary(backend: Any, id: str, tokens: int) -> Case:
-    """An ordinary case, in what the backend takes."""
-    takes = backend.capabilities
-    return Case(
-        id=id, layout=takes.layouts[0], softmax_layout=takes.softmax_layouts[0], tokens=tokens, lengths=(tokens,), heads=4,
-        head_dim=64, lanes=takes.lanes[0], dtype="float32" if "float32" in takes.dtypes else takes.dtypes[0],
-    )  # fmt: skip
 
 
 def _fitting(backend: Any, case: Case) -> Case:

@@ -66,6 +66,15 @@ def excluded_by(backend: Any, case: Case, problem: Problem | None = None) -> lis
     return list(reasons)
 
 
+def ordinary_case(backend: Any, id: str, tokens: int) -> Case:
+    """Make an ordinary case, in what the backend takes."""
+    takes = backend.capabilities
+    return Case(
+        id=id, layout=takes.layouts[0], softmax_layout=takes.softmax_layouts[0], tokens=tokens, lengths=(tokens,), heads=4,
+        head_dim=64, lanes=takes.lanes[0], dtype="float32" if "float32" in takes.dtypes else takes.dtypes[0],
+    )  # fmt: skip
+
+
 def expected_of(call: Call) -> Expected:
     """Ask the oracle about a case's call.
 

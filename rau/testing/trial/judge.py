@@ -19,6 +19,7 @@ from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
 from rau.testing.comparison import Comparison, compare, same_bits
 from rau.testing.reference.oracle import Expected, oracle
+from rau.testing.under_test import host_state, own_state
 
 
 def folds(backend: Any, case: Case) -> bool:
@@ -104,11 +105,8 @@ def _update(case: Case, prev: AttentionState, cur: AttentionState) -> Case:
 
 
 def _run(backend: Any, case: Case, states: Sequence[AttentionState]) -> AttentionState:
-    own = [AttentionState(*(backend.asarray(part) for part in state)) for state in states]
     with registry.provisionally(backend):
-        result = case.call(own, None, backend)
-    backend.synchronize()
-    return AttentionState(*(np.array(backend.to_numpy(part)) for part in result))
+        return host_state(backend, case.call([own_state(backend, state) for state in states], None, backend))
 
 
 def _cast(state: AttentionState, dtype: str) -> AttentionState:
