@@ -17,7 +17,7 @@ from rau.testing.comparison import same_bits
 from rau.testing.reference.attention import exact_attention, partial_attention
 from rau.testing.reference.oracle import oracle
 from rau.testing.trial import excluded_by
-from rau.testing.trial.judge import folds, judge
+from rau.testing.trial.judge import folds, judge_values
 
 _CUTS = (3, 7)  # of the keys: causal queries before a cut have no key in the parts after it
 
@@ -84,7 +84,7 @@ def check_recipe(backend: Any, recipe: Recipe, dtype: str) -> list[str]:
     backend.synchronize()
     result = AttentionState(*(np.array(backend.to_numpy(part)) for part in merged))
     expected = oracle(numbers, case.lengths_argument(), case.layout)
-    problems += judge(backend, case, numbers, result, expected).problems
+    problems += judge_values(backend, case, numbers, result, expected).problems
     if dtype != "float32":
         return problems
 

@@ -25,7 +25,7 @@ LOOPBACK = '''
 import numpy as np
 
 from rau.backends import AttentionState, Backend, Capabilities
-from rau.testing.diagnosis.steps import Rows
+from rau.testing.diagnosis.steps import Steps
 
 
 class Box:
@@ -48,7 +48,7 @@ class Loopback(Backend):
     def merge(self, problem, states, out):
         opened = [[part._inside for part in state] for state in states]
         with np.errstate(all="ignore"):
-            result = Rows(opened, problem.actual_seq_qlen, problem.layout, problem.softmax_layout).merge()
+            result = Steps(opened, problem.actual_seq_qlen, problem.layout, problem.softmax_layout).merge()
         if out is None:
             return AttentionState(*map(Box, result))
         for box, part in zip(out, result, strict=True):

@@ -130,7 +130,7 @@ def test_the_harness_finds_the_smallest_case_that_replays_and_is_diagnosed(name,
     assert all(who in (name, f"cython, {name}") for who in report.wrong)
     assert f"python -m rau difftest --replay {tmp_path}" in finding.replay
 
-    recorded = record.load(finding.file)
+    recorded = record.read_record(finding.file)
     mutant = MUTANTS[name]()
     again = run_recorded(recorded, [registry.get("cython"), mutant])
     assert any(name in who.split(", ") for who in again.wrong)

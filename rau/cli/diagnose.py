@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.testing.differential import record
     from rau.testing.diagnosis import diagnose
 
-    recorded = record.load(arguments.file)
+    recorded = record.read_record(arguments.file)
     diagnosis = diagnose(recorded, tolerance=arguments.tolerance)
     if arguments.json:
         session.print_json(

@@ -20,7 +20,7 @@ What fails shrinks to what is simplest: one token, one head, float32, fresh outp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -29,9 +29,8 @@ from hypothesis.extra import numpy as hnp
 from rau.backends import Capabilities
 from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
-from rau.testing.cases.space import EVERYTHING, choose_case
+from rau.testing.cases.space import EVERYTHING, T, choose_case
 
-T = TypeVar("T")
 _HOSTILE_MAXIMA = (0.0, -0.0, -np.inf, np.inf, np.nan, 87.0, -87.0, -104.0, 708.0, -2.0**127)
 _HOSTILE_SUMS = (0.0, -0.0, np.inf, np.nan, 2.0**-149, 2.0**-126, 2.0**127, -1.0)
 

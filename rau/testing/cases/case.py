@@ -181,7 +181,7 @@ class Case:
             lanes[..., 1:] += np.arange(1, self.lanes, dtype=lanes.dtype)
         return lanes
 
-    def make(self, states: list[AttentionState] | None = None) -> Call:
+    def make(self, states: list[AttentionState] | None = None) -> CaseCall:
         """Lay the numbers out in memory, fresh at every call.
 
         Parameters
@@ -191,7 +191,7 @@ class Case:
 
         Returns
         -------
-        Call
+        CaseCall
         """
         attn_axis, stats_axis = _TOKEN_AXIS[self.layout]
         placed = [
@@ -221,10 +221,10 @@ class Case:
                     for part in state:
                         part.view.flags.writeable = False
         views = [AttentionState(*(part.view for part in state)) for state in placed]
-        return Call(self, views * (self.states // len(views)), out)
+        return CaseCall(self, views * (self.states // len(views)), out)
 
 
-class Call:
+class CaseCall:
     """A case with its arrays: run it on a backend, then look at what is left.
 
     Attributes

@@ -23,7 +23,7 @@ from rau.testing.conformance.autograd import writes
 from rau.testing.conformance.laws import laws
 from rau.testing.conformance.report import Check, Report
 from rau.testing.conformance.streaming import streams
-from rau.testing.trial import check_case, excluded_by, ordinary_case, run
+from rau.testing.trial import check_case, excluded_by, ordinary_case, run_case
 from rau.testing.under_test import load
 from rau.update import ring_attention_update
 
@@ -143,9 +143,9 @@ def _wrong_call(backend: Any) -> list[str]:
 
 
 def _several_threads(backend: Any, cases: list[Case]) -> list[str]:
-    alone = [run(backend, case).result for case in cases]
+    alone = [run_case(backend, case).result for case in cases]
     with ThreadPoolExecutor(len(cases)) as pool:
-        together = list(pool.map(lambda case: run(backend, case).result, cases * 3))
+        together = list(pool.map(lambda case: run_case(backend, case).result, cases * 3))
     problems = []
     for one, other in zip(alone * 3, together, strict=True):
         if one is None or other is None:

@@ -11,7 +11,7 @@ import numpy as np
 from rau.state import AttentionState
 from rau.testing.comparison import Comparison, compare, same_bits, shares
 from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
-from rau.testing.diagnosis.steps import Rows
+from rau.testing.diagnosis.steps import Steps
 from rau.testing.differential.record import Record, RecordError
 from rau.testing.reference.oracle import Expected, widen
 from rau.testing.reference.row_weights import half_ulp
@@ -131,7 +131,7 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     Parameters
     ----------
     record : Record
-        As :func:`rau.testing.differential.record.load` reads it.
+        As :func:`rau.testing.differential.record.read_record` reads it.
     tolerance : float, default 1.0
         How many times the bound is still right.
 
@@ -164,7 +164,7 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     slight = wrong and compare(record.observed, expected, tolerance=_SLIGHT).passed
     # Another arithmetic may be on top of a mistake: where anything is far off, what is slightly off tells nothing.
     truth = _truths(record.observed, expected, tolerance if slight else max(tolerance, _SLIGHT)) if wrong else []
-    rows = Rows(call.states, record.case.lengths_argument(), record.case.layout, record.case.softmax_layout)
+    rows = Steps(call.states, record.case.lengths_argument(), record.case.layout, record.case.softmax_layout)
     candidates, invisible = [], []
     for mistake in MISTAKES.values():
         results = [r for r in mistake.results(rows) if not compare(r, expected, tolerance=tolerance).passed]

@@ -18,12 +18,12 @@ from rau.testing.reference.oracle import _row_order, widen
 Array: TypeAlias = np.ndarray
 
 
-def exponential(x: Array) -> Array:
+def flushed_exp(x: Array) -> Array:
     """Return exp(x), 0 below -708 as the contract has it."""
     return np.where(x < -708.0, 0.0, np.exp(x))
 
 
-def add(parts: Array) -> Array:
+def summed(parts: Array) -> Array:
     """Add up, left to right, along the first axis."""
     total = np.zeros_like(parts[0])
     for part in parts:
@@ -48,7 +48,7 @@ def to_bfloat16(values: Array) -> Array:
     return np.where(np.isnan(values), np.nan, rounded).astype(values.dtype)
 
 
-class Rows:
+class Steps:
     """A call as R rows, one for each token and head.
 
     Parameters
@@ -100,13 +100,13 @@ class Rows:
         self.lanes = maxima, sums
         self.maxima, self.sums = maxima[..., :1], sums[..., :1]
 
-    def reading(self, softmax_layout: str) -> Rows:
+    def reading(self, softmax_layout: str) -> Steps:
         """Return the same call with its statistics taken, and left, in another order."""
         other = copy.copy(self)
         other._read(softmax_layout)
         return other
 
-    def having(self, maxima: Array, sums: Array) -> Rows:
+    def having(self, maxima: Array, sums: Array) -> Steps:
         """Return the same call with other statistics."""
         other = copy.copy(self)
         other.maxima, other.sums = maxima, sums
@@ -122,7 +122,7 @@ class Rows:
         """The new maximum m, (R, 1)."""
         return np.where(self.live, self.maxima, -np.inf).max(axis=0)
 
-    def factors(self, exp: Callable[[Array], Array] = exponential) -> Array:
+    def factors(self, exp: Callable[[Array], Array] = flushed_exp) -> Array:
         """Return a_i = l_i * exp(m_i - m), 0 for an empty side; what the difference loses by rounding is added."""
         difference, lost = two_sum(self.maxima, -self.maximum)
         factor = exp(difference)
@@ -132,13 +132,13 @@ class Rows:
     def total(self, factors: Array) -> Array:
         """Return l, the sum of the a_i; that of a single live side is its own."""
         alone = self.live.sum(axis=0) == 1
-        return np.where(alone, add(np.where(self.live, self.sums, 0.0)), add(factors))
+        return np.where(alone, summed(np.where(self.live, self.sums, 0.0)), summed(factors))
 
     def weights(self, factors: Array) -> Array:
         """Return a_i / l, rounded to the statistics' precision; 1 for a single live side, 0 for an empty one."""
         alone = self.live.sum(axis=0) == 1
         small = factors * 2.0**-64  # sums of float64 may overflow; scaled, their shares are still right
-        shares = np.where(np.isinf(add(factors)), small / add(small), factors / add(factors))
+        shares = np.where(np.isinf(summed(factors)), small / summed(small), factors / summed(factors))
         weights = np.where(self.live, np.where(alone, 1.0, shares), 0.0)
         return weights.astype(self.stats_dtype)
 
@@ -153,7 +153,7 @@ class Rows:
             started = started | used
         return result
 
-    def merge(self, exp: Callable[[Array], Array] = exponential) -> AttentionState:
+    def merge(self, exp: Callable[[Array], Array] = flushed_exp) -> AttentionState:
         """Merge, right if the exponential is."""
         factors = self.factors(exp)
         return self.store(self.combine(self.weights(factors)), self.maximum, self.total(factors))

@@ -21,8 +21,8 @@ from rau.testing.comparison import same_bits, shares
 from rau.testing.differential import record
 from rau.testing.differential.shrink import shrink
 from rau.testing.reference.oracle import Expected, widen
-from rau.testing.trial import excluded_by, expected_of, problem_of, run
-from rau.testing.trial.judge import judge as judge_values
+from rau.testing.trial import excluded_by, expected_of, problem_of, run_case
+from rau.testing.trial.judge import judge_values
 from rau.testing.trial.judge import promises_bits
 from rau.testing.under_test import load
 
@@ -216,7 +216,7 @@ def run_differential(
     if cases is None:
         cases = [*named(), *generated(0, 1000)]
     for case in cases:
-        for who, message in judge(instances, case, report):
+        for who, message in run_on_all(instances, case, report):
             report.wrong[who] = report.wrong.get(who, 0) + 1
             if all(finding.backend != who for finding in report.findings):
                 finding = Finding(case, who, message)
@@ -240,7 +240,7 @@ def run_recorded(recorded: record.Record, backends: Sequence[Any]) -> Differenti
     Parameters
     ----------
     recorded : Record
-        From :func:`rau.testing.differential.record.load`.
+        From :func:`rau.testing.differential.record.read_record`.
     backends : sequence of Backend or type or str
 
     Returns
@@ -254,7 +254,7 @@ def run_recorded(recorded: record.Record, backends: Sequence[Any]) -> Differenti
     """
     observed = [] if recorded.observed is None else [record.Recorded(recorded.observed)]
     report = Differential(cases=1)
-    for who, message in judge(_instances([*observed, *backends]), recorded.case, report, recorded.states):
+    for who, message in run_on_all(_instances([*observed, *backends]), recorded.case, report, recorded.states):
         if not who.startswith(f"{record.Recorded.name}, "):
             report.wrong[who] = 1
             report.findings.append(Finding(recorded.case, who, message))
@@ -271,7 +271,7 @@ def _instances(backends: Sequence[Any]) -> list[Any]:
     return instances
 
 
-def judge(
+def run_on_all(
     instances: Sequence[Any], case: Case, report: Differential | None = None, numbers: list[AttentionState] | None = None
 ) -> Iterator[tuple[str, str]]:
     """Run one case on every backend.
@@ -309,7 +309,7 @@ def judge(
             continue
         standing.cases += 1
         with registry.provisionally(instance):
-            result, problems = run(instance, case, numbers)
+            result, problems = run_case(instance, case, numbers)
         if result is not None:
             comparison = judge_values(instance, case, numbers, result, expected)
             problems = [*comparison.problems, *problems]
@@ -368,7 +368,7 @@ def _apart(one: AttentionState, other: AttentionState, expected: Expected) -> fl
 
 def _still_wrong(finding: Finding, instances: Sequence[Any], case: Case) -> str:
     try:
-        verdicts = judge(_involved(finding, instances), case)
+        verdicts = run_on_all(_involved(finding, instances), case)
         return next((message for who, message in verdicts if who == finding.backend), "")
     except ConstraintError:  # too small for its profile, or no valid call at all
         return ""
@@ -381,10 +381,10 @@ def _write(finding: Finding, instances: Sequence[Any], folder: Path) -> None:
     path = folder / f"{name}.npz"
     first = _involved(finding, instances)[0]
     with registry.provisionally(first):
-        observed = run(first, case).result
+        observed = run_case(first, case).result
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        record.save(path, case, case.make().states, observed)
+        record.write_record(path, case, case.make().states, observed)
     except OSError as error:
         finding.message += f" (and the case could not be written: {error})"
     else:

@@ -84,7 +84,7 @@ class Recorded(Backend):
         return out
 
 
-def save(path: str | PathLike[str], case: Case, states: Sequence[Any], observed: Sequence[Any] | None = None) -> None:
+def write_record(path: str | PathLike[str], case: Case, states: Sequence[Any], observed: Sequence[Any] | None = None) -> None:
     """Write a call to a file.
 
     Parameters
@@ -108,8 +108,8 @@ def save(path: str | PathLike[str], case: Case, states: Sequence[Any], observed:
     np.savez(path, allow_pickle=False, **stored)
 
 
-def load(path: str | PathLike[str]) -> Record:
-    """Read a call from a file, written by :func:`save` or by anybody who keeps to the keys.
+def read_record(path: str | PathLike[str]) -> Record:
+    """Read a call from a file, written by :func:`write_record` or by anybody who keeps to the keys.
 
     Parameters
     ----------

@@ -11,14 +11,7 @@ import numpy as np
 
 from rau.state import AttentionState
 from rau.testing.reference.oracle import widen
-from rau.testing.reference.sequences import (
-    DTYPES,
-    Call,
-    Sequence,
-    positions_of,
-    read_arrays,
-    sequences_of,
-)
+from rau.testing.reference.sequences import DTYPES, AttentionCall, TokenSequence, positions_of, read_arrays, sequences_of
 
 _SCORES = 2**22  # scores computed at a time, 32 MB; much smaller products lose time to BLAS's own threads
 _LANES = 8
@@ -92,7 +85,7 @@ def partial_attention(
     """
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected the name of one of {', '.join(DTYPES)}")
-    call = Call(
+    call = AttentionCall(
         causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions
     )
     stats = np.dtype(np.float64 if dtype == "float64" else np.float32)
@@ -134,13 +127,13 @@ def exact_attention(
            [1., 2.],
            [2., 3.]])
     """
-    call = Call(
+    call = AttentionCall(
         causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions
     )
     return _attend(q, k, v, call, np.dtype(np.float64), lambda out: out)
 
 
-def _attend(q: Any, k: Any, v: Any, call: Call, stats_dtype: np.dtype[Any], rounded: Any) -> AttentionState:
+def _attend(q: Any, k: Any, v: Any, call: AttentionCall, stats_dtype: np.dtype[Any], rounded: Any) -> AttentionState:
     """Walk over the sequences and heads; each is a matrix of queries against one of keys."""
     q, k, v = read_arrays(q, k, v, call)
     sequences = sequences_of(q, k, call)
@@ -210,7 +203,7 @@ def _softmax(
     return out, maximum, total
 
 
-def _in_vendor_form(state: AttentionState, call: Call, sequences: list[Sequence]) -> AttentionState:
+def _in_vendor_form(state: AttentionState, call: AttentionCall, sequences: list[TokenSequence]) -> AttentionState:
     """Bring (B, N, S, ...) arrays into the layout of the call, and give the statistics their lanes."""
     out, maximum, total = state
     if call.layout == "SBH":
@@ -229,7 +222,7 @@ def _in_vendor_form(state: AttentionState, call: Call, sequences: list[Sequence]
     return AttentionState(np.ascontiguousarray(out), *lanes)
 
 
-def _packed(stats: np.ndarray, sequences: list[Sequence]) -> np.ndarray:
+def _packed(stats: np.ndarray, sequences: list[TokenSequence]) -> np.ndarray:
     """Cut (N, T) statistics into the (N, S_i) of each sequence, one after another."""
     return np.concatenate([stats[:, sequence.queries].ravel() for sequence in sequences] or [stats.ravel()])
 

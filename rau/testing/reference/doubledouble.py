@@ -15,13 +15,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-Array: TypeAlias = Any  # of float64, or a float, which broadcasts
-Pair: TypeAlias = tuple[Array, Array]
+Floats: TypeAlias = Any  # of float64, or a float, which broadcasts
+HighLow: TypeAlias = tuple[Floats, Floats]
 
 _SPLITTER = 2.0**27 + 1
 
 
-def two_sum(a: Array, b: Array) -> Pair:
+def two_sum(a: Floats, b: Floats) -> HighLow:
     """Return a + b rounded, and what the rounding lost, exactly (Knuth).
 
     Parameters
@@ -38,20 +38,20 @@ def two_sum(a: Array, b: Array) -> Pair:
     return total, (a - (total - back)) + (b - back)
 
 
-def _fast_two_sum(a: Array, b: Array) -> Pair:
+def _fast_two_sum(a: Floats, b: Floats) -> HighLow:
     """Two_sum for abs(a) >= abs(b) (Dekker)."""
     total = a + b
     return total, b - (total - a)
 
 
-def _split(a: Array) -> Pair:
+def _split(a: Floats) -> HighLow:
     """Cut a number into two of 26 bits (Veltkamp), so that products of the parts are exact."""
     scaled = _SPLITTER * a
     high = scaled - (scaled - a)
     return high, a - high
 
 
-def two_product(a: Array, b: Array) -> Pair:
+def two_product(a: Floats, b: Floats) -> HighLow:
     """Return a * b rounded, and what the rounding lost, exactly (Dekker).
 
     Parameters
@@ -70,7 +70,7 @@ def two_product(a: Array, b: Array) -> Pair:
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
-def add(a: Pair, b: Pair) -> Pair:
+def add(a: HighLow, b: HighLow) -> HighLow:
     """Return a + b, good to about 2^-104 of abs(a + b) even where the two cancel."""
     high, error = two_sum(a[0], b[0])
     low, low_error = two_sum(a[1], b[1])
@@ -78,13 +78,13 @@ def add(a: Pair, b: Pair) -> Pair:
     return _fast_two_sum(high, error + low_error)
 
 
-def multiply(a: Pair, b: Pair) -> Pair:
+def multiply(a: HighLow, b: HighLow) -> HighLow:
     """Return a * b, good to about 2^-102 of it."""
     high, error = two_product(a[0], b[0])
     return _fast_two_sum(high, error + (a[0] * b[1] + a[1] * b[0]))
 
 
-def divide(a: Pair, b: Pair) -> Pair:
+def divide(a: HighLow, b: HighLow) -> HighLow:
     """Return a / b, good to about 2^-100 of it, by long division with two digits of 53 bits."""
     first = a[0] / b[0]
     taken = multiply((first, np.zeros_like(first)), b)
@@ -115,7 +115,7 @@ _TAYLOR = [_pair(Fraction(1, factorial(n))) for n in range(27)]
 _FLOAT64_FROM = 14
 
 
-def exponential(x: Pair) -> tuple[Array, Array, Array]:
+def exponential(x: HighLow) -> tuple[Floats, Floats, Floats]:
     """Return exp(x) as a mantissa and a power of two, so that nothing underflows.
 
     Parameters

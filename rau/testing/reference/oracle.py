@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from rau.testing.reference import doubledouble as dd
-from rau.testing.reference.row_weights import FORMATS, Rows, half_ulp, merge_rows
+from rau.testing.reference.row_weights import FORMATS, RowWeights, half_ulp, exact_weights
 
 _SLAB = 2**17  # elements: a handful of float64 temporaries of this size stay in the cache
 
@@ -159,7 +159,7 @@ def oracle(
     with np.errstate(all="ignore"):
         for start in range(0, order.size, step):
             slab = slice(start, start + step)
-            rows = merge_rows(flat_max[:, slab], flat_sum[:, slab], double=double)
+            rows = exact_weights(flat_max[:, slab], flat_sum[:, slab], double=double)
             for name, column in stats.items():
                 column[slab] = getattr(rows, name)
             value, low, bound = _merge_elements([widen(part[slab]) for part in flat_out], rows, dtype)
@@ -232,14 +232,14 @@ def _row_order(
     return rows.ravel()
 
 
-def _merge_elements(parts: list[np.ndarray], rows: Rows, dtype: str) -> tuple[np.ndarray, Any, np.ndarray]:
+def _merge_elements(parts: list[np.ndarray], rows: RowWeights, dtype: str) -> tuple[np.ndarray, Any, np.ndarray]:
     """Merge a slab of elements.
 
     Parameters
     ----------
     parts : list of K ndarray of float64, shape (rows, D)
         Outputs of the states.
-    rows : Rows
+    rows : RowWeights
         Their weights.
     dtype : str
         Name of the result's dtype.
@@ -288,7 +288,7 @@ def _merge_elements(parts: list[np.ndarray], rows: Rows, dtype: str) -> tuple[np
     return value, low, bound
 
 
-def _merge_in_double_double(parts: list[np.ndarray], rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _merge_in_double_double(parts: list[np.ndarray], rows: RowWeights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sum weight times output in double-double, on mantissas, so that nothing overflows or underflows.
 
     Returns
@@ -299,7 +299,7 @@ def _merge_in_double_double(parts: list[np.ndarray], rows: Rows) -> tuple[np.nda
     """
     usable = np.ones(parts[0].shape, bool)
     any_product = np.zeros(parts[0].shape, bool)
-    terms: list[tuple[dd.Pair, np.ndarray]] = []
+    terms: list[tuple[dd.HighLow, np.ndarray]] = []
     for i, part in enumerate(parts):
         counts = ~rows.skipped[i][:, None]
         usable &= ~counts | (np.isfinite(part) & np.isfinite(rows.weight[i])[:, None])
@@ -309,7 +309,7 @@ def _merge_in_double_double(parts: list[np.ndarray], rows: Rows) -> tuple[np.nda
         product = dd.multiply(weight, (mantissa, np.zeros_like(mantissa)))
         terms.append((product, np.where(mantissa == 0, -(10**6), exponent + rows.exponent[i][:, None])))
     top = np.maximum.reduce([exponent for _, exponent in terms])
-    total: dd.Pair = (np.zeros_like(parts[0]), np.zeros_like(parts[0]))
+    total: dd.HighLow = (np.zeros_like(parts[0]), np.zeros_like(parts[0]))
     for (high, low), exponent in terms:
         shift = np.maximum(exponent - top, -2000)
         total = dd.add(total, (np.ldexp(high, shift), np.ldexp(low, shift)))

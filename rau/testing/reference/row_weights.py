@@ -54,7 +54,7 @@ def half_ulp(size: np.ndarray, dtype: str) -> np.ndarray:
     return np.ldexp(1.0, np.maximum(np.maximum(exponent, smallest) - 1, -1074))
 
 
-class Rows(NamedTuple):
+class RowWeights(NamedTuple):
     """What the statistics of R rows of K states come to; arrays of shape (R,) or (K, R).
 
     Attributes
@@ -87,7 +87,7 @@ class Rows(NamedTuple):
     total_low: np.ndarray
     total_bound: np.ndarray
     weight: np.ndarray
-    mantissa: dd.Pair
+    mantissa: dd.HighLow
     exponent: np.ndarray
     skipped: np.ndarray
     unsure: np.ndarray
@@ -98,7 +98,7 @@ class Rows(NamedTuple):
     mixed: np.ndarray
 
 
-def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
+def exact_weights(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> RowWeights:
     """Merge the statistics of K states.
 
     Parameters
@@ -109,7 +109,7 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
 
     Returns
     -------
-    Rows
+    RowWeights
     """
     live = ~((sums == 0) | (maxima == -np.inf))
     count = live.sum(axis=0)
@@ -131,7 +131,7 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
     top = np.where(regular, np.where(term, exponent, -(10**6)).max(axis=0), 0)
     shift = np.where(term, np.maximum(exponent - top, -5000), 0)
     scaled = np.ldexp(a[0], shift), np.ldexp(a[1], shift)
-    total: dd.Pair = (np.zeros(top.shape), np.zeros(top.shape))
+    total: dd.HighLow = (np.zeros(top.shape), np.zeros(top.shape))
     for part in zip(*scaled, strict=True):
         total = dd.add(total, part)
     nothing = total[0] == 0
@@ -186,7 +186,7 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
     total_bound = error if double else error + half_ulp(np.abs(stored) + error, "float32")
     single = count == 1
     alone = np.where(live, sums, 0).sum(axis=0)
-    return Rows(
+    return RowWeights(
         maximum=maximum,
         total=np.where(regular, stored, np.where(single, alone, np.where(to_nan, special, 0))),
         total_low=np.where(regular & np.isfinite(stored), np.ldexp(total[1], top), 0),

@@ -13,19 +13,19 @@ from rau.constraints import bind
 from rau.layouts import FIELDS
 from rau.problem import Problem
 from rau.state import AttentionState
-from rau.testing.cases import Call, Case
+from rau.testing.cases import CaseCall, Case
 from rau.testing.comparison import Comparison, same_bits
 from rau.testing.reference.oracle import Expected, oracle
-from rau.testing.trial.judge import judge as judge_values
+from rau.testing.trial.judge import judge_values
 from rau.testing.under_test import described
 
 
-def problem_of(call: Call) -> Problem:
+def problem_of(call: CaseCall) -> Problem:
     """Describe a case's call, on its NumPy arrays.
 
     Parameters
     ----------
-    call : Call
+    call : CaseCall
 
     Returns
     -------
@@ -75,12 +75,12 @@ def ordinary_case(backend: Any, id: str, tokens: int) -> Case:
     )  # fmt: skip
 
 
-def expected_of(call: Call) -> Expected:
+def expected_of(call: CaseCall) -> Expected:
     """Ask the oracle about a case's call.
 
     Parameters
     ----------
-    call : Call
+    call : CaseCall
         Not run yet.
 
     Returns
@@ -91,7 +91,7 @@ def expected_of(call: Call) -> Expected:
     return oracle(call.states, case.lengths_argument(), case.layout, softmax_layout=case.softmax_layout)
 
 
-class Run(NamedTuple):
+class CaseRun(NamedTuple):
     """What a backend did with one case.
 
     Attributes
@@ -106,8 +106,8 @@ class Run(NamedTuple):
     problems: list[str]
 
 
-def run(backend: Any, case: Case, numbers: list[AttentionState] | None = None) -> Run:
-    """Run a case on a backend's own arrays and look at everything but the values.
+def run_case(backend: Any, case: Case, numbers: list[AttentionState] | None = None) -> CaseRun:
+    """CaseRun a case on a backend's own arrays and look at everything but the values.
 
     Parameters
     ----------
@@ -118,17 +118,17 @@ def run(backend: Any, case: Case, numbers: list[AttentionState] | None = None) -
 
     Returns
     -------
-    Run
+    CaseRun
     """
     numbers = numbers or case.fill()
     call, pristine = case.make(numbers), case.make(numbers)
     try:
         return _run(backend, call, pristine)
     except Exception as error:  # of the backend, in its conversions too
-        return Run(None, [described(error)])
+        return CaseRun(None, [described(error)])
 
 
-def _run(backend: Any, call: Call, pristine: Call) -> Run:
+def _run(backend: Any, call: CaseCall, pristine: CaseCall) -> CaseRun:
     converted: dict[int, Any] = {}
 
     def convert(array: np.ndarray) -> Any:
@@ -142,7 +142,7 @@ def _run(backend: Any, call: Call, pristine: Call) -> Run:
     backend.synchronize()
     problems = []
     if not isinstance(result, tuple) or len(result) != 3:
-        return Run(None, [f"returned a {type(result).__name__}; expected an AttentionState"])
+        return CaseRun(None, [f"returned a {type(result).__name__}; expected an AttentionState"])
     kind = kind_of(states[0].attn_out)
     for name, part in zip(FIELDS, result, strict=True):
         its = kind_of(part)
@@ -151,7 +151,7 @@ def _run(backend: Any, call: Call, pristine: Call) -> Run:
         elif its.device(part) != kind.device(states[0].attn_out):
             problems.append(f"{name} is on {its.device(part)}; expected {kind.device(states[0].attn_out)}")
     if problems:
-        return Run(None, problems)
+        return CaseRun(None, problems)
     if out is None:
         inputs = {id(part) for state in states for part in state}
         problems += [
@@ -178,13 +178,13 @@ def _run(backend: Any, call: Call, pristine: Call) -> Run:
         problems += [f"states[{k}] was changed: {change}" for change in changed]
     if call.out is not None and not all(part.guards_intact() for part in call.out):
         problems.append("wrote beside its output")
-    return Run(as_numpy, problems)
+    return CaseRun(as_numpy, problems)
 
 
 def check_case(
     backend: Any, case: Case, expected: Expected | None = None, numbers: list[AttentionState] | None = None
 ) -> tuple[list[str], Comparison | None]:
-    """Run one case and judge all of it.
+    """CaseRun one case and judge all of it.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def check_case(
     expected : Expected, optional
         What the oracle says, if that is known already.
     numbers : list of AttentionState, optional
-        As :func:`run` takes them.
+        As :func:`run_case` takes them.
 
     Returns
     -------
@@ -205,7 +205,7 @@ def check_case(
     numbers = numbers or case.fill()
     if expected is None:
         expected = expected_of(case.make(numbers))
-    result, problems = run(backend, case, numbers)
+    result, problems = run_case(backend, case, numbers)
     if result is None:
         return problems, None
     comparison = judge_values(backend, case, numbers, result, expected)
@@ -222,7 +222,7 @@ def _repeated(
     before = threads.get_num_threads()
     threads.set_num_threads(1 if before > 1 else 2)
     try:
-        again, _ = run(backend, case, numbers)
+        again, _ = run_case(backend, case, numbers)
     finally:
         threads.set_num_threads(before)
     if again is None:

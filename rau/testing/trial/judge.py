@@ -52,7 +52,7 @@ def promises_bits(backend: Any, case: Case) -> bool:
     return bool(backend.capabilities.tolerance == 1) and not folds(backend, case)
 
 
-def judge(
+def judge_values(
     backend: Any, case: Case, numbers: Sequence[AttentionState], result: AttentionState, expected: Expected
 ) -> Comparison:
     """Judge the values of a result.
