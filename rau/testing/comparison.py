@@ -98,17 +98,10 @@ def compare(actual: Sequence[Any], expected: Expected, *, tolerance: float = 1.0
 def shares(
     actual: np.ndarray, exact: np.ndarray, low: Any, error: np.ndarray, dtype: str, tolerance: float = 1.0
 ) -> np.ndarray:
-    """Return how far off each number is, as a share of what it may be.
+    """Return how far off each number is, as a share of what it may be: all float64 and of one shape, `low` perhaps a float.
 
-    Parameters
-    ----------
-    actual, exact, error : ndarray of float64, same shape
-        `error` is that of the arithmetic; it may be multiplied by `tolerance`, and what storing adds comes on top.
-    low : ndarray of float64 or float
-        What `exact` has beyond float64.
-    dtype : str
-        Name of the format that `actual` was stored in.
-    tolerance : float, default 1.0
+    `low` is what `exact` has beyond float64; `error` is that of the arithmetic, which `tolerance` multiplies, and what storing
+    in `dtype` adds comes on top.
     """
     with np.errstate(all="ignore"):
         bound = once_stored(tolerance * error, exact, dtype)

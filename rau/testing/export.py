@@ -79,21 +79,11 @@ class ExportError(RauError, ValueError):
 
 
 class Verification(NamedTuple):
-    """What :func:`verify_outputs` found.
+    """What :func:`verify_outputs` found."""
 
-    Attributes
-    ----------
-    report : Report
-        Cases that are right, and those that are wrong or missing.
-    comparisons : dict of str to Comparison
-        By case, where there was something to compare.
-    missing : int
-        How many cases lack an output.
-    """
-
-    report: Report
-    comparisons: dict[str, Comparison]
-    missing: int
+    report: Report  # cases that are right, and those that are wrong or missing
+    comparisons: dict[str, Comparison]  # by case, where there was something to compare
+    missing: int  # how many cases lack an output
 
 
 def export_cases(

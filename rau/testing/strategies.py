@@ -148,8 +148,7 @@ def states(case: Case) -> st.SearchStrategy[list[AttentionState]]:
     def state(dtype: str) -> st.SearchStrategy[AttentionState]:
         return st.builds(AttentionState, _numbers(dtype, shape), statistic(maxima), statistic(sums))
 
-    dtypes = [case.dtype, *[case.cur_dtype or case.dtype] * (case.states - 1)]
-    return st.tuples(*map(state, dtypes[:1] if case.aliased else dtypes)).map(list)
+    return st.tuples(*map(state, case.dtypes)).map(list)
 
 
 def _numbers(dtype: str, shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:

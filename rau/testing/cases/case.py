@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.cases import numbers, placements
-from rau.testing.cases.placements import Placed, place
+from rau.testing.cases import numbers
+from rau.testing.cases.numbers import named_dtype
+from rau.testing.cases.placements import PACKED_PLACEMENTS, Placed, place
 from rau.update import merge_states, ring_attention_update
 
 _TOKEN_AXIS = {"SBH": (0, 2), "TND": (0, 0), "BSND": (1, 2), "BNSD": (2, 2)}  # of attn_out, of statistics
@@ -37,8 +38,9 @@ class Case:
     states : int
         2 calls ring_attention_update, anything else merge_states.
     statistics, outputs : str
-        Kinds of numbers: keys of `rau.testing.cases.numbers.STATISTICS` and `OUTPUTS`. Statistics "attention" and "flash": the states are
-        real partial attention, outputs included; "flash" is torch's FlashAttention on the CPU, with its log-sum-exp.
+        Kinds of numbers: keys of `rau.testing.cases.numbers.STATISTICS` and `OUTPUTS`. Statistics "attention" and "flash":
+        the states are real partial attention, outputs included; "flash" is torch's FlashAttention on the CPU, with its
+        log-sum-exp.
     attn_placement, stats_placement, out_placement : str
         How inputs and result lie in memory, see `rau.testing.cases.placements`.
     out : {"fresh", "given", "prev", "cur"}
@@ -80,6 +82,11 @@ class Case:
         return "float64" if self.dtype == "float64" else "float32"
 
     @property
+    def dtypes(self) -> list[str]:
+        """Dtype of each state's output; of one alone where they are aliased."""
+        return [self.dtype, *[self.cur_dtype or self.dtype] * (0 if self.aliased else self.states - 1)]
+
+    @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of attn_out and of the statistics."""
         B, S, N, D = self.batch, self.tokens, self.heads, self.head_dim
@@ -99,22 +106,11 @@ class Case:
         """What is passed as actual_seq_qlen."""
         if self.layout != "TND" or self.qlen == "none":
             return None
-        cumulative = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
-        return {"array": cumulative, "int32": cumulative.astype(np.int32), "list": cumulative.tolist()}[self.qlen]
+        ends = numbers.cumulative(self.lengths)
+        return {"array": ends, "int32": ends.astype(np.int32), "list": ends.tolist()}[self.qlen]
 
     def call(self, states: Any, out: Any, backend: Any) -> AttentionState:
-        """Make the public call that this case stands for, on any arrays.
-
-        Parameters
-        ----------
-        states : sequence of AttentionState
-        out : triple of arrays, or None
-        backend : str or Backend
-
-        Returns
-        -------
-        AttentionState
-        """
+        """Make the public call that this case stands for, on any arrays: states, and a triple or None to write to."""
         options: dict[str, Any] = {
             "actual_seq_qlen": self.lengths_argument(), "layout": self.layout, "softmax_layout": self.softmax_layout,
             "profile": self.profile, "backend": backend, "out": out,
@@ -124,158 +120,68 @@ class Case:
         return merge_states(states, **options)
 
     def fill(self) -> list[AttentionState]:
-        """Make the numbers.
-
-        Returns
-        -------
-        list of AttentionState
-            `states` of them (one, where they are aliased), C-contiguous.
-        """
+        """Make the numbers: `states` C-contiguous states, one where they are aliased."""
         rng = np.random.default_rng(zlib.crc32(self.id.encode()))
         shape, stats_shape = self.shapes
-        distinct = 1 if self.aliased else self.states
         if self.statistics == "attention":
-            return numbers.attention(rng, self, distinct)
+            heads = (*shape[:2], self.heads, self.head_dim) if self.layout == "SBH" else shape
+            how = {"layout": self.layout, "softmax_layout": self.softmax_layout}
+            return numbers.attention(rng, heads, self.lengths, self.dtypes, self.lanes, **how)
         if self.statistics == "flash":
-            return numbers.flash(rng, self, distinct)
-        maxima, sums = numbers.fill_statistics(rng, self.statistics, distinct, int(np.prod(stats_shape[:-1])))
+            return numbers.flash(rng, shape, self.dtypes, self.lanes)
+        kinds = numbers.fill_statistics(rng, self.statistics, len(self.dtypes), int(np.prod(stats_shape[:-1])))
         states = []
         with np.errstate(all="ignore"):  # numbers that a narrow dtype cannot hold become infinite: so be it
-            for k in range(distinct):
-                dtype = named_dtype(self.dtype if k == 0 else self.cur_dtype or self.dtype)
-                output = numbers.fill_output(rng, self.outputs, shape).astype(dtype)
-                rows = (part[k].astype(self.stats_dtype).reshape(stats_shape[:-1]) for part in (maxima, sums))
-                states.append(AttentionState(output, *map(self.in_all_lanes, rows)))
+            for dtype, *rows in zip(self.dtypes, *kinds, strict=True):
+                output = numbers.fill_output(rng, self.outputs, shape).astype(named_dtype(dtype))
+                stats = (row.astype(self.stats_dtype).reshape(stats_shape[:-1]) for row in rows)
+                states.append(AttentionState(output, *map(self.in_all_lanes, stats)))
         return states
 
     def blank(self) -> list[AttentionState]:
-        """Make zeros for numbers, for those who only ask what call it is.
-
-        Returns
-        -------
-        list of AttentionState
-            As :meth:`fill` has them.
-        """
+        """Make zeros for numbers, as :meth:`fill` has them, for those who only ask what call it is."""
         shape, stats_shape = self.shapes
         stats = np.zeros(stats_shape, self.stats_dtype)
-        dtypes = [self.dtype, *[self.cur_dtype or self.dtype] * (self.states - 1)]
-        return [
-            AttentionState(np.zeros(shape, named_dtype(dtype)), stats, stats)
-            for dtype in (dtypes[:1] if self.aliased else dtypes)
-        ]
+        return [AttentionState(np.zeros(shape, named_dtype(dtype)), stats, stats) for dtype in self.dtypes]
 
     def in_all_lanes(self, rows: np.ndarray) -> np.ndarray:
-        """Write a statistic into its lanes: the same number into each, or other numbers into all but lane 0.
-
-        Parameters
-        ----------
-        rows : ndarray
-            One number for each row.
-
-        Returns
-        -------
-        ndarray, `rows` with one axis more
-        """
+        """Give a statistic (...) its lanes (..., lanes): the same number in each, or other numbers in all but lane 0."""
         lanes = rows[..., None].repeat(self.lanes, axis=-1)
         if self.unequal_lanes:
             lanes[..., 1:] += np.arange(1, self.lanes, dtype=lanes.dtype)
         return lanes
 
     def make(self, states: list[AttentionState] | None = None) -> CaseCall:
-        """Lay the numbers out in memory, fresh at every call.
-
-        Parameters
-        ----------
-        states : list of AttentionState, optional
-            The numbers; those of :meth:`fill` by default.
-
-        Returns
-        -------
-        CaseCall
-        """
+        """Lay numbers, those of :meth:`fill` by default, out in memory, fresh at every call."""
         attn_axis, stats_axis = _TOKEN_AXIS[self.layout]
-        placed = [
-            (
-                place(state.attn_out, self.attn_placement, attn_axis),
-                place(state.softmax_max, self.stats_placement, stats_axis),
-                place(state.softmax_sum, self.stats_placement, stats_axis),
-            )
-            for state in states or self.fill()
-        ]
+
+        def placed_state(state: AttentionState, attn: str, stats: str) -> tuple[Placed, ...]:
+            attn_out, *others = state
+            return place(attn_out, attn, attn_axis), *(place(part, stats, stats_axis) for part in others)
+
+        placed = [placed_state(state, self.attn_placement, self.stats_placement) for state in states or self.fill()]
         out: tuple[Placed, ...] | None = None
         if self.out in ("prev", "cur"):
             out = placed[0 if self.out == "prev" else 1]
         elif self.out == "given":
-            shape, stats_shape = self.shapes
             packed = self.layout == "TND" and self.softmax_layout == "SBH"
-            stats = "offset" if packed and self.out_placement not in placements.PACKED_PLACEMENTS else self.out_placement
-            blank = np.zeros(stats_shape, self.stats_dtype)
-            out = (
-                place(np.zeros(shape, named_dtype(self.dtype)), self.out_placement, attn_axis),
-                place(blank, stats, stats_axis),
-                place(blank, stats, stats_axis),
-            )
+            stats = "offset" if packed and self.out_placement not in PACKED_PLACEMENTS else self.out_placement
+            out = placed_state(self.blank()[0], self.out_placement, stats)
         if self.read_only:
-            for state in placed:
-                if state is not out:
-                    for part in state:
-                        part.view.flags.writeable = False
+            for part in (part for state in placed if state is not out for part in state):
+                part.view.flags.writeable = False
         views = [AttentionState(*(part.view for part in state)) for state in placed]
         return CaseCall(self, views * (self.states // len(views)), out)
 
 
-class CaseCall:
-    """A case with its arrays: run it on a backend, then look at what is left.
+class CaseCall(NamedTuple):
+    """A case with its arrays: run it on a backend, then look at what is left."""
 
-    Attributes
-    ----------
-    case : Case
-    states : list of AttentionState
-    out : tuple of Placed, or None
-    """
-
-    def __init__(self, case: Case, states: list[AttentionState], out: tuple[Placed, ...] | None) -> None:
-        self.case = case
-        self.states = states
-        self.out = out
+    case: Case
+    states: list[AttentionState]
+    out: tuple[Placed, ...] | None
 
     def run(self, backend: Any) -> AttentionState:
-        """Make the call on the NumPy arrays.
-
-        Parameters
-        ----------
-        backend : str or Backend
-
-        Returns
-        -------
-        AttentionState
-        """
+        """Make the call on the NumPy arrays."""
         out = None if self.out is None else tuple(part.view for part in self.out)
         return self.case.call(self.states, out, backend)
-
-
-def named_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of a name; bfloat16 is ml_dtypes'.
-
-    Parameters
-    ----------
-    name : str
-
-    Returns
-    -------
-    numpy.dtype
-
-    Raises
-    ------
-    ImportError
-        For "bfloat16" without ml_dtypes.
-    """
-    if name != "bfloat16":
-        return np.dtype(name)
-    try:
-        import ml_dtypes
-    except ImportError as error:
-        raise ImportError(
-            "bfloat16 cases need ml_dtypes: pip install 'ring-attention-update[test]', or pip install ml_dtypes"
-        ) from error
-    return np.dtype(ml_dtypes.bfloat16)

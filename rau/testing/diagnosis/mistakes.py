@@ -18,23 +18,13 @@ Make: TypeAlias = Callable[[Steps], AttentionState | None]
 
 
 class Mistake(NamedTuple):
-    """One known mistake.
-
-    Attributes
-    ----------
-    name : str
-    wrong : str
-        What it does, in a sentence.
-    change : str
-        What to do about it.
-    makes : tuple of callable
-        Each returns a wrong result of `Steps`, or None where the call leaves no room for the mistake: the first one makes
-        it as a whole, the others a part of it each.
-    """
+    """One known mistake."""
 
     name: str
-    wrong: str
-    change: str
+    wrong: str  # what it does, in a sentence
+    change: str  # what to do about it
+    # Each returns a wrong result, or None where the call leaves no room for it: the first makes the mistake as a whole, the
+    # others a part of it each.
     makes: tuple[Make, ...]
 
     def __call__(self, rows: Steps) -> AttentionState | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from rau.state import AttentionState
 from rau.testing.reference.doubledouble import two_sum
-from rau.testing.reference.oracle import _row_order, widen
+from rau.testing.reference.oracle import row_order, widen
 
 Array: TypeAlias = np.ndarray
 
@@ -49,39 +49,12 @@ def to_bfloat16(values: Array) -> Array:
 
 
 class Steps:
-    """A call as R rows, one for each token and head.
+    """A call as R rows, one for each token and head: the NumPy arrays of K states, and how they are laid out."""
 
-    Parameters
-    ----------
-    states : sequence of AttentionState
-        NumPy arrays, of a valid call.
-    actual_seq_qlen : sequence of int, or ndarray of int64, or None
-    layout, softmax_layout : str
-
-    Attributes
-    ----------
-    states : list of AttentionState
-        As they were given.
-    outputs : list of K ndarray, shape (R, D)
-        Widened to float32 (float64 in a float64 call).
-    maxima, sums : ndarray of float64, shape (K, R, 1)
-        Lane 0 of the statistics, for each row.
-    lanes : pair of ndarray of float64, shape (K, R, lanes)
-        All lanes of both.
-    dtype, stats_dtype : numpy.dtype
-        Of the result.
-    packed : bool
-        The statistics are in TND's packed order.
-    lengths : ndarray of int64 or None
-        Cumulative lengths in layout TND.
-    """
-
-    def __init__(
-        self, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, layout: str, softmax_layout: str
-    ) -> None:
-        self.states = [AttentionState(*map(np.asarray, state)) for state in states]
+    def __init__(self, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, layout: str, softmax_layout: str) -> None:
+        self.states = [AttentionState(*map(np.asarray, state)) for state in states]  # as they were given
         self.layout = layout
-        self.packed = layout == "TND" and softmax_layout == "SBH"
+        self.packed = layout == "TND" and softmax_layout == "SBH"  # the statistics are in TND's packed order
         self.lengths = None if layout != "TND" or actual_seq_qlen is None else np.asarray(actual_seq_qlen)
         first = self.states[0]
         self.dtype, self.stats_dtype = first.attn_out.dtype, first.softmax_max.dtype
@@ -89,15 +62,16 @@ class Steps:
         self._read("SBH" if self.packed else "TND")
         wide = np.float64 if self.dtype == np.float64 else np.float32
         size = (len(self._places), first.attn_out.size // max(len(self._places), 1))
+        # K outputs (R, D), widened to float32, or to float64 in a float64 call
         self.outputs = [widen(state.attn_out).astype(wide).reshape(size) for state in self.states]
 
     def _read(self, softmax_layout: str) -> None:
-        self._places = _row_order(self.shape, self.stats_shape, self.lengths, self.layout, softmax_layout)
+        self._places = row_order(self.shape, self.stats_shape, self.lengths, self.layout, softmax_layout)
         flat = (-1, self.stats_shape[-1]) if self.stats_shape[-1] else (0, 0)
         maxima, sums = (
             np.stack([widen(state[part]).reshape(flat)[self._places] for state in self.states]) for part in (1, 2)
         )
-        self.lanes = maxima, sums
+        self.lanes = maxima, sums  # all lanes of both: (K, R, lanes) of float64; those below are lane 0, (K, R, 1)
         self.maxima, self.sums = maxima[..., :1], sums[..., :1]
 
     def reading(self, softmax_layout: str) -> Steps:

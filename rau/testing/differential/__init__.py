@@ -274,21 +274,9 @@ def _instances(backends: Sequence[Any]) -> list[Any]:
 def run_on_all(
     instances: Sequence[Any], case: Case, report: Differential | None = None, numbers: list[AttentionState] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Run one case on every backend.
+    """Run one case on every backend: who got something wrong, and what. `report` takes the statistics.
 
-    Parameters
-    ----------
-    instances : sequence of Backend
-    case : Case
-    report : Differential, optional
-        Takes the statistics.
-    numbers : list of AttentionState, optional
-        The input states, where they come from elsewhere; those of ``case.fill()`` by default.
-
-    Yields
-    ------
-    who, message : str
-        What went wrong, and whose it is.
+    `numbers` are the input states, where they come from elsewhere than ``case.fill()``.
     """
     report = report if report is not None else Differential()
     try:
@@ -336,18 +324,7 @@ def run_on_all(
 
 
 def histogram(result: AttentionState, expected: Expected) -> np.ndarray:
-    """Count the elements of attn_out by their share of the bound.
-
-    Parameters
-    ----------
-    result : AttentionState
-    expected : Expected
-
-    Returns
-    -------
-    ndarray of int64, shape (BINS + 1,)
-        The last bin holds what is beyond 1.
-    """
+    """Count the elements of attn_out by their share of the bound, (BINS + 1,); the last bin holds what is beyond 1."""
     if result.attn_out.shape != expected.attn_out.shape or not result.attn_out.size:
         return np.zeros(BINS + 1, np.int64)
     share = shares(

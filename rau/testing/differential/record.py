@@ -39,20 +39,11 @@ from rau.testing.cases import Case, named_dtype
 
 
 class Record(NamedTuple):
-    """What a file holds.
-
-    Attributes
-    ----------
-    case : Case
-    states : list of AttentionState
-        The inputs, C-contiguous; ``case.make(states)`` lays them out as they were.
-    observed : AttentionState or None
-        What some implementation returned.
-    """
+    """What a file holds."""
 
     case: Case
-    states: list[AttentionState]
-    observed: AttentionState | None
+    states: list[AttentionState]  # the inputs, C-contiguous; ``case.make(states)`` lays them out as they were
+    observed: AttentionState | None  # what some implementation returned
 
 
 class RecordError(RauError, ValueError):
@@ -85,17 +76,7 @@ class Recorded(Backend):
 
 
 def write_record(path: str | PathLike[str], case: Case, states: Sequence[Any], observed: Sequence[Any] | None = None) -> None:
-    """Write a call to a file.
-
-    Parameters
-    ----------
-    path : path
-        Ends in .npz.
-    case : Case
-    states : sequence of AttentionState
-        The inputs, as they were before the call.
-    observed : AttentionState, optional
-    """
+    """Write a call to a file .npz: its inputs, as they were before it, and what was observed."""
     arrays = {f"states.{k}.{name}": part for k, state in enumerate(states) for name, part in zip(FIELDS, state, strict=True)}
     if observed is not None:
         arrays.update(zip(FIELDS, observed, strict=True))
@@ -111,20 +92,7 @@ def write_record(path: str | PathLike[str], case: Case, states: Sequence[Any], o
 def read_record(path: str | PathLike[str]) -> Record:
     """Read a call from a file, written by :func:`write_record` or by anybody who keeps to the keys.
 
-    Parameters
-    ----------
-    path : path
-
-    Returns
-    -------
-    Record
-
-    Raises
-    ------
-    RecordError
-        If the file is not one, or something in it does not fit together.
-    ConstraintError
-        If its cumulative lengths are none.
+    RecordError if the file is none or its parts do not fit together, ConstraintError if its cumulative lengths are none.
     """
     try:
         with zipfile.ZipFile(path):  # NumPy takes other files too

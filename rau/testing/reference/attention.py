@@ -85,9 +85,8 @@ def partial_attention(
     """
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected the name of one of {', '.join(DTYPES)}")
-    call = AttentionCall(
-        causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions
-    )
+    lengths = actual_seq_qlen, actual_seq_kvlen
+    call = AttentionCall(causal, layout, softmax_layout, *lengths, query_positions, key_positions)
     stats = np.dtype(np.float64 if dtype == "float64" else np.float32)
     return _attend(q, k, v, call, stats, _rounder(dtype))
 
@@ -127,9 +126,8 @@ def exact_attention(
            [1., 2.],
            [2., 3.]])
     """
-    call = AttentionCall(
-        causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions
-    )
+    lengths = actual_seq_qlen, actual_seq_kvlen
+    call = AttentionCall(causal, layout, softmax_layout, *lengths, query_positions, key_positions)
     return _attend(q, k, v, call, np.dtype(np.float64), lambda out: out)
 
 
@@ -157,25 +155,12 @@ def _attend(q: Any, k: Any, v: Any, call: AttentionCall, stats_dtype: np.dtype[A
 
 
 def _softmax(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    places: tuple[np.ndarray, np.ndarray] | None,
-    stats_dtype: np.dtype[Any],
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, places: tuple[np.ndarray, np.ndarray] | None, stats_dtype: np.dtype[Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Attend with one head of one sequence, a slab of queries at a time.
+    """Attend with one head of one sequence, (queries, D) to (keys, D), a slab of queries at a time.
 
-    Parameters
-    ----------
-    q, k, v : ndarray of float64, shapes (queries, D), (keys, D), (keys, D)
-    places : pair of ndarray of int, shapes (queries,) and (keys,), or None
-        Positions if the attention is causal.
-    stats_dtype : dtype
-        What the maximum is rounded to.
-
-    Returns
-    -------
-    out, maximum, total : ndarray of float64, shapes (queries, D), (queries,), (queries,)
+    `places` are positions (queries,) and (keys,) if the attention is causal; the maximum is rounded to `stats_dtype`. Output
+    (queries, D), maxima and sums (queries,) come back.
     """
     out, maximum, total = np.zeros(q.shape), np.full(len(q), -np.inf), np.zeros(len(q))
     scale = 1 / np.sqrt(q.shape[1]) if q.shape[1] else 1.0

@@ -24,12 +24,6 @@ _SPLITTER = 2.0**27 + 1
 def two_sum(a: Floats, b: Floats) -> HighLow:
     """Return a + b rounded, and what the rounding lost, exactly (Knuth).
 
-    Parameters
-    ----------
-    a, b : ndarray of float64
-
-    Examples
-    --------
     >>> two_sum(1.0, 2.0**-80) == (1.0, 2.0**-80)
     True
     """
@@ -54,13 +48,8 @@ def _split(a: Floats) -> HighLow:
 def two_product(a: Floats, b: Floats) -> HighLow:
     """Return a * b rounded, and what the rounding lost, exactly (Dekker).
 
-    Parameters
-    ----------
-    a, b : ndarray of float64
-        Below 2^996 in magnitude, with a product far above the subnormal numbers.
+    The factors are below 2^996 in magnitude, their product far above the subnormal numbers.
 
-    Examples
-    --------
     >>> a = 1 + 2.0**-40
     >>> two_product(a, a) == (1 + 2.0**-39, 2.0**-80)
     True
@@ -116,26 +105,11 @@ _FLOAT64_FROM = 14
 
 
 def exponential(x: HighLow) -> tuple[Floats, Floats, Floats]:
-    """Return exp(x) as a mantissa and a power of two, so that nothing underflows.
+    """Return exp(x), x between -2000 and 2000, as (high + low) * 2^exponent, so that nothing underflows.
 
-    Parameters
-    ----------
-    x : pair of ndarray of float64
-        Finite, between -2000 and 2000.
+    The mantissa is between 0.70 and 1.42, its relative error below 2^-95. exp(x) = 2^k exp(r) with r = x - k ln 2, then the
+    Taylor series of exp(r) by Horner's rule.
 
-    Returns
-    -------
-    high, low : ndarray of float64
-        Mantissa between 0.70 and 1.42; its relative error is below 2^-95.
-    exponent : ndarray of int64
-        exp(x) = (high + low) * 2^exponent.
-
-    Notes
-    -----
-    exp(x) = 2^k exp(r) with r = x - k ln 2, then the Taylor series of exp(r) by Horner's rule.
-
-    Examples
-    --------
     >>> high, low, exponent = exponential((np.array([-1.0]), np.array([0.0])))
     >>> bool(np.ldexp(high, exponent)[0] == float.fromhex("0x1.78b56362cef38p-2"))
     True

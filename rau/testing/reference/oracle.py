@@ -73,30 +73,14 @@ class Expected:
 
 
 def once_stored(error: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
-    """Add what storing may to the error of the arithmetic: in 16 bits half a unit in the last place.
-
-    Parameters
-    ----------
-    error, exact : ndarray of float64, same shape
-        An error of 0, bit for bit, stays 0.
-    dtype : str
-        Name of the format. In float32 and float64 the arithmetic's last rounding is that of storing.
-
-    Returns
-    -------
-    ndarray of float64
-    """
-    if dtype not in ("float16", "bfloat16"):
+    """Add what storing in a format may to an error of the arithmetic: in 16 bits half a unit in the last place; 0 stays 0."""
+    if dtype not in ("float16", "bfloat16"):  # the arithmetic's last rounding is that of storing
         return error
     return np.where(error == 0, 0.0, error + half_ulp(np.abs(exact) + error, dtype))
 
 
 def oracle(
-    states: Sequence[Sequence[Any]],
-    actual_seq_qlen: Any = None,
-    layout: str = "SBH",
-    *,
-    softmax_layout: str = "TND",
+    states: Sequence[Sequence[Any]], actual_seq_qlen: Any = None, layout: str = "SBH", *, softmax_layout: str = "TND"
 ) -> Expected:
     """Merge attention states in extended precision, with a bound on the error of each number.
 
@@ -144,7 +128,7 @@ def oracle(
         raise ValueError("there are no states; expected one or more")
     outputs, maxima, sums = zip(*(map(np.asarray, state) for state in states), strict=True)
     shape, stats_shape = outputs[0].shape, maxima[0].shape
-    order = _row_order(shape, stats_shape, actual_seq_qlen, layout, softmax_layout)
+    order = row_order(shape, stats_shape, actual_seq_qlen, layout, softmax_layout)
     flat_max, flat_sum = (
         np.stack([widen(part[..., 0]).ravel()[order] for part in parts]) for parts in (maxima, sums)
     )
@@ -186,33 +170,19 @@ def oracle(
 
 
 def widen(array: np.ndarray) -> np.ndarray:
-    """Convert exactly to float64; bfloat16 by its bits, so that no library for it is needed.
-
-    Parameters
-    ----------
-    array : ndarray, float16, bfloat16, float32 or float64
-
-    Returns
-    -------
-    ndarray of float64, same shape
-    """
+    """Convert exactly to float64; bfloat16 by its bits, so that no library for it is needed."""
     if array.dtype.name == "bfloat16":
         array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float64)
 
 
-def _row_order(
-    shape: tuple[int, ...],
-    stats_shape: tuple[int, ...],
-    actual_seq_qlen: Any,
-    layout: str,
-    softmax_layout: str,
+def row_order(
+    shape: tuple[int, ...], stats_shape: tuple[int, ...], actual_seq_qlen: Any, layout: str, softmax_layout: str
 ) -> np.ndarray:
     """For each row in the order in which the output has them, the place of its statistics."""
     if layout not in ("SBH", "BSND", "BNSD", "TND") or softmax_layout not in ("TND", "SBH"):
         raise ValueError(
-            f"layout is {layout!r}, softmax_layout {softmax_layout!r}; "
-            "expected SBH, BSND, BNSD or TND, and TND or SBH"
+            f"layout is {layout!r}, softmax_layout {softmax_layout!r}; expected SBH, BSND, BNSD or TND, and TND or SBH"
         )
     places = np.arange(int(np.prod(stats_shape[:-1])))
     if layout == "SBH":  # rows (S, B, N), statistics (B, N, S)
@@ -233,22 +203,10 @@ def _row_order(
 
 
 def _merge_elements(parts: list[np.ndarray], rows: RowWeights, dtype: str) -> tuple[np.ndarray, Any, np.ndarray]:
-    """Merge a slab of elements.
+    """Merge a slab of elements, K arrays (rows, D) of float64, with the weights of their rows.
 
-    Parameters
-    ----------
-    parts : list of K ndarray of float64, shape (rows, D)
-        Outputs of the states.
-    rows : RowWeights
-        Their weights.
-    dtype : str
-        Name of the result's dtype.
-
-    Returns
-    -------
-    value, low, bound : ndarray of float64, shape (rows, D)
-        Exact value as a sum of two float64 numbers (low is 0.0 unless the problem is float64), and its bound before it is
-        stored.
+    Exact values come back as sums of two float64 numbers, value and low (0.0 unless the problem is float64), with their bound
+    before they are stored.
     """
     double = dtype == "float64"
     value = np.full_like(parts[0], -0.0)  # the sum of nothing: -0.0 + x is x, whatever zero x may be
@@ -291,11 +249,7 @@ def _merge_elements(parts: list[np.ndarray], rows: RowWeights, dtype: str) -> tu
 def _merge_in_double_double(parts: list[np.ndarray], rows: RowWeights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sum weight times output in double-double, on mantissas, so that nothing overflows or underflows.
 
-    Returns
-    -------
-    value, low : ndarray of float64
-    usable : ndarray of bool
-        False where IEEE arithmetic on special values, or on zeros, decides instead.
+    With value and low comes where they are usable: elsewhere IEEE arithmetic on special values, or on zeros, decides.
     """
     usable = np.ones(parts[0].shape, bool)
     any_product = np.zeros(parts[0].shape, bool)

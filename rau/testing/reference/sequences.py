@@ -33,13 +33,7 @@ class TokenSequence(NamedTuple):
 
 
 def read_arrays(q: Any, k: Any, v: Any, call: AttentionCall) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Check the arrays and view them as (B, N, S, D).
-
-    Raises
-    ------
-    ValueError
-        If they do not fit the layout or each other.
-    """
+    """Check the arrays and view them as (B, N, S, D); ValueError if they do not fit the layout or each other."""
     options = (("layout", call.layout, _FORMS), ("softmax_layout", call.softmax_layout, ("TND", "SBH")))
     for option, given, known in options:
         if given not in known:
@@ -61,13 +55,7 @@ def read_arrays(q: Any, k: Any, v: Any, call: AttentionCall) -> tuple[np.ndarray
 
 
 def sequences_of(q: np.ndarray, k: np.ndarray, call: AttentionCall) -> list[TokenSequence]:
-    """List the sequences of (B, N, S, D) arrays: the batch entries, in TND those of the cumulative lengths.
-
-    Raises
-    ------
-    ValueError
-        If the lengths do not fit the arrays.
-    """
+    """List the sequences of (B, N, S, D) arrays: the batch entries, in TND those of the cumulative lengths, if they fit."""
     if call.layout != "TND":
         return [TokenSequence(b, slice(0, q.shape[2]), slice(0, k.shape[2])) for b in range(q.shape[0])]
     own = _cumulative("actual_seq_qlen", call.actual_seq_qlen, q.shape[2], "q")
@@ -84,13 +72,7 @@ def sequences_of(q: np.ndarray, k: np.ndarray, call: AttentionCall) -> list[Toke
 
 
 def positions_of(name: str, given: Any, tokens: int, sequences: list[slice]) -> np.ndarray:
-    """Return the position of each token within its sequence.
-
-    Raises
-    ------
-    ValueError
-        If what is given is none.
-    """
+    """Return the position of each token within its sequence: what is given, or its number."""
     if given is None:
         places = np.zeros(tokens, np.int64)
         for own in sequences:

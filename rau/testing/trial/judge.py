@@ -23,55 +23,21 @@ from rau.testing.under_test import host_state, own_state
 
 
 def folds(backend: Any, case: Case) -> bool:
-    """Tell whether a backend merges a case's states by one update after another.
-
-    Parameters
-    ----------
-    backend : Backend
-    case : Case
-
-    Returns
-    -------
-    bool
-    """
+    """Tell whether a backend merges a case's states by one update after another."""
     return case.states > 2 and getattr(type(backend), "merge", None) is Backend.merge
 
 
 def promises_bits(backend: Any, case: Case) -> bool:
-    """Tell whether a backend is to have the bits of every other one that promises them.
-
-    Parameters
-    ----------
-    backend : Backend
-    case : Case
-
-    Returns
-    -------
-    bool
-    """
+    """Tell whether a backend is to have the bits of every other one that promises them."""
     return bool(backend.capabilities.tolerance == 1) and not folds(backend, case)
 
 
 def judge_values(
     backend: Any, case: Case, numbers: Sequence[AttentionState], result: AttentionState, expected: Expected
 ) -> Comparison:
-    """Judge the values of a result.
+    """Judge a result (NumPy arrays) of input states `numbers`; where the backend folds, by the worst of its updates.
 
-    Parameters
-    ----------
-    backend : Backend
-    case : Case
-    numbers : sequence of AttentionState
-        The input states.
-    result : AttentionState
-        What the backend made of them, as NumPy arrays.
-    expected : Expected
-        What the oracle says of all states at once.
-
-    Returns
-    -------
-    Comparison
-        The worst update's, where the backend folds.
+    `expected` is what the oracle says of all states at once.
     """
     tolerance = backend.capabilities.tolerance
     if not folds(backend, case):
