@@ -100,8 +100,8 @@ def shares(
 ) -> np.ndarray:
     """Return how far off each number is, as a share of what it may be: all float64 and of one shape, `low` perhaps a float.
 
-    `low` is what `exact` has beyond float64; `error` is that of the arithmetic, which `tolerance` multiplies, and what storing
-    in `dtype` adds comes on top.
+    `low` is what `exact` has beyond float64; `error` is that of the arithmetic, which `tolerance` multiplies; storing in
+    `dtype` adds what it may on top.
     """
     with np.errstate(all="ignore"):
         bound = once_stored(tolerance * error, exact, dtype)

@@ -1,4 +1,8 @@
-"""Conformance as data: cases in plain files, for kernels that no Python can call, and a judge of their answers."""
+"""Conformance as data: cases in plain files, for kernels that no Python can call, and a judge of their answers.
+
+The rule of this room: a folder explains itself. What is written can be read with a .npy reader and a JSON parser alone, and
+bounds are computed afresh before they judge, so that a changed file is found.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Hypothesis strategies: calls with hostile numbers, for the tests of whoever writes a backend. Needs Hypothesis.
 
+The rule of this room: which calls there are is said in :mod:`rau.testing.cases.space`; here they, and numbers, are drawn.
+
 A test of a backend is then a few lines::
 
     from hypothesis import given

@@ -30,7 +30,8 @@ def _named() -> Iterator[Case]:
     yield Case(id="smallest/one-token-one-head", tokens=1, heads=1, head_dim=1)
     for layout in ("SBH", "BSND", "BNSD"):
         yield Case(id=f"layout/{layout}", layout=layout, batch=3, tokens=7, heads=5, head_dim=16)
-        yield Case(id=f"layout/{layout}-attention", layout=layout, batch=2, tokens=9, heads=3, head_dim=16, statistics="attention")
+        yield Case(id=f"layout/{layout}-attention", layout=layout, batch=2, tokens=9, heads=3, head_dim=16,
+                   statistics="attention")  # fmt: skip
     if find_spec("torch"):
         for dtype in ("float32", "bfloat16"):
             yield Case(id=f"flash/{dtype}", layout="BNSD", batch=2, tokens=40, heads=3, head_dim=64, dtype=dtype, states=3,
@@ -45,11 +46,13 @@ def _named() -> Iterator[Case]:
                            statistics=statistics, **vendor)  # fmt: skip
         yield Case(id=f"tnd/{name}-no-tokens", layout="TND", softmax_layout=order, tokens=0, **vendor)
         for qlen in ("int32", "list"):
-            yield Case(id=f"tnd/{name}-qlen-{qlen}", layout="TND", softmax_layout=order, tokens=12, lengths=(5, 7), qlen=qlen)
+            yield Case(id=f"tnd/{name}-qlen-{qlen}", layout="TND", softmax_layout=order, tokens=12, lengths=(5, 7),
+                       qlen=qlen)  # fmt: skip
         yield Case(id=f"tnd/{name}-thousands", layout="TND", softmax_layout=order, tokens=6000, lengths=(1, 0, 2) * 2000,
                    heads=2, head_dim=8, dtype="bfloat16")  # fmt: skip
     yield Case(id="tnd/token-major-no-qlen", layout="TND", tokens=12, qlen="none")
-    yield Case(id="tnd/at-the-buffer-limit", profile="mindspore", layout="TND", tokens=3, lengths=(3,), heads=42, head_dim=128)
+    yield Case(id="tnd/at-the-buffer-limit", profile="mindspore", layout="TND", tokens=3, lengths=(3,), heads=42,
+               head_dim=128)  # fmt: skip
     yield Case(id="tnd/at-the-v2-limits", profile="cann-v2", layout="TND", tokens=2, lengths=(2,), heads=256, head_dim=768)
     for dtype, cur_dtype in _DTYPES:
         name = dtype if dtype == cur_dtype else f"{cur_dtype}-into-{dtype}"
@@ -86,7 +89,8 @@ def _named() -> Iterator[Case]:
     for placement in placements.PLACEMENTS:
         for layout in ("SBH", "TND", "BSND", "BNSD"):
             common = {"layout": layout, "tokens": 10, "lengths": (10,), "heads": 3, "head_dim": 16, "statistics": "empty"}
-            inputs: dict[str, Any] = {"attn_placement": "contiguous" if placement == "broadcast" else placement, "stats_placement": placement}
+            attn_placement = "contiguous" if placement == "broadcast" else placement
+            inputs: dict[str, Any] = {"attn_placement": attn_placement, "stats_placement": placement}
             yield Case(id=f"views/{placement}-{layout}", read_only=True, **common, **inputs)
             if placement in placements.OUT_PLACEMENTS:
                 yield Case(id=f"out/{placement}-{layout}", out="given", out_placement=placement, **common)

@@ -67,6 +67,7 @@ def _extremes(rng: Generator, maxima: Stats, sums: Stats) -> None:
         maximum[rows] = -rng.uniform(700.0, 716.0, int(rows.sum()))
 
 
+_HUGE = [-1e4, 1e4, 3e38, -3e38, 87.0, -87.0, 104.0, 708.0, -708.0]  # where float32's and float64's exponentials end, and far beyond
 # What may be done to ordinary statistics (maxima around 0, sums between 1 and 100).
 STATISTICS: dict[str, Fill] = {
     "ordinary": lambda rng, maxima, sums: None,
@@ -75,7 +76,7 @@ STATISTICS: dict[str, Fill] = {
     "nan-sum": lambda rng, maxima, sums: _put(rng, sums, [np.nan]),
     "infinite-max": lambda rng, maxima, sums: _put(rng, maxima, [np.inf, -np.inf]),
     "infinite-sum": lambda rng, maxima, sums: _put(rng, sums, [np.inf]),
-    "huge-gaps": lambda rng, maxima, sums: _put(rng, maxima, [-1e4, 1e4, 3e38, -3e38, 87.0, -87.0, 104.0, 708.0, -708.0], 0.5),
+    "huge-gaps": lambda rng, maxima, sums: _put(rng, maxima, _HUGE, 0.5),
     "balanced": _balanced,
     "extremes": _extremes,
     "equal-maxima": _equal_maxima,
@@ -153,7 +154,7 @@ def flash(rng: Generator, shape: tuple[int, ...], dtypes: Sequence[str], lanes: 
 
     It hands out a natural log-sum-exp, in softmax_max here, with a softmax_sum of 1.
     """
-    import torch
+    import torch  # this kind of numbers alone needs it
 
     batch, heads, tokens, head_dim = shape
     dtype = getattr(torch, dtypes[0])
@@ -181,7 +182,7 @@ def named_dtype(name: str) -> np.dtype[Any]:
     if name != "bfloat16":
         return np.dtype(name)
     try:
-        import ml_dtypes
+        import ml_dtypes  # the one format that NumPy lacks
     except ImportError as error:
         raise ImportError(
             "bfloat16 cases need ml_dtypes: pip install 'ring-attention-update[test]', or pip install ml_dtypes"

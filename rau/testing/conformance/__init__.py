@@ -177,7 +177,7 @@ class BackendConformance:
     @classmethod
     def pytest_generate_tests(cls, metafunc: Any) -> None:
         """Make one test of each check: excluded ones are skipped with the reason, expected failures are strict."""
-        import pytest
+        import pytest  # only this class is for it
 
         if "check" not in metafunc.fixturenames:
             return

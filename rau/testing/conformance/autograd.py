@@ -35,7 +35,7 @@ def _without_tensors(backend: Any) -> list[str]:
 
 def check_writes(backend: Any) -> list[str]:
     """Write into tensors in every way there is, and compare their versions: by these a graph notices."""
-    import torch
+    import torch  # asked for where there are tensors to write into
 
     from rau.backends.torch_ import TorchBackend
 

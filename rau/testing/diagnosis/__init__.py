@@ -1,4 +1,8 @@
-"""Is an output that was observed elsewhere right, and if not, which known mistake reproduces it?"""
+"""Is an output that was observed elsewhere right, and if not, which known mistake reproduces it?
+
+The rule of this room: no backend is run. A mistake is a right merge in plain steps with one step replaced, and it is named
+only where it accounts for what is wrong and leaves right what is right.
+"""
 
 from __future__ import annotations
 

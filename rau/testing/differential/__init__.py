@@ -1,4 +1,8 @@
-"""The differential harness: several backends on the same bits, against one another and against the oracle."""
+"""The differential harness: several backends on the same bits, against one another and against the oracle.
+
+The rule of this room: nobody is the reference. Each backend has a trial of its own, and then their bits are compared; what
+went wrong is made small, and written so that it can be run again.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from rau.errors import ConstraintError, RauError, UnknownBackendError
 from rau.state import AttentionState
 from rau.testing.cases import Case, generated, named
 from rau.testing.comparison import same_bits, shares
-from rau.testing.differential import record
+from rau.testing.differential.record import Record, Recorded, write_record
 from rau.testing.differential.shrink import shrink
 from rau.testing.reference.oracle import Expected, widen
 from rau.testing.trial import excluded_by, expected_of, problem_of, run_case
@@ -150,15 +154,16 @@ class Differential:
         lines = [f"{self.cases} cases: {'no difference' if self.passed else 'DIFFERENCES'}"]
         for name, standing in self.standings.items():
             lines.append(
-                f"  {name}: {standing.cases} cases, {len(standing.excluded)} excluded; worst {standing.attn_share:.3f} (attn_out) "
-                f"and {standing.sum_share:.3f} (softmax_sum) of the bound"
+                f"  {name}: {standing.cases} cases, {len(standing.excluded)} excluded; worst {standing.attn_share:.3f} "
+                f"(attn_out) and {standing.sum_share:.3f} (softmax_sum) of the bound"
             )
             lines += [
                 f"    {dtype}: {share:.3f} (attn_out) and {standing.sum_shares[dtype]:.3f} (softmax_sum)"
                 for dtype, share in standing.attn_shares.items()
             ]
         for (one, other), pair in self.pairs.items():
-            lines.append(f"  {one}, {other}: {pair.cases} cases, {pair.different} with different bits, {pair.share:.3g} of the bound")
+            different = f"{pair.different} with different bits, {pair.share:.3g} of the bound"
+            lines.append(f"  {one}, {other}: {pair.cases} cases, {different}")
         for finding in self.findings:
             lines.append(f"  WRONG {finding.backend}: {finding.case.id}: {finding.message}")
             if finding.file:
@@ -234,7 +239,7 @@ def run_differential(
     return report
 
 
-def run_recorded(recorded: record.Record, backends: Sequence[Any]) -> Differential:
+def run_recorded(recorded: Record, backends: Sequence[Any]) -> Differential:
     """Run a recorded call again, and compare: what was recorded is one backend more, whose bits nobody promises.
 
     Parameters
@@ -252,10 +257,10 @@ def run_recorded(recorded: record.Record, backends: Sequence[Any]) -> Differenti
     ConstraintError
         If the arrays make no valid call.
     """
-    observed = [] if recorded.observed is None else [record.Recorded(recorded.observed)]
+    observed = [] if recorded.observed is None else [Recorded(recorded.observed)]
     report = Differential(cases=1)
     for who, message in run_on_all(_instances([*observed, *backends]), recorded.case, report, recorded.states):
-        if not who.startswith(f"{record.Recorded.name}, "):
+        if not who.startswith(f"{Recorded.name}, "):
             report.wrong[who] = 1
             report.findings.append(Finding(recorded.case, who, message))
     return report
@@ -361,7 +366,7 @@ def _write(finding: Finding, instances: Sequence[Any], folder: Path) -> None:
         observed = run_case(first, case).result
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        record.write_record(path, case, case.make().states, observed)
+        write_record(path, case, case.make().states, observed)
     except OSError as error:
         finding.message += f" (and the case could not be written: {error})"
     else:

@@ -75,7 +75,9 @@ class Recorded(Backend):
         return out
 
 
-def write_record(path: str | PathLike[str], case: Case, states: Sequence[Any], observed: Sequence[Any] | None = None) -> None:
+def write_record(
+    path: str | PathLike[str], case: Case, states: Sequence[Any], observed: Sequence[Any] | None = None
+) -> None:
     """Write a call to a file .npz: its inputs, as they were before it, and what was observed."""
     arrays = {f"states.{k}.{name}": part for k, state in enumerate(states) for name, part in zip(FIELDS, state, strict=True)}
     if observed is not None:
@@ -165,8 +167,8 @@ def _describe(path: Any, states: list[AttentionState], arrays: dict[str, np.ndar
         lengths = tuple(np.diff(bound).tolist())
     dtypes = [state.attn_out.dtype.name for state in states]
     return Case(
-        id=f"file/{path}", layout=layout, softmax_layout=order, batch=1 if axes.attn_batch is None else attn[axes.attn_batch],
-        tokens=attn[axes.attn_token], heads=heads,
+        id=f"file/{path}", layout=layout, softmax_layout=order,
+        batch=1 if axes.attn_batch is None else attn[axes.attn_batch], tokens=attn[axes.attn_token], heads=heads,
         head_dim=attn[-1] if axes.attn_head is not None else attn[-1] // max(heads, 1),
         lengths=lengths, qlen="none" if cumulative is None else "array", lanes=stats[-1], dtype=dtypes[0],
         cur_dtype=dtypes[-1], states=len(states),

@@ -73,7 +73,7 @@ class Expected:
 
 
 def once_stored(error: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
-    """Add what storing in a format may to an error of the arithmetic: in 16 bits half a unit in the last place; 0 stays 0."""
+    """Add what storing may to an error of the arithmetic: half a unit in the last place in 16 bits, but 0 stays."""
     if dtype not in ("float16", "bfloat16"):  # the arithmetic's last rounding is that of storing
         return error
     return np.where(error == 0, 0.0, error + half_ulp(np.abs(exact) + error, dtype))
@@ -205,8 +205,8 @@ def row_order(
 def _merge_elements(parts: list[np.ndarray], rows: RowWeights, dtype: str) -> tuple[np.ndarray, Any, np.ndarray]:
     """Merge a slab of elements, K arrays (rows, D) of float64, with the weights of their rows.
 
-    Exact values come back as sums of two float64 numbers, value and low (0.0 unless the problem is float64), with their bound
-    before they are stored.
+    Exact values come back as sums of two float64 numbers, value and low (0.0 unless the problem is float64), with their
+    bound before they are stored.
     """
     double = dtype == "float64"
     value = np.full_like(parts[0], -0.0)  # the sum of nothing: -0.0 + x is x, whatever zero x may be
