@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from rau.backends import Capabilities
 from rau.testing import strategies
 from rau.testing.cases import placements
-from rau.testing.cases import Case
+from rau.testing.cases import Case, generated
 from rau.testing.comparison import compare, same_bits
 from rau.testing.trial import check_case, expected_of, problem_of
 
@@ -73,6 +73,15 @@ def test_cumulative_lengths(some, seven, none):
 )
 def test_everything_is_drawn(interesting):
     find(strategies.cases(), interesting, settings=sought)
+
+
+def test_an_id_stands_for_one_case_for_good():
+    """A finding is replayed by its id: the order of the choices is not free."""
+    (case,) = generated(7, 1, first=1)
+    assert case == Case(
+        id="generated/7/1", layout="TND", tokens=9, heads=3, head_dim=600, lengths=(0, 3, 5, 1), cur_dtype="float16", states=4,
+        statistics="large-sums", attn_placement="offset", stats_placement="half", out_placement="transposed", out="prev",
+    )  # fmt: skip
 
 
 def test_it_shrinks_to_the_simplest():

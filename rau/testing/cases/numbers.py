@@ -67,7 +67,9 @@ def _extremes(rng: Generator, maxima: Stats, sums: Stats) -> None:
         maximum[rows] = -rng.uniform(700.0, 716.0, int(rows.sum()))
 
 
-_HUGE = [-1e4, 1e4, 3e38, -3e38, 87.0, -87.0, 104.0, 708.0, -708.0]  # where float32's and float64's exponentials end, and far beyond
+# Where float32's and float64's exponentials end, and far beyond.
+_HUGE = [-1e4, 1e4, 3e38, -3e38, 87.0, -87.0, 104.0, 708.0, -708.0]
+
 # What may be done to ordinary statistics (maxima around 0, sums between 1 and 100).
 STATISTICS: dict[str, Fill] = {
     "ordinary": lambda rng, maxima, sums: None,
