@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 
 from rau.backends import Capabilities
 from rau.testing import strategies
-from rau.testing.cases import placements
-from rau.testing.cases import Case, generated
+from rau.testing.cases import Case, generated, placements
 from rau.testing.comparison import compare, same_bits
 from rau.testing.trial import check_case, expected_of, problem_of
 
