@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from rau.backends import Capabilities
 from rau.testing import strategies
 from rau.testing.cases import Case, generated, placements
+from rau.testing.cases.space import Weighted, choose_case
 from rau.testing.comparison import compare, same_bits
 from rau.testing.trial import check_case, expected_of, problem_of
 
@@ -49,6 +50,12 @@ NARROW = Capabilities(
 @given(strategies.cases(NARROW))
 def test_a_backend_is_given_what_it_takes(case):
     assert not NARROW.limits_broken(problem_of(case.make()))
+
+
+def test_so_it_is_by_weights():
+    for number in range(100):
+        case = choose_case(Weighted(f"narrow/{number}"), f"narrow/{number}", NARROW)
+        assert not NARROW.limits_broken(problem_of(case.make()))
 
 
 @given(strategies.cumulative_lengths(), strategies.cumulative_lengths(7), strategies.cumulative_lengths(0))

@@ -45,8 +45,11 @@ class Weighted:
         self.rng = np.random.default_rng(zlib.crc32(f"{name} shape".encode()))
 
     def one(self, options: Mapping[T, float] | Sequence[T], when: bool = True) -> T:
-        weights = list(options.values()) if isinstance(options, Mapping) else None
-        return list(options)[int(self.rng.choice(len(options), p=weights)) if when else 0]
+        if not when:
+            return next(iter(options))
+        # What capabilities exclude leaves weights that do not add up to 1.
+        weights = np.array(list(options.values())) / sum(options.values()) if isinstance(options, Mapping) else None
+        return list(options)[int(self.rng.choice(len(options), p=weights))]
 
     def chance(self, probability: float, when: bool = True) -> bool:
         return when and bool(self.rng.random() < probability)
