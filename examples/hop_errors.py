@@ -17,7 +17,7 @@ from rau.cli import demo, session
 from rau.cli.console import progress, table
 from rau.cli.demo import ring
 from rau.testing import oracle
-from rau.testing.expected import widen
+from rau.testing.reference.oracle import widen
 
 SLACK = 1.01  # a float32 state is off by 2**-24 a hop: beside one rounding to 16 bits, next to nothing
 CHAIN, STREAM, ONCE = "16-bit chain", "StreamingMerge", "one rounding"

@@ -4,7 +4,7 @@
     python proofs/measured.py --cases 60000000    # in slabs: hours of one core
 
 Prints a line for each quantity: the largest error seen and what the documentation allows. Exits 1 where one is larger. What is
-right is computed in double-double arithmetic (rau/testing/doubledouble.py), good to some 100 bits.
+right is computed in double-double arithmetic (rau/testing/reference/doubledouble.py), good to some 100 bits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 import rau
 from rau.arithmetic import BOUND, exp_nonpositive
-from rau.testing import doubledouble as dd
 from rau.testing import compare, oracle
+from rau.testing.reference import doubledouble as dd
 
 U = 2.0**-53
 SLAB = 1 << 18  # cases at a time: their temporaries stay within some hundred megabytes

@@ -18,8 +18,8 @@ from rau.backends import cuda_kernel
 from rau.backends.cuda_ import MAX_STATES, CudaBackend
 from rau.backends.torch_ import packed_rows
 from rau.constraints import bind
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
+from rau.testing.comparison import same_bits
 from rau.testing.conformance import check_backend
 from rau.testing.differential import run_differential
 

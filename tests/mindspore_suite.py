@@ -12,8 +12,8 @@ from states import NAMES, arguments, tnd
 
 import rau
 from rau import registry
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
+from rau.testing.comparison import same_bits
 
 with warnings.catch_warnings():  # of its own modules
     warnings.simplefilter("ignore")

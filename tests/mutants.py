@@ -1,7 +1,7 @@
 """Backends that are wrong, each in its own way, by name: what the conformance kit must catch. And two that it must not.
 
-Those made of `rau.testing.mistakes` compute wrong numbers. The others compute the right ones, most by
-`rau.testing.plain`, and do something wrong around them.
+Those made of `rau.testing.diagnosis.mistakes` compute wrong numbers. The others compute the right ones, most by
+`rau.testing.diagnosis.steps`, and do something wrong around them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from numpy.lib.stride_tricks import as_strided
 import rau
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.backends.numpy_ import NumPyBackend
-from rau.testing.mistakes import MISTAKES, Mistake
-from rau.testing.plain import Rows
+from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
+from rau.testing.diagnosis.steps import Steps
 
 NUMPY = ("numpy:ndarray",)
 
@@ -40,16 +40,16 @@ class Plain(Backend):
             target[...] = part
         return out
 
-    def compute(self, rows: Rows) -> AttentionState:
+    def compute(self, rows: Steps) -> AttentionState:
         return rows.merge()
 
 
-def rows_of(problem: Problem, states: Sequence[AttentionState]) -> Rows:
-    return Rows(states, problem.actual_seq_qlen, problem.layout, problem.softmax_layout)
+def rows_of(problem: Problem, states: Sequence[AttentionState]) -> Steps:
+    return Steps(states, problem.actual_seq_qlen, problem.layout, problem.softmax_layout)
 
 
 def _of(mistake: Mistake) -> type[Plain]:
-    def compute(self: Plain, rows: Rows) -> AttentionState:
+    def compute(self: Plain, rows: Steps) -> AttentionState:
         made = mistake(rows)
         return rows.merge() if made is None else made
 
@@ -77,7 +77,7 @@ class Wrapped(Plain):
     name = "wrapped-offset"
     elements = 2**20
 
-    def compute(self, rows: Rows) -> AttentionState:
+    def compute(self, rows: Steps) -> AttentionState:
         size = rows.outputs[0].size
         if size > self.elements:
             offset = np.arange(size)
@@ -101,7 +101,7 @@ class ThreadDependent(Plain):
 
     name = "depends-on-threads"
 
-    def compute(self, rows: Rows) -> AttentionState:
+    def compute(self, rows: Steps) -> AttentionState:
         if rau.get_num_threads() == 1:
             return rows.merge()
         return in_float64(rows)
@@ -125,7 +125,7 @@ class OneLane(Plain):
 
     name = "lane-3-differs"
 
-    def compute(self, rows: Rows) -> AttentionState:
+    def compute(self, rows: Steps) -> AttentionState:
         result = rows.merge()
         result.softmax_sum[..., 3:4] = rows.states[0].softmax_sum[..., 3:4]
         return result
@@ -154,7 +154,7 @@ class WrongDtype(Plain):
 
     name = "dtype-of-the-output"
 
-    def compute(self, rows: Rows) -> AttentionState:
+    def compute(self, rows: Steps) -> AttentionState:
         result = rows.merge()
         if rows.dtype.itemsize == 2:
             return result._replace(attn_out=result.attn_out.astype(np.float32))
@@ -195,7 +195,7 @@ class ReturnsInput(Plain):
         return result
 
 
-def in_float64(rows: Rows) -> AttentionState:
+def in_float64(rows: Steps) -> AttentionState:
     """The elements in float64, rounded once."""
     factors = rows.factors()
     weights = rows.weights(factors).astype(np.float64)
@@ -217,7 +217,7 @@ class RowsInFloat32(Plain):
     name = "rows-in-float32"
     capabilities = Capabilities(array_types=NUMPY, dtypes=("float16", "bfloat16", "float32"), tolerance=35.0)
 
-    def compute(self, rows: Rows) -> AttentionState:
+    def compute(self, rows: Steps) -> AttentionState:
         narrow = rows.having(rows.maxima.astype(np.float32), rows.sums.astype(np.float32))
         return narrow.merge(np.exp)
 
@@ -230,7 +230,7 @@ class Fused(Plain):
     name = "fused"
     capabilities = Capabilities(array_types=NUMPY, dtypes=("float16", "bfloat16", "float32"), tolerance=1.001)
 
-    def compute(self, rows: Rows) -> AttentionState:
+    def compute(self, rows: Steps) -> AttentionState:
         factors = rows.factors()
         result = np.zeros_like(rows.outputs[0])
         started = np.zeros(result.shape, bool)
@@ -261,7 +261,7 @@ class FiveBits(Plain):
     name = "five-bits-at-tolerance-40"
     capabilities = Capabilities(array_types=NUMPY, tolerance=40.0)
 
-    def compute(self, rows: Rows) -> AttentionState:
+    def compute(self, rows: Steps) -> AttentionState:
         result = rows.merge()
         if rows.dtype.itemsize > 2:
             return result
@@ -275,7 +275,7 @@ class Truncated(Plain):
     name = "truncated-at-tolerance-40"
     capabilities = Capabilities(array_types=NUMPY, tolerance=40.0)
 
-    def compute(self, rows: Rows) -> AttentionState:
+    def compute(self, rows: Steps) -> AttentionState:
         return MISTAKES["truncated"](rows) or rows.merge()
 
 

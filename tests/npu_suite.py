@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import stand_in_npu
 import torch
+from interop_recipes import check_all
 from stand_in_npu import CALLS, ORDERS
 
 import rau
@@ -11,7 +12,7 @@ from rau import registry
 from rau import torch_op
 from rau.backends.ascend_ import AscendBackend
 from rau.testing import check_backend, compare, oracle, partial_attention
-from rau.testing.bits import same_bits
+from rau.testing.comparison import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 WANTED = torch_op.wanted
@@ -68,6 +69,10 @@ def test_conformance(vendor):
     report = check_backend(AscendBackend())
     assert report.passed, "\n".join(f"{failure.id}: {failure.message}" for failure in report.failures)
     assert len(report.succeeded) > 200
+
+
+def test_states_of_other_libraries(vendor):
+    assert not check_all(AscendBackend())
 
 
 @pytest.mark.parametrize("order", ["TND", "SBH"])

@@ -10,8 +10,8 @@ import pytest
 
 import rau
 from rau.testing import compare, oracle
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated
+from rau.testing.comparison import same_bits
 
 CASES_IN_A_BATCH = 125
 

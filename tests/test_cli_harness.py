@@ -22,8 +22,8 @@ from command import status
 import rau
 from rau.__main__ import main
 from rau.cli import case_options, difftest
-from rau.testing import record
 from rau.testing.cases import Case
+from rau.testing.differential import record
 
 # A kernel in its author's folder. MODE says what is wrong with it.
 KERNEL = '''
@@ -567,7 +567,7 @@ def test_report(folder, capsys):
     assert f"numpy {np.__version__}" in words and "no RAU_* variable is set" in words
     assert "python -m rau difftest --replay out/page/-i-" in words
     files = {attributes["href"] for tag, attributes in page.tags if "href" in attributes}
-    assert len(files) == 1 and record.load(Path("out/page") / files.pop()).case.id == "layout/SBH"
+    assert len(files) == 1 and record.read_record(Path("out/page") / files.pop()).case.id == "layout/SBH"
     # It opens from disk and asks nobody for anything.
     assert not re.search(r"https?:|//|@import|url\(|<script|<link|src=", text)
     assert 'name="viewport"' in text and 'name="color-scheme" content="light dark"' in text

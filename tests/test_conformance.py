@@ -15,17 +15,18 @@ from rau.backends import AttentionState, Backend, Capabilities
 from rau.errors import BackendUnavailableError, UnknownBackendError, UnsupportedError
 from rau.testing.cases import Case, named
 from rau.testing.comparison import compare
-from rau.testing.conformance import check_backend, checks, load
+from rau.testing.conformance import check_backend, checks
+from rau.testing.conformance.report import Report
 from rau.testing.differential import run_differential
-from rau.testing.expected import oracle
-from rau.testing.report import Report
+from rau.testing.reference.oracle import oracle
+from rau.testing.under_test import load
 
 # A backend of somebody else's, in a module of its own: its arrays are nothing that NumPy or rau knows.
 LOOPBACK = '''
 import numpy as np
 
 from rau.backends import AttentionState, Backend, Capabilities
-from rau.testing.plain import Rows
+from rau.testing.diagnosis.steps import Steps
 
 
 class Box:
@@ -48,7 +49,7 @@ class Loopback(Backend):
     def merge(self, problem, states, out):
         opened = [[part._inside for part in state] for state in states]
         with np.errstate(all="ignore"):
-            result = Rows(opened, problem.actual_seq_qlen, problem.layout, problem.softmax_layout).merge()
+            result = Steps(opened, problem.actual_seq_qlen, problem.layout, problem.softmax_layout).merge()
         if out is None:
             return AttentionState(*map(Box, result))
         for box, part in zip(out, result, strict=True):

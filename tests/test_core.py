@@ -17,8 +17,8 @@ import pytest
 import rau
 from rau import arithmetic
 from rau.arithmetic import difference, exp_nonpositive
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case
+from rau.testing.comparison import same_bits
 
 _core = pytest.importorskip("rau._core", reason="test_packaging.py fails where it should be there")
 
@@ -95,9 +95,9 @@ def test_another_rounding_mode_changes_nothing_and_is_put_back():
 def test_a_forked_child_completes_after_a_threaded_call():
     code = """
 import os, rau, warnings
-from rau.testing.cases import Case
-from rau.testing.bits import same_bits
 from rau import _core
+from rau.testing.cases import Case
+from rau.testing.comparison import same_bits
 warnings.simplefilter("ignore", DeprecationWarning)
 rau.set_num_threads(2)
 case = Case(id="fork", tokens=2000, heads=8, head_dim=64)
@@ -217,7 +217,7 @@ def test_more_heads_than_a_tile_holds_in_short_sequences(states):
     differing = python(
         f"""
 import numpy as np, rau
-from rau.testing.bits import same_bits
+from rau.testing.comparison import same_bits
 
 rng = np.random.default_rng(0)
 heads = 40_000

@@ -6,8 +6,8 @@ import pytest
 
 import rau
 from rau import registry
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
+from rau.testing.comparison import same_bits
 from rau.testing.conformance import check_backend
 from rau.testing.differential import run_differential
 

@@ -12,14 +12,14 @@ from rau.__main__ import main
 from rau.testing import cases, oracle
 from rau.testing.cases import Case
 from rau.testing.diagnosis import diagnose
-from rau.testing.mistakes import MISTAKES
-from rau.testing.plain import Rows
-from rau.testing.record import Record, save
+from rau.testing.diagnosis.mistakes import MISTAKES
+from rau.testing.diagnosis.steps import Steps
+from rau.testing.differential.record import Record, write_record
 
 NAMES = ("attn_out", "softmax_max", "softmax_sum")
 
 
-class SingleRows(Rows):
+class SingleRows(Steps):
     """Rows in float32: the same mistakes, made by somebody whose arithmetic is another."""
 
     def _read(self, softmax_layout):
@@ -28,7 +28,7 @@ class SingleRows(Rows):
         self.maxima, self.sums = (part[..., :1] for part in self.lanes)
 
 
-def make(case, mistake=None, rows=Rows):
+def make(case, mistake=None, rows=Steps):
     """Numbers of a case, and what comes of them with a mistake."""
     numbers = case.fill()
     plain = rows(case.make(numbers).states, case.lengths_argument(), case.layout, case.softmax_layout)
@@ -55,7 +55,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("rows", [Rows, SingleRows])
+@pytest.mark.parametrize("rows", [Steps, SingleRows])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("name", MISTAKES)
 def test_every_mistake_is_named_first(name, case, rows):
@@ -78,7 +78,7 @@ def named(case, numbers, observed):
 
 def rows_of(case, numbers):
     """The rows of a call, and its right result in them: outputs, maximum, total; and where both sides are empty."""
-    rows = Rows(case.make(numbers).states, case.lengths_argument(), case.layout, case.softmax_layout)
+    rows = Steps(case.make(numbers).states, case.lengths_argument(), case.layout, case.softmax_layout)
     with np.errstate(all="ignore"):
         factors = rows.factors()
         return rows, (rows.combine(rows.weights(factors)), rows.maximum, rows.total(factors)), ~rows.live.any(axis=0)
@@ -333,9 +333,9 @@ def test_json(tmp_path, capsys):
 
 def test_files_of_the_harness_are_taken(tmp_path):
     numbers, observed = make(CASES[2], "sides-swapped")
-    save(tmp_path / "case.npz", CASES[2], numbers, observed)
+    write_record(tmp_path / "case.npz", CASES[2], numbers, observed)
     assert main(["diagnose", str(tmp_path / "case.npz")]) == 1
-    save(tmp_path / "case.npz", CASES[2], numbers, make(CASES[2])[1])
+    write_record(tmp_path / "case.npz", CASES[2], numbers, make(CASES[2])[1])
     assert main(["diagnose", str(tmp_path / "case.npz")]) == 0
 
 

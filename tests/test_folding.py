@@ -11,7 +11,7 @@ from rau.testing.cases import Case, named
 from rau.testing.comparison import compare
 from rau.testing.conformance import check_backend
 from rau.testing.differential import run_differential
-from rau.testing.expected import oracle
+from rau.testing.reference.oracle import oracle
 
 
 class Pairs(Plain):

@@ -11,7 +11,7 @@ _core = pytest.importorskip("rau._core", reason="test_packaging.py fails where i
 CODE = """
 import ctypes, mmap, sys
 import numpy as np, rau
-from rau.testing.bits import same_bits
+from rau.testing.comparison import same_bits
 try:
     import ml_dtypes
     dtypes = ("float32", "float16", "bfloat16", "float64")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interop_recipes import DTYPES, RECIPES, check_recipe
 
 import rau
-from rau.testing import interop, partial_attention
+from rau.testing import partial_attention
 
 PAGE = (Path(__file__).parents[1] / "docs" / "interop.md").read_text()
 BLOCKS = {
@@ -386,28 +387,32 @@ def test_gradients_of_the_parts():
         close(torch.cat([part[number] for part in names["grad_parts"]], 2), expected.numpy(), 1e-13)
 
 
-# ------------------------------------------------------------------------------------------------- the kit knows them all
+# -------------------------------------------------------------------------------------------- every backend takes them all
 
 
-def test_the_kit_covers_the_table():
-    """Each (layout, lse_layout, base) of the page's table is a recipe of the conformance kit."""
+def test_the_recipes_cover_the_table():
+    """Each (layout, lse_layout, base) of the page's table is a recipe."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("|")]
     rows = [row for row in rows[2:] if row[4]]  # npu_fusion_attention has none: the kit's own cases are its states
     assert len(rows) == 9
-    kit = {(r.layout, r.lse_layout, r.base) for r in interop.RECIPES.values()}
+    recipes = {(r.layout, r.lse_layout, r.base) for r in RECIPES.values()}
     for _, _, layout, _, lse_layout, base, _ in rows:
-        assert tuple(re.search(r'"(\w+)"', cell)[1] for cell in (layout, lse_layout, base)) in kit
-    ids = [id for id, *_ in interop.recipes(rau.registry.get("numpy"))]
-    assert len(ids) == 2 * len(interop.RECIPES) == len(set(ids))
+        assert tuple(re.search(r'"(\w+)"', cell)[1] for cell in (layout, lse_layout, base)) in recipes
 
 
-@pytest.mark.parametrize("name", interop.RECIPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_backend_merges_what_they_hand_out(name, dtype, any_backend):
+    assert not check_recipe(rau.registry.get(any_backend), RECIPES[name], dtype)
+
+
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("mutant", ["base", "inf", "order"])
-def test_the_kit_finds_what_goes_wrong(name, mutant, monkeypatch):
+def test_they_find_what_goes_wrong(name, mutant, monkeypatch):
     """A from_lse that takes every base for e, that leaves +inf, or that reads the heads in another order."""
     import rau.state as home
 
-    statistics, its = home.statistics, interop.RECIPES[name]
+    statistics, its = home.statistics, RECIPES[name]
 
     def wrong(lse, dtype, base, inf_is_empty):
         if mutant == "order":
@@ -416,5 +421,5 @@ def test_the_kit_finds_what_goes_wrong(name, mutant, monkeypatch):
 
     monkeypatch.setattr(home, "statistics", wrong)
     wrongs = {"base": its.base == "2", "inf": its.inf_is_empty, "order": True}
-    problems = interop.check_recipe(rau.registry.get("numpy"), its, "float32")
+    problems = check_recipe(rau.registry.get("numpy"), its, "float32")
     assert bool(problems) == wrongs[mutant], problems

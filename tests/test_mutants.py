@@ -8,12 +8,12 @@ from mutants import MUTANTS, OF_MISTAKES, WITHIN_THEIR_TOLERANCE, Plain
 
 import rau
 from rau import registry
-from rau.testing import record
 from rau.testing.cases import named
 from rau.testing.conformance import check_backend
 from rau.testing.diagnosis import diagnose
+from rau.testing.diagnosis.mistakes import MISTAKES
+from rau.testing.differential import record
 from rau.testing.differential import run_differential, run_recorded
-from rau.testing.mistakes import MISTAKES
 
 # The checks that are there for each mistake. Most catch it many times over; these must, whatever else changes.
 CAUGHT_BY = {
@@ -130,7 +130,7 @@ def test_the_harness_finds_the_smallest_case_that_replays_and_is_diagnosed(name,
     assert all(who in (name, f"cython, {name}") for who in report.wrong)
     assert f"python -m rau difftest --replay {tmp_path}" in finding.replay
 
-    recorded = record.load(finding.file)
+    recorded = record.read_record(finding.file)
     mutant = MUTANTS[name]()
     again = run_recorded(recorded, [registry.get("cython"), mutant])
     assert any(name in who.split(", ") for who in again.wrong)

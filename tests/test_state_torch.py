@@ -11,7 +11,7 @@ from test_state import FORMS, HARD, QLEN, TND, finite
 
 import rau
 from rau import AttentionState, reorder_softmax
-from rau.testing.bits import same_bits
+from rau.testing.comparison import same_bits
 
 if "torch" in os.environ.get("RAU_TEST_BACKENDS", ""):
     import torch  # asked for: its absence is a failure

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import rau
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated
+from rau.testing.comparison import same_bits
 
 if "torch" in os.environ.get("RAU_TEST_BACKENDS", ""):
     import torch  # asked for: its absence is a failure

@@ -12,8 +12,8 @@ from rau.cli.bench.survey import measure
 from rau.cli.bench.timing import Call, interleaved, ratio, thread_count
 from rau.cli.bench.workload import DTYPES, LARGE, SMALLEST, Size, lacking, modes, states
 from rau.testing import compare, oracle
-from rau.testing.expected import widen
-from rau.testing.rows import half_ulp
+from rau.testing.reference.oracle import widen
+from rau.testing.reference.row_weights import half_ulp
 
 _CALLS_SECONDS = 1.0
 

@@ -11,7 +11,7 @@ from rau.cli import session
 from rau.cli.console import progress
 
 if TYPE_CHECKING:
-    from rau.testing.report import Report
+    from rau.testing.conformance.report import Report
 
 _SHOWN = 20  # failures in plain text; --json has all of them
 
@@ -43,8 +43,9 @@ def _expectation(text: str) -> tuple[str, str]:
 def run(arguments: argparse.Namespace) -> int:
     """Run the checks: 0 passed, 1 failed, 130 interrupted before anything failed."""
     from rau.config import collect
-    from rau.testing.conformance import check_backend, load
-    from rau.testing.report import Report
+    from rau.testing.conformance import check_backend
+    from rau.testing.under_test import load
+    from rau.testing.conformance.report import Report
 
     backend = load(arguments.backend)
     configuration = collect()

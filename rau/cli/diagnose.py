@@ -39,10 +39,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Judge a file: 0 right, 1 wrong."""
-    from rau.testing import record
+    from rau.testing.differential import record
     from rau.testing.diagnosis import diagnose
 
-    recorded = record.load(arguments.file)
+    recorded = record.read_record(arguments.file)
     diagnosis = diagnose(recorded, tolerance=arguments.tolerance)
     if arguments.json:
         session.print_json(

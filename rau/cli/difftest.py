@@ -184,10 +184,10 @@ def _folder(report: str | None) -> Path:
 
 def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any]) -> None:
     """Compare what is recorded in a file with what backends make of the call now."""
-    from rau.testing import record
+    from rau.testing.differential import record
     from rau.testing.differential import run_recorded
 
-    recorded = record.load(arguments.replay)
+    recorded = record.read_record(arguments.replay)
     this.report = run_recorded(recorded, backends)
     if arguments.backends is not None:  # the question is whether these are right now, whatever was recorded
         this.report.wrong.pop(record.Recorded.name, None)

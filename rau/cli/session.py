@@ -63,7 +63,7 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
     """Load the backends that are named, or all that are available, with the reasons why others are not."""
     from rau import registry
-    from rau.testing.conformance import load
+    from rau.testing.under_test import load
 
     missing = {}
     if names is None:

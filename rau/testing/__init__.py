@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rau.testing import cases, strategies
-    from rau.testing.attention import exact_attention, partial_attention
-    from rau.testing.bits import same_bits
-    from rau.testing.comparison import compare
+    from rau.testing.comparison import compare, same_bits
     from rau.testing.conformance import BackendConformance, check_backend
     from rau.testing.diagnosis import diagnose
     from rau.testing.differential import run_differential
-    from rau.testing.expected import oracle
     from rau.testing.export import export_cases, verify_outputs
+    from rau.testing.reference.attention import exact_attention, partial_attention
+    from rau.testing.reference.oracle import oracle
 
 __all__ = [
     "BackendConformance",
@@ -42,12 +41,12 @@ _HOME = {
     "check_backend": "conformance",
     "compare": "comparison",
     "diagnose": "diagnosis",
-    "exact_attention": "attention",
+    "exact_attention": "reference.attention",
     "export_cases": "export",
-    "oracle": "expected",
-    "partial_attention": "attention",
+    "oracle": "reference.oracle",
+    "partial_attention": "reference.attention",
     "run_differential": "differential",
-    "same_bits": "bits",
+    "same_bits": "comparison",
     "verify_outputs": "export",
 }
 

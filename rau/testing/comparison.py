@@ -1,4 +1,7 @@
-"""Judging a merge: how far it is from the oracle's, as a share of the error that is allowed."""
+"""Two results, or one and the oracle's: the same bits, or how far apart as a share of the error that is allowed.
+
+The rule of this room: it sees numbers, and neither the case nor the backend that they came from.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from rau.testing.expected import Expected, once_stored, widen
-from rau.testing.rows import FORMATS
+from rau.layouts import FIELDS
+from rau.testing.reference.oracle import Expected, once_stored, widen
+from rau.testing.reference.row_weights import FORMATS
 
 _SLAB = 2**18
 
@@ -94,17 +98,10 @@ def compare(actual: Sequence[Any], expected: Expected, *, tolerance: float = 1.0
 def shares(
     actual: np.ndarray, exact: np.ndarray, low: Any, error: np.ndarray, dtype: str, tolerance: float = 1.0
 ) -> np.ndarray:
-    """Return how far off each number is, as a share of what it may be.
+    """Return how far off each number is, as a share of what it may be: all float64 and of one shape, `low` perhaps a float.
 
-    Parameters
-    ----------
-    actual, exact, error : ndarray of float64, same shape
-        `error` is that of the arithmetic; it may be multiplied by `tolerance`, and what storing adds comes on top.
-    low : ndarray of float64 or float
-        What `exact` has beyond float64.
-    dtype : str
-        Name of the format that `actual` was stored in.
-    tolerance : float, default 1.0
+    `low` is what `exact` has beyond float64; `error` is that of the arithmetic, which `tolerance` multiplies; storing in
+    `dtype` adds what it may on top.
     """
     with np.errstate(all="ignore"):
         bound = once_stored(tolerance * error, exact, dtype)
@@ -173,7 +170,7 @@ def _check_equal(problems: list[str], actual: np.ndarray, exact: np.ndarray) -> 
 
 
 def _check_lanes(problems: list[str], name: str, actual: np.ndarray) -> None:
-    bits = actual.view(f"u{actual.itemsize}")
+    bits = _bits(actual)
     differs = (bits != bits[..., :1]) & ~(np.isnan(actual) & np.isnan(actual[..., :1]))
     if differs.any():
         where = tuple(map(int, np.unravel_index(int(differs.argmax()), differs.shape)))
@@ -186,3 +183,47 @@ def _check_lanes(problems: list[str], name: str, actual: np.ndarray) -> None:
 
 def _at(name: str, where: Sequence[Any]) -> str:
     return f"{name}[{', '.join(str(int(i)) for i in where)}]"
+
+
+def same_bits(one: Sequence[Any], other: Sequence[Any]) -> list[str]:
+    """Compare two attention states bit for bit.
+
+    Parameters
+    ----------
+    one, other : AttentionState
+        NumPy arrays, in equal layouts.
+
+    Returns
+    -------
+    list of str
+        What differs, the first element of each array; empty where nothing does. Any NaN equals any NaN, and a
+        maximum of zero may have either sign.
+
+    Examples
+    --------
+    >>> zero, minus_zero = np.zeros(1, np.float32), -np.zeros(1, np.float32)
+    >>> same_bits((zero, zero, zero), (zero, minus_zero, zero))
+    []
+    >>> same_bits((zero, zero, zero), (minus_zero, zero, zero))
+    ['attn_out[0]: 0.0 and -0.0; 1 of 1 elements differ']
+    """
+    found = []
+    for name, mine, its in zip(FIELDS, one, other, strict=True):
+        if mine.shape != its.shape or mine.dtype != its.dtype:
+            found.append(f"{name}: {mine.dtype}{mine.shape} and {its.dtype}{its.shape}")
+            continue
+        differ = _bits(mine) != _bits(its)
+        if differ.any():
+            differ &= ~(np.isnan(mine) & np.isnan(its))
+            if name == "softmax_max":
+                differ &= mine != its
+        count = int(np.count_nonzero(differ))
+        if count:
+            at = tuple(int(i) for i in np.unravel_index(int(np.argmax(differ)), differ.shape))
+            where = ", ".join(map(str, at))
+            found.append(f"{name}[{where}]: {mine[at]} and {its[at]}; {count} of {mine.size} elements differ")
+    return found
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")

@@ -1,4 +1,8 @@
-"""Conformance as data: cases in plain files, for kernels that no Python can call, and a judge of their answers."""
+"""Conformance as data: cases in plain files, for kernels that no Python can call, and a judge of their answers.
+
+The rule of this room: a folder explains itself. What is written can be read with a .npy reader and a JSON parser alone, and
+bounds are computed afresh before they judge, so that a changed file is found.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.backends.numpy_ import NumPyBackend
-from rau.constraints import FIELDS
 from rau.errors import RauError
+from rau.layouts import FIELDS
 from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
 from rau.testing.comparison import Comparison, compare
-from rau.testing.expected import Expected, oracle
-from rau.testing.report import Failure, Report
+from rau.testing.conformance.report import Failure, Report
+from rau.testing.reference.oracle import Expected, oracle
 
 INDEX, HOW_TO = "cases.json", "README.txt"
 _FORMAT = 1
@@ -79,21 +83,11 @@ class ExportError(RauError, ValueError):
 
 
 class Verification(NamedTuple):
-    """What :func:`verify_outputs` found.
+    """What :func:`verify_outputs` found."""
 
-    Attributes
-    ----------
-    report : Report
-        Cases that are right, and those that are wrong or missing.
-    comparisons : dict of str to Comparison
-        By case, where there was something to compare.
-    missing : int
-        How many cases lack an output.
-    """
-
-    report: Report
-    comparisons: dict[str, Comparison]
-    missing: int
+    report: Report  # cases that are right, and those that are wrong or missing
+    comparisons: dict[str, Comparison]  # by case, where there was something to compare
+    missing: int  # how many cases lack an output
 
 
 def export_cases(

@@ -1,10 +1,12 @@
 """Hypothesis strategies: calls with hostile numbers, for the tests of whoever writes a backend. Needs Hypothesis.
 
+The rule of this room: which calls there are is said in :mod:`rau.testing.cases.space`; here they, and numbers, are drawn.
+
 A test of a backend is then a few lines::
 
     from hypothesis import given
     from rau.testing import strategies
-    from rau.testing.checks import check_case
+    from rau.testing.trial import check_case
 
     backend = MyBackend()
 
@@ -19,7 +21,7 @@ What fails shrinks to what is simplest: one token, one head, float32, fresh outp
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,9 @@ from hypothesis.extra import numpy as hnp
 
 from rau.backends import Capabilities
 from rau.state import AttentionState
-from rau.testing import contents, memory
 from rau.testing.cases import Case, named_dtype
+from rau.testing.cases.space import EVERYTHING, T, choose_case
 
-_EVERYTHING = Capabilities(array_types=())
 _HOSTILE_MAXIMA = (0.0, -0.0, -np.inf, np.inf, np.nan, 87.0, -87.0, -104.0, 708.0, -2.0**127)
 _HOSTILE_SUMS = (0.0, -0.0, np.inf, np.nan, 2.0**-149, 2.0**-126, 2.0**127, -1.0)
 
@@ -60,14 +61,13 @@ def cumulative_lengths(tokens: int | None = None, *, max_sequences: int = 6) -> 
     >>> test()
     """
     if tokens is None:
-        lengths = st.lists(st.sampled_from((1, 2, 3, 9, 0)), max_size=max_sequences)
-        return lengths.map(lambda drawn: [0, *np.cumsum(drawn, dtype=int).tolist()])
+        return _lengths((0, 1, 2, 3, 9), max_sequences).map(lambda drawn: [0, *np.cumsum(drawn, dtype=int).tolist()])
     cuts = st.lists(st.integers(0, tokens), max_size=max_sequences - 1)
     return cuts.map(lambda drawn: [0, *sorted(drawn), tokens])
 
 
 @st.composite
-def cases(draw: st.DrawFn, capabilities: Capabilities = _EVERYTHING) -> Case:
+def cases(draw: st.DrawFn, capabilities: Capabilities = EVERYTHING) -> Case:
     """Draw a case: layout, orders, dtypes, lanes, lengths, kinds of numbers, places in memory, where the result goes.
 
     Parameters
@@ -89,60 +89,31 @@ def cases(draw: st.DrawFn, capabilities: Capabilities = _EVERYTHING) -> Case:
     ...     assert case.make().run("numpy").attn_out.shape == case.shapes[0]
     >>> test()
     """
-    # All is drawn, needed or not: Hypothesis takes what needs fewer draws for simpler.
-    takes = capabilities
-    layout = draw(st.sampled_from(takes.layouts))
-    order = draw(st.sampled_from(takes.softmax_layouts))
-    dtype = draw(st.sampled_from(sorted(takes.dtypes, key=lambda name: name != "float32")))
-    cur_dtype = draw(st.sampled_from((dtype, "bfloat16", "float16")))
-    states = draw(st.sampled_from((2, 1, 3, 5)))
-    if dtype != "float32" or states == 1 or not takes.mixed:
-        cur_dtype = dtype
-    batch, tokens = draw(st.sampled_from((1, 2, 3, 0))), draw(st.sampled_from((1, 2, 3, 5, 12, 0)))
-    ends = [0]
-    if layout == "TND":
-        ends = draw(cumulative_lengths())
-        batch, tokens = 1, ends[-1]
-    heads = draw(_size((1, 2, 3, 5, 0), 1, takes.max_heads))
-    head_dim = draw(_size((1, 2, 3, 7, 8, 16, 33, 0), takes.head_dim_multiple, takes.max_head_dim))
-    packed = layout == "TND" and order == "SBH"
-    qlen = draw(st.sampled_from(("array", "list", "int32" if packed else "none")))
-    aliased = draw(st.booleans())
-    case = Case(
-        id="drawn", layout=layout, softmax_layout=order, batch=batch, tokens=tokens, heads=heads,
-        head_dim=head_dim if heads or layout != "SBH" else 0,  # N = 0 needs H = 0
-        lengths=tuple(np.diff(ends).tolist()), qlen=qlen, lanes=draw(st.sampled_from(takes.lanes)), dtype=dtype,
-        cur_dtype=cur_dtype, states=states, statistics=draw(st.sampled_from(tuple(contents.STATISTICS))),
-        outputs=draw(st.sampled_from(tuple(contents.OUTPUTS))), read_only=draw(st.booleans()),
-        aliased=aliased and cur_dtype == dtype,
-    )  # fmt: skip
-    return _in_memory(draw, case, takes.in_place)
+    return choose_case(_Drawn(draw), "drawn", capabilities)
 
 
-def _size(sizes: tuple[int, ...], multiple: int, most: int | None) -> st.SearchStrategy[int]:
-    if multiple > 1:
-        sizes = (multiple, 2 * multiple)
-    return st.sampled_from([size for size in sizes if most is None or size <= most])
+class _Drawn:
+    """Hypothesis as a chooser. All is drawn, needed or not: what needs fewer draws is simpler to it."""
+
+    largest = 33  # numbers are drawn one by one
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self.draw = draw
+
+    def one(self, options: Mapping[T, float] | Sequence[T], when: bool = True) -> T:
+        drawn = self.draw(st.sampled_from(list(options)))
+        return drawn if when else next(iter(options))
+
+    def chance(self, probability: float, when: bool = True) -> bool:
+        return self.draw(st.booleans()) and when
+
+    def several(self, options: Sequence[int], most: int) -> Sequence[int]:
+        return self.draw(_lengths(options, most))
 
 
-def _in_memory(draw: st.DrawFn, case: Case, in_place: bool) -> Case:
-    """Draw where the result goes and how everything lies in memory, so that the call is valid."""
-    goes = ["fresh", "given"]
-    if in_place and not case.aliased:
-        goes += ["prev"] if case.states == 1 or case.cur_dtype != case.dtype else ["prev", "cur"]
-    out = draw(st.sampled_from(goes))
-    packed = case.layout == "TND" and case.softmax_layout == "SBH"
-    stats = list(memory.PACKED_PLACEMENTS if packed else memory.PLACEMENTS)
-    attn = [placement for placement in memory.PLACEMENTS if placement != "broadcast"]
-    if out in ("prev", "cur"):
-        stats = [placement for placement in stats if placement in memory.OUT_PLACEMENTS]
-        attn = list(memory.OUT_PLACEMENTS)
-    case = replace(
-        case, out=out, attn_placement=draw(st.sampled_from(attn)), stats_placement=draw(st.sampled_from(stats)),
-        out_placement=draw(st.sampled_from(memory.OUT_PLACEMENTS)),
-    )  # fmt: skip
-    unequal = draw(st.booleans())
-    return replace(case, unequal_lanes=unequal and case.lanes > 1 and case.stats_placement != "broadcast")
+def _lengths(options: Sequence[int], most: int) -> st.SearchStrategy[list[int]]:
+    # An empty sequence is not the simplest: what fails shrinks to sequences of one token.
+    return st.lists(st.sampled_from(sorted(options, key=lambda n: (n == 0, n))), max_size=most)
 
 
 def states(case: Case) -> st.SearchStrategy[list[AttentionState]]:
@@ -180,8 +151,7 @@ def states(case: Case) -> st.SearchStrategy[list[AttentionState]]:
     def state(dtype: str) -> st.SearchStrategy[AttentionState]:
         return st.builds(AttentionState, _numbers(dtype, shape), statistic(maxima), statistic(sums))
 
-    dtypes = [case.dtype, *[case.cur_dtype or case.dtype] * (case.states - 1)]
-    return st.tuples(*map(state, dtypes[:1] if case.aliased else dtypes)).map(list)
+    return st.tuples(*map(state, case.dtypes)).map(list)
 
 
 def _numbers(dtype: str, shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
@@ -199,7 +169,7 @@ def _numbers(dtype: str, shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray
 
 
 @st.composite
-def calls(draw: st.DrawFn, capabilities: Capabilities = _EVERYTHING) -> tuple[Case, list[AttentionState]]:
+def calls(draw: st.DrawFn, capabilities: Capabilities = EVERYTHING) -> tuple[Case, list[AttentionState]]:
     """Draw a case and its numbers.
 
     Parameters
@@ -216,7 +186,7 @@ def calls(draw: st.DrawFn, capabilities: Capabilities = _EVERYTHING) -> tuple[Ca
     Examples
     --------
     >>> from hypothesis import given, settings
-    >>> from rau.testing.bits import same_bits
+    >>> from rau.testing.comparison import same_bits
     >>> @settings(max_examples=10, database=None)
     ... @given(calls())
     ... def test(call):

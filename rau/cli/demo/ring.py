@@ -14,7 +14,7 @@ from rau.cli.console import Step
 from rau.state import AttentionState
 from rau.testing import compare, exact_attention, oracle, partial_attention
 from rau.testing.comparison import Comparison
-from rau.testing.expected import Expected, widen
+from rau.testing.reference.oracle import Expected, widen
 from rau.update import merge_states, ring_attention_update
 
 _SECONDS = 0.6  # of timing, for each backend

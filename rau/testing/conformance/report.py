@@ -1,22 +1,31 @@
-"""The report of a check: what passed, what failed, what was excluded and why."""
+"""A check, and the report on many: what passed, what failed, what was excluded and why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from rau.testing.under_test import described
+
+
+class Check(NamedTuple):
+    """One check of one backend."""
+
+    id: str
+    run: Callable[[], list[str]]  # returns what is wrong
+    excluded: list[str]  # why the backend's capabilities exclude it; empty where they do not
+
+    def problems(self) -> list[str]:
+        """Run it; an exception is a problem like any other."""
+        try:
+            return self.run()
+        except Exception as error:
+            return [described(error)]
+
 
 class Failure(NamedTuple):
-    """One check that failed.
-
-    Attributes
-    ----------
-    id : str
-        Id of the check.
-    message : str
-        What was found and what was expected.
-    """
+    """One check that failed: its id, and what was found and what was expected."""
 
     id: str
     message: str
@@ -52,37 +61,18 @@ class Report:
         return not self.failures and bool(self.succeeded)
 
     def record(self, id: str, problems: list[str]) -> None:
-        """Note the outcome of one check.
-
-        Parameters
-        ----------
-        id : str
-        problems : list of str
-            Empty where it passed.
-        """
+        """Note the outcome of one check: no problems where it passed."""
         if problems:
             self.failures.append(Failure(id, "; ".join(problems)))
         else:
             self.succeeded.append(id)
 
     def exclude(self, id: str, reasons: list[str]) -> None:
-        """Note a check that the backend's capabilities exclude.
-
-        Parameters
-        ----------
-        id : str
-        reasons : list of str
-        """
+        """Note a check that the backend's capabilities exclude."""
         self.excluded.append(Failure(id, "; ".join(reasons)))
 
     def expect(self, expected_failures: Mapping[str, str]) -> None:
-        """Take the expected failures out of the failures, strictly.
-
-        Parameters
-        ----------
-        expected_failures : mapping of str to str
-            Id or pattern (``*``, ``?``), and the reason. One that matches nothing, and a match that passes, fail.
-        """
+        """Take expected failures (id or pattern: reason) out of the failures; one that matches nothing, or passes, fails."""
         outcome = {failure.id: failure for failure in self.failures}
         known = {*outcome, *self.succeeded, *(item.id for item in self.excluded)}
         for pattern, reason in expected_failures.items():

@@ -1,18 +1,13 @@
-"""Cases: calls to try a backend on, named or generated, always the same for the same id."""
+"""The cases with names: what has gone wrong somewhere, from small to large."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-
-from rau.testing import contents, memory
-from rau.testing.case import Call, Case, named_dtype
-
-__all__ = ["Call", "Case", "generated", "named", "named_dtype"]
+from rau.testing.cases import numbers, placements
+from rau.testing.cases.case import Case
 
 
 def named() -> list[Case]:
@@ -35,7 +30,8 @@ def _named() -> Iterator[Case]:
     yield Case(id="smallest/one-token-one-head", tokens=1, heads=1, head_dim=1)
     for layout in ("SBH", "BSND", "BNSD"):
         yield Case(id=f"layout/{layout}", layout=layout, batch=3, tokens=7, heads=5, head_dim=16)
-        yield Case(id=f"layout/{layout}-attention", layout=layout, batch=2, tokens=9, heads=3, head_dim=16, statistics="attention")
+        yield Case(id=f"layout/{layout}-attention", layout=layout, batch=2, tokens=9, heads=3, head_dim=16,
+                   statistics="attention")  # fmt: skip
     if find_spec("torch"):
         for dtype in ("float32", "bfloat16"):
             yield Case(id=f"flash/{dtype}", layout="BNSD", batch=2, tokens=40, heads=3, head_dim=64, dtype=dtype, states=3,
@@ -50,11 +46,13 @@ def _named() -> Iterator[Case]:
                            statistics=statistics, **vendor)  # fmt: skip
         yield Case(id=f"tnd/{name}-no-tokens", layout="TND", softmax_layout=order, tokens=0, **vendor)
         for qlen in ("int32", "list"):
-            yield Case(id=f"tnd/{name}-qlen-{qlen}", layout="TND", softmax_layout=order, tokens=12, lengths=(5, 7), qlen=qlen)
+            yield Case(id=f"tnd/{name}-qlen-{qlen}", layout="TND", softmax_layout=order, tokens=12, lengths=(5, 7),
+                       qlen=qlen)  # fmt: skip
         yield Case(id=f"tnd/{name}-thousands", layout="TND", softmax_layout=order, tokens=6000, lengths=(1, 0, 2) * 2000,
                    heads=2, head_dim=8, dtype="bfloat16")  # fmt: skip
     yield Case(id="tnd/token-major-no-qlen", layout="TND", tokens=12, qlen="none")
-    yield Case(id="tnd/at-the-buffer-limit", profile="mindspore", layout="TND", tokens=3, lengths=(3,), heads=42, head_dim=128)
+    yield Case(id="tnd/at-the-buffer-limit", profile="mindspore", layout="TND", tokens=3, lengths=(3,), heads=42,
+               head_dim=128)  # fmt: skip
     yield Case(id="tnd/at-the-v2-limits", profile="cann-v2", layout="TND", tokens=2, lengths=(2,), heads=256, head_dim=768)
     for dtype, cur_dtype in _DTYPES:
         name = dtype if dtype == cur_dtype else f"{cur_dtype}-into-{dtype}"
@@ -62,10 +60,10 @@ def _named() -> Iterator[Case]:
         profile = "mindspore" if dtype == cur_dtype != "float64" else "portable"
         yield Case(id=f"dtype/{name}", tokens=130, heads=3, head_dim=64, profile=profile, **common)
         yield Case(id=f"dtype/{name}-attention", tokens=20, heads=3, head_dim=64, statistics="attention", **common)
-        for outputs in contents.OUTPUTS:
+        for outputs in numbers.OUTPUTS:
             yield Case(id=f"outputs/{outputs}-{name}", tokens=9, heads=3, head_dim=22, outputs=outputs, statistics="empty",
                        **common)  # fmt: skip
-        for statistics in contents.STATISTICS:
+        for statistics in numbers.STATISTICS:
             yield Case(id=f"statistics/{statistics}-{name}", tokens=65, heads=2, head_dim=22, statistics=statistics,
                        **common)  # fmt: skip
         for states in (1, 3, 8):
@@ -88,12 +86,13 @@ def _named() -> Iterator[Case]:
         name = "packed" if order == "SBH" else layout
         yield Case(id=f"lanes/unequal-{name}", layout=layout, softmax_layout=order, tokens=9, lengths=(3, 6), heads=3,
                    head_dim=22, statistics="empty", unequal_lanes=True)  # fmt: skip
-    for placement in memory.PLACEMENTS:
+    for placement in placements.PLACEMENTS:
         for layout in ("SBH", "TND", "BSND", "BNSD"):
             common = {"layout": layout, "tokens": 10, "lengths": (10,), "heads": 3, "head_dim": 16, "statistics": "empty"}
-            inputs: dict[str, Any] = {"attn_placement": "contiguous" if placement == "broadcast" else placement, "stats_placement": placement}
+            attn_placement = "contiguous" if placement == "broadcast" else placement
+            inputs: dict[str, Any] = {"attn_placement": attn_placement, "stats_placement": placement}
             yield Case(id=f"views/{placement}-{layout}", read_only=True, **common, **inputs)
-            if placement in memory.OUT_PLACEMENTS:
+            if placement in placements.OUT_PLACEMENTS:
                 yield Case(id=f"out/{placement}-{layout}", out="given", out_placement=placement, **common)
                 yield Case(id=f"in-place/{placement}-{layout}", out="prev", **common, **inputs)
                 yield Case(id=f"in-place/{placement}-{layout}-cur", out="cur", **common, **inputs)
@@ -101,7 +100,7 @@ def _named() -> Iterator[Case]:
         yield Case(id=f"far/views-{layout}", layout=layout, tokens=3, lengths=(3,), attn_placement="far",
                    stats_placement="far")  # fmt: skip
         yield Case(id=f"far/out-{layout}", layout=layout, tokens=3, lengths=(3,), out="given", out_placement="far")
-    for placement in memory.PACKED_PLACEMENTS:
+    for placement in placements.PACKED_PLACEMENTS:
         yield Case(id=f"views/{placement}-packed", layout="TND", softmax_layout="SBH", tokens=10, lengths=(3, 7), heads=3,
                    stats_placement=placement)  # fmt: skip
     yield Case(id="views/aliased", tokens=5, aliased=True)
@@ -114,76 +113,3 @@ _DTYPES = (
     ("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float64", "float64"),
     ("float32", "bfloat16"), ("float32", "float16"),
 )  # fmt: skip
-
-
-def generated(seed: int, count: int, first: int = 0) -> Iterator[Case]:
-    """Generate cases that mix everything with everything, small enough to run thousands.
-
-    Parameters
-    ----------
-    seed : int
-        Case i of a seed is always the same.
-    count : int
-    first : int, default 0
-        The number i of the first one.
-
-    Yields
-    ------
-    Case
-        With the id "generated/SEED/I".
-
-    Examples
-    --------
-    >>> [case.id for case in generated(7, 2)]
-    ['generated/7/0', 'generated/7/1']
-    """
-    for index in range(first, first + count):
-        yield _generate(f"generated/{seed}/{index}")
-
-
-def _generate(name: str) -> Case:
-    rng = np.random.default_rng(zlib.crc32(f"{name} shape".encode()))
-
-    def pick(options: Any, weights: Any = None) -> Any:
-        at = rng.choice(len(options), p=weights)
-        return options[int(at)]
-
-    layout = pick(("SBH", "TND", "BSND", "BNSD"), (0.35, 0.45, 0.1, 0.1))
-    packed = layout == "TND" and bool(rng.random() < 0.6)
-    dtype = pick(("float32", "bfloat16", "float16", "float64"), (0.35, 0.25, 0.25, 0.15))
-    cur_dtype = dtype
-    if dtype == "float32" and rng.random() < 0.25:
-        cur_dtype = pick(("bfloat16", "float16"))
-    states = pick((2, 1, 3, 4, 9), (0.6, 0.05, 0.15, 0.1, 0.1))
-    lengths: tuple[int, ...] = ()
-    batch = 1
-    if layout == "TND":
-        sequences = int(rng.integers(0, 7))
-        lengths = tuple(int(n) for n in rng.choice((0, 1, 2, 3, 5, 17, 70), size=sequences))
-        tokens = sum(lengths)
-    else:
-        batch = pick((1, 2, 3, 0), (0.5, 0.3, 0.18, 0.02))
-        tokens = pick((1, 2, 3, 7, 65, 130, 0), (0.2, 0.2, 0.2, 0.2, 0.13, 0.05, 0.02))
-    heads = pick((1, 2, 3, 5, 8, 0), (0.25, 0.25, 0.2, 0.2, 0.09, 0.01))
-    head_dim = pick((1, 2, 3, 7, 8, 16, 22, 33, 64, 65, 128, 600, 0), (*[0.08] * 10, 0.1, 0.09, 0.01))
-    if layout == "SBH" and heads == 0:
-        head_dim = 0
-    aliased = bool(rng.random() < 0.05) and cur_dtype == dtype
-    out = pick(("fresh", "given", "prev", "cur"), (0.3, 0.35, 0.25, 0.1))
-    if out == "cur" and (states == 1 or cur_dtype != dtype):
-        out = "prev"
-    if aliased and out != "given":
-        out = "fresh"
-    stats_placements: tuple[str, ...] = memory.PACKED_PLACEMENTS if packed else memory.PLACEMENTS
-    in_place = out in ("prev", "cur")
-    if in_place:  # what is written to must be writable and have a contiguous last axis
-        stats_placements = tuple(p for p in stats_placements if p not in ("broadcast", "gapped"))
-    attn_placements = memory.OUT_PLACEMENTS if in_place else tuple(p for p in memory.PLACEMENTS if p != "broadcast")
-    return Case(
-        id=name, layout=layout, softmax_layout="SBH" if packed else "TND", batch=batch, tokens=tokens, heads=heads,
-        head_dim=head_dim, lengths=lengths, qlen=pick(("array", "int32", "list") if packed else ("array", "list", "none")),
-        lanes=pick((8, 1), (0.8, 0.2)), dtype=dtype, cur_dtype=cur_dtype, states=states,
-        statistics=pick((*contents.STATISTICS, "attention")) if heads and head_dim and batch else "ordinary", outputs=pick(tuple(contents.OUTPUTS)),
-        attn_placement=pick(attn_placements), stats_placement=pick(stats_placements),
-        out_placement=pick(memory.OUT_PLACEMENTS), out=out, read_only=bool(rng.random() < 0.5), aliased=aliased,
-    )  # fmt: skip

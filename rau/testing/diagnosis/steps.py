@@ -12,18 +12,18 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.doubledouble import two_sum
-from rau.testing.expected import _row_order, widen
+from rau.testing.reference.doubledouble import two_sum
+from rau.testing.reference.oracle import row_order, widen
 
 Array: TypeAlias = np.ndarray
 
 
-def exponential(x: Array) -> Array:
+def flushed_exp(x: Array) -> Array:
     """Return exp(x), 0 below -708 as the contract has it."""
     return np.where(x < -708.0, 0.0, np.exp(x))
 
 
-def add(parts: Array) -> Array:
+def summed(parts: Array) -> Array:
     """Add up, left to right, along the first axis."""
     total = np.zeros_like(parts[0])
     for part in parts:
@@ -48,40 +48,13 @@ def to_bfloat16(values: Array) -> Array:
     return np.where(np.isnan(values), np.nan, rounded).astype(values.dtype)
 
 
-class Rows:
-    """A call as R rows, one for each token and head.
+class Steps:
+    """A call as R rows, one for each token and head: the NumPy arrays of K states, and how they are laid out."""
 
-    Parameters
-    ----------
-    states : sequence of AttentionState
-        NumPy arrays, of a valid call.
-    actual_seq_qlen : sequence of int, or ndarray of int64, or None
-    layout, softmax_layout : str
-
-    Attributes
-    ----------
-    states : list of AttentionState
-        As they were given.
-    outputs : list of K ndarray, shape (R, D)
-        Widened to float32 (float64 in a float64 call).
-    maxima, sums : ndarray of float64, shape (K, R, 1)
-        Lane 0 of the statistics, for each row.
-    lanes : pair of ndarray of float64, shape (K, R, lanes)
-        All lanes of both.
-    dtype, stats_dtype : numpy.dtype
-        Of the result.
-    packed : bool
-        The statistics are in TND's packed order.
-    lengths : ndarray of int64 or None
-        Cumulative lengths in layout TND.
-    """
-
-    def __init__(
-        self, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, layout: str, softmax_layout: str
-    ) -> None:
-        self.states = [AttentionState(*map(np.asarray, state)) for state in states]
+    def __init__(self, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, layout: str, softmax_layout: str) -> None:
+        self.states = [AttentionState(*map(np.asarray, state)) for state in states]  # as they were given
         self.layout = layout
-        self.packed = layout == "TND" and softmax_layout == "SBH"
+        self.packed = layout == "TND" and softmax_layout == "SBH"  # the statistics are in TND's packed order
         self.lengths = None if layout != "TND" or actual_seq_qlen is None else np.asarray(actual_seq_qlen)
         first = self.states[0]
         self.dtype, self.stats_dtype = first.attn_out.dtype, first.softmax_max.dtype
@@ -89,24 +62,25 @@ class Rows:
         self._read("SBH" if self.packed else "TND")
         wide = np.float64 if self.dtype == np.float64 else np.float32
         size = (len(self._places), first.attn_out.size // max(len(self._places), 1))
+        # K outputs (R, D), widened to float32, or to float64 in a float64 call
         self.outputs = [widen(state.attn_out).astype(wide).reshape(size) for state in self.states]
 
     def _read(self, softmax_layout: str) -> None:
-        self._places = _row_order(self.shape, self.stats_shape, self.lengths, self.layout, softmax_layout)
+        self._places = row_order(self.shape, self.stats_shape, self.lengths, self.layout, softmax_layout)
         flat = (-1, self.stats_shape[-1]) if self.stats_shape[-1] else (0, 0)
         maxima, sums = (
             np.stack([widen(state[part]).reshape(flat)[self._places] for state in self.states]) for part in (1, 2)
         )
-        self.lanes = maxima, sums
+        self.lanes = maxima, sums  # all lanes of both: (K, R, lanes) of float64; those below are lane 0, (K, R, 1)
         self.maxima, self.sums = maxima[..., :1], sums[..., :1]
 
-    def reading(self, softmax_layout: str) -> Rows:
+    def reading(self, softmax_layout: str) -> Steps:
         """Return the same call with its statistics taken, and left, in another order."""
         other = copy.copy(self)
         other._read(softmax_layout)
         return other
 
-    def having(self, maxima: Array, sums: Array) -> Rows:
+    def having(self, maxima: Array, sums: Array) -> Steps:
         """Return the same call with other statistics."""
         other = copy.copy(self)
         other.maxima, other.sums = maxima, sums
@@ -122,7 +96,7 @@ class Rows:
         """The new maximum m, (R, 1)."""
         return np.where(self.live, self.maxima, -np.inf).max(axis=0)
 
-    def factors(self, exp: Callable[[Array], Array] = exponential) -> Array:
+    def factors(self, exp: Callable[[Array], Array] = flushed_exp) -> Array:
         """Return a_i = l_i * exp(m_i - m), 0 for an empty side; what the difference loses by rounding is added."""
         difference, lost = two_sum(self.maxima, -self.maximum)
         factor = exp(difference)
@@ -132,13 +106,13 @@ class Rows:
     def total(self, factors: Array) -> Array:
         """Return l, the sum of the a_i; that of a single live side is its own."""
         alone = self.live.sum(axis=0) == 1
-        return np.where(alone, add(np.where(self.live, self.sums, 0.0)), add(factors))
+        return np.where(alone, summed(np.where(self.live, self.sums, 0.0)), summed(factors))
 
     def weights(self, factors: Array) -> Array:
         """Return a_i / l, rounded to the statistics' precision; 1 for a single live side, 0 for an empty one."""
         alone = self.live.sum(axis=0) == 1
         small = factors * 2.0**-64  # sums of float64 may overflow; scaled, their shares are still right
-        shares = np.where(np.isinf(add(factors)), small / add(small), factors / add(factors))
+        shares = np.where(np.isinf(summed(factors)), small / summed(small), factors / summed(factors))
         weights = np.where(self.live, np.where(alone, 1.0, shares), 0.0)
         return weights.astype(self.stats_dtype)
 
@@ -153,7 +127,7 @@ class Rows:
             started = started | used
         return result
 
-    def merge(self, exp: Callable[[Array], Array] = exponential) -> AttentionState:
+    def merge(self, exp: Callable[[Array], Array] = flushed_exp) -> AttentionState:
         """Merge, right if the exponential is."""
         factors = self.factors(exp)
         return self.store(self.combine(self.weights(factors)), self.maximum, self.total(factors))

@@ -1,4 +1,8 @@
-"""Is an output that was observed elsewhere right, and if not, which known mistake reproduces it?"""
+"""Is an output that was observed elsewhere right, and if not, which known mistake reproduces it?
+
+The rule of this room: no backend is run. A mistake is a right merge in plain steps with one step replaced, and it is named
+only where it accounts for what is wrong and leaves right what is right.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.bits import same_bits
-from rau.testing.checks import expected_of, problem_of
-from rau.testing.comparison import Comparison, compare, shares
-from rau.testing.expected import Expected, widen
-from rau.testing.mistakes import MISTAKES, Mistake
-from rau.testing.plain import Rows
-from rau.testing.record import Record, RecordError
-from rau.testing.rows import half_ulp
+from rau.testing.comparison import Comparison, compare, same_bits, shares
+from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
+from rau.testing.diagnosis.steps import Steps
+from rau.testing.differential.record import Record, RecordError
+from rau.testing.reference.oracle import Expected, widen
+from rau.testing.reference.row_weights import half_ulp
+from rau.testing.trial import expected_of, problem_of
 
 _MISFIT = 0.1  # so much of what is wrong is left to what else may be wrong
 _ALIKE = 0.01  # a difference in misfit that another arithmetic may make
@@ -132,7 +135,7 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     Parameters
     ----------
     record : Record
-        As :func:`rau.testing.record.load` reads it.
+        As :func:`rau.testing.differential.record.read_record` reads it.
     tolerance : float, default 1.0
         How many times the bound is still right.
 
@@ -165,7 +168,7 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     slight = wrong and compare(record.observed, expected, tolerance=_SLIGHT).passed
     # Another arithmetic may be on top of a mistake: where anything is far off, what is slightly off tells nothing.
     truth = _truths(record.observed, expected, tolerance if slight else max(tolerance, _SLIGHT)) if wrong else []
-    rows = Rows(call.states, record.case.lengths_argument(), record.case.layout, record.case.softmax_layout)
+    rows = Steps(call.states, record.case.lengths_argument(), record.case.layout, record.case.softmax_layout)
     candidates, invisible = [], []
     for mistake in MISTAKES.values():
         results = [r for r in mistake.results(rows) if not compare(r, expected, tolerance=tolerance).passed]

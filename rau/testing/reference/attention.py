@@ -10,15 +10,8 @@ from typing import Any
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.expected import widen
-from rau.testing.sequences import (
-    DTYPES,
-    Call,
-    Sequence,
-    positions_of,
-    read_arrays,
-    sequences_of,
-)
+from rau.testing.reference.oracle import widen
+from rau.testing.reference.sequences import DTYPES, AttentionCall, TokenSequence, positions_of, read_arrays, sequences_of
 
 _SCORES = 2**22  # scores computed at a time, 32 MB; much smaller products lose time to BLAS's own threads
 _LANES = 8
@@ -92,9 +85,8 @@ def partial_attention(
     """
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected the name of one of {', '.join(DTYPES)}")
-    call = Call(
-        causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions
-    )
+    lengths = actual_seq_qlen, actual_seq_kvlen
+    call = AttentionCall(causal, layout, softmax_layout, *lengths, query_positions, key_positions)
     stats = np.dtype(np.float64 if dtype == "float64" else np.float32)
     return _attend(q, k, v, call, stats, _rounder(dtype))
 
@@ -134,13 +126,12 @@ def exact_attention(
            [1., 2.],
            [2., 3.]])
     """
-    call = Call(
-        causal, layout, softmax_layout, actual_seq_qlen, actual_seq_kvlen, query_positions, key_positions
-    )
+    lengths = actual_seq_qlen, actual_seq_kvlen
+    call = AttentionCall(causal, layout, softmax_layout, *lengths, query_positions, key_positions)
     return _attend(q, k, v, call, np.dtype(np.float64), lambda out: out)
 
 
-def _attend(q: Any, k: Any, v: Any, call: Call, stats_dtype: np.dtype[Any], rounded: Any) -> AttentionState:
+def _attend(q: Any, k: Any, v: Any, call: AttentionCall, stats_dtype: np.dtype[Any], rounded: Any) -> AttentionState:
     """Walk over the sequences and heads; each is a matrix of queries against one of keys."""
     q, k, v = read_arrays(q, k, v, call)
     sequences = sequences_of(q, k, call)
@@ -164,25 +155,12 @@ def _attend(q: Any, k: Any, v: Any, call: Call, stats_dtype: np.dtype[Any], roun
 
 
 def _softmax(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    places: tuple[np.ndarray, np.ndarray] | None,
-    stats_dtype: np.dtype[Any],
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, places: tuple[np.ndarray, np.ndarray] | None, stats_dtype: np.dtype[Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Attend with one head of one sequence, a slab of queries at a time.
+    """Attend with one head of one sequence, (queries, D) to (keys, D), a slab of queries at a time.
 
-    Parameters
-    ----------
-    q, k, v : ndarray of float64, shapes (queries, D), (keys, D), (keys, D)
-    places : pair of ndarray of int, shapes (queries,) and (keys,), or None
-        Positions if the attention is causal.
-    stats_dtype : dtype
-        What the maximum is rounded to.
-
-    Returns
-    -------
-    out, maximum, total : ndarray of float64, shapes (queries, D), (queries,), (queries,)
+    `places` are positions (queries,) and (keys,) if the attention is causal; the maximum is rounded to `stats_dtype`. Output
+    (queries, D), maxima and sums (queries,) come back.
     """
     out, maximum, total = np.zeros(q.shape), np.full(len(q), -np.inf), np.zeros(len(q))
     scale = 1 / np.sqrt(q.shape[1]) if q.shape[1] else 1.0
@@ -210,7 +188,7 @@ def _softmax(
     return out, maximum, total
 
 
-def _in_vendor_form(state: AttentionState, call: Call, sequences: list[Sequence]) -> AttentionState:
+def _in_vendor_form(state: AttentionState, call: AttentionCall, sequences: list[TokenSequence]) -> AttentionState:
     """Bring (B, N, S, ...) arrays into the layout of the call, and give the statistics their lanes."""
     out, maximum, total = state
     if call.layout == "SBH":
@@ -229,7 +207,7 @@ def _in_vendor_form(state: AttentionState, call: Call, sequences: list[Sequence]
     return AttentionState(np.ascontiguousarray(out), *lanes)
 
 
-def _packed(stats: np.ndarray, sequences: list[Sequence]) -> np.ndarray:
+def _packed(stats: np.ndarray, sequences: list[TokenSequence]) -> np.ndarray:
     """Cut (N, T) statistics into the (N, S_i) of each sequence, one after another."""
     return np.concatenate([stats[:, sequence.queries].ravel() for sequence in sequences] or [stats.ravel()])
 

@@ -7,19 +7,20 @@ what is checked is rau's own idea of where a token is, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-import rau
 from rau.state import AttentionState
 from rau.streaming import StreamingMerge
-from rau.testing.algebra import Law
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, named_dtype
-from rau.testing.checks import excluded_by
-from rau.testing.comparison import compare
-from rau.testing.expected import oracle
+from rau.testing.comparison import compare, same_bits
+from rau.testing.conformance.report import Check
+from rau.testing.reference.oracle import oracle
+from rau.testing.trial import excluded_by
+from rau.testing.under_test import host_state
+from rau.update import merge_states
 
 HEADS, HEAD_DIM = 3, 64
 LENGTHS = {"TND": (4, 4, 0, 6, 2, 14), "": (8, 8)}  # of the sequences; in TND some are equal, and one is empty
@@ -29,57 +30,28 @@ SLICES = (None, slice(2, 7), slice(0, None, 3), "front", "back", slice(3, 3), No
 Sequences = list[AttentionState]  # of each: attn_out (S, N, D), statistics (N, S, lanes)
 
 
-def streams(backend: Any) -> Iterator[tuple[str, Law, str, str]]:
-    """List the checks of streaming for a backend.
-
-    Parameters
-    ----------
-    backend : Backend
-
-    Yields
-    ------
-    id, check, dtype : str, callable, str
-        The callable takes the backend and the dtype of the partial states, and returns what is wrong.
-    excluded : str
-        The reason why it does not apply; empty where it does.
-    """
+def streams(backend: Any) -> Iterator[Check]:
+    """List the checks of streaming for a backend, by layout and by the dtype of the partial states."""
     takes = backend.capabilities
     for name, layout, packed in (
         ("SBH", "SBH", False), ("BSND", "BSND", False), ("BNSD", "BNSD", False),
         ("TND-token-major", "TND", False), ("TND-packed", "TND", True),
     ):  # fmt: skip
         for dtype in ("float32", "float16", "bfloat16", "float64"):
-
-            def check(backend: Any, dtype: str, layout: str = layout, packed: bool = packed) -> list[str]:
-                return check_stream(backend, layout, packed, dtype)
-
-            reasons = [
-                reason
-                for each in dict.fromkeys((dtype, _running(dtype)))
-                for reason in excluded_by(backend, _case(backend, layout, packed, each))
-            ]
-            reason = "; ".join(dict.fromkeys(reasons))
-            if not reason and layout == "TND" and not takes.halves and not {"SBH", "BSND", "BNSD"} & set(takes.layouts):
-                reason = "it takes neither halves of TND sequences nor a layout with a batch axis"
-            yield f"streaming/{name}-{dtype}", check, dtype, reason
+            cases = [_case(backend, layout, packed, each) for each in dict.fromkeys((dtype, _running(dtype)))]
+            reasons = list(dict.fromkeys(reason for case in cases for reason in excluded_by(backend, case)))
+            if not reasons and layout == "TND" and not takes.halves and not {"SBH", "BSND", "BNSD"} & set(takes.layouts):
+                reasons = ["it takes neither halves of TND sequences nor a layout with a batch axis"]
+            yield Check(f"streaming/{name}-{dtype}", partial(check_stream, backend, layout, packed, dtype), reasons)
     stacks = hasattr(backend.asarray(np.zeros(1, np.float32)), "__getitem__")
     for dtype in ("float32", "float16", "bfloat16", "float64"):
-        reason = "; ".join(excluded_by(backend, _case(backend, takes.layouts[0], False, dtype)))
-        yield f"states/stacked-{dtype}", check_stacked, dtype, reason if stacks else "its arrays cannot be indexed"
+        reasons = excluded_by(backend, _case(backend, takes.layouts[0], False, dtype))
+        reasons = reasons if stacks else ["its arrays cannot be indexed"]
+        yield Check(f"states/stacked-{dtype}", partial(check_stacked, backend, dtype), reasons)
 
 
 def check_stacked(backend: Any, dtype: str) -> list[str]:
-    """Merge states that are stacked in one, and in a list: the same bits.
-
-    Parameters
-    ----------
-    backend : Backend
-    dtype : str
-
-    Returns
-    -------
-    list of str
-    """
+    """Merge states that are stacked in one, and in a list: the same bits."""
     layout = backend.capabilities.layouts[0]
     options: dict[str, Any] = {"layout": layout, "backend": backend}
     lengths = LENGTHS["TND" if layout == "TND" else ""]
@@ -93,10 +65,10 @@ def check_stacked(backend: Any, dtype: str) -> list[str]:
             whole = [AttentionState(*(part[b] for part in state)) for b in range(len(lengths))]
             cut = [AttentionState(s[0][:n], s[1][:, :n], s[2][:, :n]) for s, n in zip(whole, lengths, strict=True)]
             states.append(_laid_out(cut, layout, options.get("softmax_layout") == "SBH"))
-        listed = rau.merge_states([AttentionState(*map(backend.asarray, state)) for state in states], **options)
+        listed = merge_states([AttentionState(*map(backend.asarray, state)) for state in states], **options)
         stack = AttentionState(*(backend.asarray(np.stack(parts)) for parts in zip(*states, strict=True)))
-        stacked = rau.merge_states(stack, **options)
-        differences = same_bits(_on_host(backend, stacked), _on_host(backend, listed))
+        stacked = merge_states(stack, **options)
+        differences = same_bits(host_state(backend, stacked), host_state(backend, listed))
         problems += [f"{count} states in one stack and in a list: {difference}" for difference in differences]
     return problems
 
@@ -104,20 +76,8 @@ def check_stacked(backend: Any, dtype: str) -> list[str]:
 def check_stream(backend: Any, layout: str, packed: bool, dtype: str) -> list[str]:
     """Feed a StreamingMerge with updates of all tokens and of parts, and judge each.
 
-    Parameters
-    ----------
-    backend : Backend
-    layout : str
-    packed : bool
-        In TND: the order of the statistics.
-    dtype : str
-        Of the partial states.
-
-    Returns
-    -------
-    list of str
-        What is wrong: a merged row that is further off than one merge may be, a row that was not meant and changed, a
-        partial state that was written to, a result that is not the running state rounded once.
+    Wrong are a merged row that is further off than one merge may be, a row that was not meant and changed, a partial state
+    that was written to, and a result that is not the running state rounded once.
     """
     lengths = LENGTHS["TND" if layout == "TND" else ""]
     ends = np.cumsum([0, *lengths]) if layout == "TND" else None
@@ -136,7 +96,7 @@ def check_stream(backend: Any, layout: str, packed: bool, dtype: str) -> list[st
         given = _laid_out(cur, layout, packed)
         own = [backend.asarray(part) for part in given]
         ring.update(*own, tokens=tokens)
-        after = _apart(_on_host(backend, ring.result()), lengths, layout, packed)
+        after = _apart(host_state(backend, ring.result()), lengths, layout, packed)
         told = f"update {number}, tokens = {tokens}: "
         merged = _rows(after, places)
         terms = [_widened(_rows(cur, [np.arange(len(at)) for at in places]), dtype)]
@@ -150,13 +110,13 @@ def check_stream(backend: Any, layout: str, packed: bool, dtype: str) -> list[st
         unwritten = same_bits(given, [np.asarray(backend.to_numpy(part)) for part in own])
         problems += [f"{told}the partial state was changed: {change}" for change in unwritten]
         before = after
-    wide = _on_host(backend, ring.result())
+    wide = host_state(backend, ring.result())
     if wide.attn_out.dtype.name != _running(dtype):
         problems.append(f"the running state is {wide.attn_out.dtype.name}; expected {_running(dtype)}")
     elif dtype in ("float16", "bfloat16"):
         with np.errstate(over="ignore"):
             rounded = AttentionState(wide.attn_out.astype(named_dtype(dtype)), *wide[1:])
-        narrow = _on_host(backend, ring.result(dtype))
+        narrow = host_state(backend, ring.result(dtype))
         problems += [f"result({dtype!r}) is not rounded once: {change}" for change in same_bits(narrow, rounded)]
     return problems
 
@@ -171,16 +131,13 @@ def _running(dtype: str) -> str:
 
 
 def _case(backend: Any, layout: str, packed: bool, dtype: str) -> Case:
-    lanes = backend.capabilities.lanes[0]
+    lengths = LENGTHS["TND" if layout == "TND" else ""]
+    sizes: dict[str, Any] = {"batch": len(lengths), "tokens": lengths[0]}
     if layout == "TND":
-        tokens = sum(LENGTHS["TND"])
-        return Case(
-            id="streaming", layout=layout, softmax_layout="SBH" if packed else "TND", tokens=tokens, lengths=LENGTHS["TND"],
-            qlen="array", heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, lanes=lanes, profile="portable",
-        )  # fmt: skip
+        sizes = {"tokens": sum(lengths), "lengths": lengths, "softmax_layout": "SBH" if packed else "TND"}
     return Case(
-        id="streaming", layout=layout, batch=2, tokens=8, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, lanes=lanes,
-        profile="portable",
+        id="streaming", layout=layout, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, lanes=backend.capabilities.lanes[0],
+        **sizes,
     )  # fmt: skip
 
 
@@ -188,7 +145,7 @@ def _states(backend: Any, dtype: str, count: int) -> list[AttentionState]:
     """Partial states in BSND, of more batch entries and tokens than any layout here needs."""
     return Case(
         id=f"streaming/{dtype}", layout="BSND", batch=max(map(len, LENGTHS.values())), tokens=max(LENGTHS["TND"]),
-        heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, states=count, statistics="empty", profile="portable",
+        heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, states=count, statistics="empty",
         lanes=backend.capabilities.lanes[0],
     ).fill()  # fmt: skip
 
@@ -242,8 +199,3 @@ def _rows(sequences: Sequences, places: Sequence[np.ndarray]) -> AttentionState:
     ]
     attn_out, maxima, sums = zip(*chosen, strict=True)
     return AttentionState(np.concatenate(attn_out)[None], *(np.concatenate(part, 1)[None] for part in (maxima, sums)))
-
-
-def _on_host(backend: Any, state: AttentionState) -> AttentionState:
-    backend.synchronize()
-    return AttentionState(*(np.array(backend.to_numpy(part)) for part in state))

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.backends import Backend, Capabilities
-from rau.constraints import FIELDS
 from rau.constraints.hints import meant
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.rules import Violations
 from rau.errors import RauError
+from rau.layouts import FIELDS
 from rau.layouts import LAYOUTS, OTHER_LAYOUTS
 from rau.problem import Problem
 from rau.state import AttentionState
@@ -39,20 +39,11 @@ from rau.testing.cases import Case, named_dtype
 
 
 class Record(NamedTuple):
-    """What a file holds.
-
-    Attributes
-    ----------
-    case : Case
-    states : list of AttentionState
-        The inputs, C-contiguous; ``case.make(states)`` lays them out as they were.
-    observed : AttentionState or None
-        What some implementation returned.
-    """
+    """What a file holds."""
 
     case: Case
-    states: list[AttentionState]
-    observed: AttentionState | None
+    states: list[AttentionState]  # the inputs, C-contiguous; ``case.make(states)`` lays them out as they were
+    observed: AttentionState | None  # what some implementation returned
 
 
 class RecordError(RauError, ValueError):
@@ -84,18 +75,10 @@ class Recorded(Backend):
         return out
 
 
-def save(path: str | PathLike[str], case: Case, states: Sequence[Any], observed: Sequence[Any] | None = None) -> None:
-    """Write a call to a file.
-
-    Parameters
-    ----------
-    path : path
-        Ends in .npz.
-    case : Case
-    states : sequence of AttentionState
-        The inputs, as they were before the call.
-    observed : AttentionState, optional
-    """
+def write_record(
+    path: str | PathLike[str], case: Case, states: Sequence[Any], observed: Sequence[Any] | None = None
+) -> None:
+    """Write a call to a file .npz: its inputs, as they were before it, and what was observed."""
     arrays = {f"states.{k}.{name}": part for k, state in enumerate(states) for name, part in zip(FIELDS, state, strict=True)}
     if observed is not None:
         arrays.update(zip(FIELDS, observed, strict=True))
@@ -108,23 +91,10 @@ def save(path: str | PathLike[str], case: Case, states: Sequence[Any], observed:
     np.savez(path, allow_pickle=False, **stored)
 
 
-def load(path: str | PathLike[str]) -> Record:
-    """Read a call from a file, written by :func:`save` or by anybody who keeps to the keys.
+def read_record(path: str | PathLike[str]) -> Record:
+    """Read a call from a file, written by :func:`write_record` or by anybody who keeps to the keys.
 
-    Parameters
-    ----------
-    path : path
-
-    Returns
-    -------
-    Record
-
-    Raises
-    ------
-    RecordError
-        If the file is not one, or something in it does not fit together.
-    ConstraintError
-        If its cumulative lengths are none.
+    RecordError if the file is none or its parts do not fit together, ConstraintError if its cumulative lengths are none.
     """
     try:
         with zipfile.ZipFile(path):  # NumPy takes other files too
@@ -197,8 +167,8 @@ def _describe(path: Any, states: list[AttentionState], arrays: dict[str, np.ndar
         lengths = tuple(np.diff(bound).tolist())
     dtypes = [state.attn_out.dtype.name for state in states]
     return Case(
-        id=f"file/{path}", layout=layout, softmax_layout=order, batch=1 if axes.attn_batch is None else attn[axes.attn_batch],
-        tokens=attn[axes.attn_token], heads=heads,
+        id=f"file/{path}", layout=layout, softmax_layout=order,
+        batch=1 if axes.attn_batch is None else attn[axes.attn_batch], tokens=attn[axes.attn_token], heads=heads,
         head_dim=attn[-1] if axes.attn_head is not None else attn[-1] // max(heads, 1),
         lengths=lengths, qlen="none" if cumulative is None else "array", lanes=stats[-1], dtype=dtypes[0],
         cur_dtype=dtypes[-1], states=len(states),

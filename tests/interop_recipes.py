@@ -1,42 +1,34 @@
-"""Interop held to the contract: what each library hands out, made a state by from_lse and merged by a backend.
+"""What each library hands out, made a state by from_lse and merged by a backend.
 
 The reference does not know of any of it: one softmax over all the keys, in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau import registry
 from rau.arrays import kind_of
 from rau.state import AttentionState
-from rau.testing.algebra import Law
-from rau.testing.attention import exact_attention, partial_attention
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case
-from rau.testing.checks import excluded_by
-from rau.testing.expected import oracle
-from rau.testing.folding import folds, judge
+from rau.testing.comparison import same_bits
+from rau.testing.reference.attention import exact_attention, partial_attention
+from rau.testing.reference.oracle import oracle
+from rau.testing.trial import excluded_by
+from rau.testing.trial.judge import folds, judge_values
 
 _CUTS = (3, 7)  # of the keys: causal queries before a cut have no key in the parts after it
 
 
 class Recipe(NamedTuple):
-    """How a library hands out its partial attention.
-
-    Attributes
-    ----------
-    layout, lse_layout, base : str
-    inf_is_empty : bool
-        It writes +inf for a row without keys.
-    """
+    """How a library hands out its partial attention."""
 
     layout: str
     lse_layout: str
     base: str
-    inf_is_empty: bool = False
+    inf_is_empty: bool = False  # it writes +inf for a row without keys
 
 
 RECIPES = {
@@ -50,43 +42,22 @@ RECIPES = {
 }
 
 
-def recipes(backend: Any) -> Iterator[tuple[str, Law, str, str]]:
-    """List the recipes for a backend.
+DTYPES = ("float32", "bfloat16")
 
-    Parameters
-    ----------
-    backend : Backend
 
-    Yields
-    ------
-    id, check, dtype : str, callable, str
-        The callable takes the backend and the dtype, and returns what is wrong.
-    excluded : str
-        The reason why it does not apply; empty where it does.
-    """
-    for name, recipe in RECIPES.items():
-        for dtype in ("float32", "bfloat16"):
-
-            def check(backend: Any, dtype: str, recipe: Recipe = recipe) -> list[str]:
-                return check_recipe(backend, recipe, dtype)
-
-            yield f"interop/{name}-{dtype}", check, dtype, "; ".join(excluded_by(backend, _case(recipe, dtype)))
+def check_all(backend: Any) -> list[str]:
+    """Check every recipe that a backend's capabilities do not exclude; there has to be one."""
+    taken = [(name, dtype) for name in RECIPES for dtype in DTYPES if not excluded_by(backend, _case(RECIPES[name], dtype))]
+    assert taken
+    with registry.provisionally(backend):
+        return [f"{name}: {problem}" for name, dtype in taken for problem in check_recipe(backend, RECIPES[name], dtype)]
 
 
 def check_recipe(backend: Any, recipe: Recipe, dtype: str) -> list[str]:
-    """Merge three parts of causal attention that come as a recipe says.
+    """Merge three parts of causal attention that come as a recipe says, and say what is wrong.
 
-    Parameters
-    ----------
-    backend : Backend
-    recipe : Recipe
-    dtype : {"float32", "bfloat16"}
-
-    Returns
-    -------
-    list of str
-        What is wrong: with the merge, by the oracle; in float32 also with the whole way from outputs and log-sum-exp to
-        attention over all the keys and its log-sum-exp.
+    With the merge, by the oracle; in float32 also with the whole way from outputs and log-sum-exp to attention over all the
+    keys and its log-sum-exp.
     """
     case = _case(recipe, dtype)
     q, k, v = _inputs(case)
@@ -113,7 +84,7 @@ def check_recipe(backend: Any, recipe: Recipe, dtype: str) -> list[str]:
     backend.synchronize()
     result = AttentionState(*(np.array(backend.to_numpy(part)) for part in merged))
     expected = oracle(numbers, case.lengths_argument(), case.layout)
-    problems += judge(backend, case, numbers, result, expected).problems
+    problems += judge_values(backend, case, numbers, result, expected).problems
     if dtype != "float32":
         return problems
 

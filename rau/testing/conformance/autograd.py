@@ -4,38 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from rau.arrays import kind_of
-from rau.constraints import FIELDS
+from rau.layouts import FIELDS
 from rau.state import AttentionState
 from rau.streaming import StreamingMerge
-from rau.testing.algebra import Law
-from rau.testing.cases import Case
-from rau.testing.checks import excluded_by
+from rau.testing.conformance.report import Check
+from rau.testing.trial import excluded_by, ordinary_case
 
 
-def writes(backend: Any) -> Iterator[tuple[str, Law, str, str]]:
-    """List the check of a backend's writes.
-
-    Parameters
-    ----------
-    backend : Backend
-
-    Yields
-    ------
-    id, check, dtype : str, callable, str
-        The callable takes the backend and the dtype, and returns what is wrong.
-    excluded : str
-        The reason why it does not apply; empty where it does.
-    """
-    dtypes = backend.capabilities.dtypes
-    dtype = "float32" if "float32" in dtypes else dtypes[0]
-    reasons = _without_tensors(backend) or excluded_by(backend, _case(backend, dtype))
-    yield "autograd/learns-of-writes", check_writes, dtype, "; ".join(reasons)
+def writes(backend: Any) -> Iterator[Check]:
+    """List the check of a backend's writes."""
+    reasons = _without_tensors(backend) or excluded_by(backend, ordinary_case(backend, "autograd", 4))
+    yield Check("autograd/learns-of-writes", partial(check_writes, backend), reasons)
 
 
 def _without_tensors(backend: Any) -> list[str]:
@@ -47,28 +33,9 @@ def _without_tensors(backend: Any) -> list[str]:
     return [] if find_spec("torch") else ["torch is not installed"]
 
 
-def _case(backend: Any, dtype: str) -> Case:
-    takes = backend.capabilities
-    return Case(
-        id="autograd", layout=takes.layouts[0], softmax_layout=takes.softmax_layouts[0], tokens=4, lengths=(4,), heads=4,
-        head_dim=64, lanes=takes.lanes[0], dtype=dtype, profile="portable",
-    )  # fmt: skip
-
-
-def check_writes(backend: Any, dtype: str) -> list[str]:
-    """Write into tensors in every way there is, and compare their versions: by these a graph notices.
-
-    Parameters
-    ----------
-    backend : Backend
-    dtype : str
-
-    Returns
-    -------
-    list of str
-        Each tensor that was written to and has the version it had.
-    """
-    import torch
+def check_writes(backend: Any) -> list[str]:
+    """Write into tensors in every way there is, and compare their versions: by these a graph notices."""
+    import torch  # asked for where there are tensors to write into
 
     from rau.backends.torch_ import TorchBackend
 
@@ -76,7 +43,7 @@ def check_writes(backend: Any, dtype: str) -> list[str]:
         own = [backend.asarray(part) for part in state]
         return AttentionState(*(part if isinstance(part, torch.Tensor) else TorchBackend().asarray(part) for part in own))
 
-    case = _case(backend, dtype)
+    case = ordinary_case(backend, "autograd", 4)
     prev, cur = map(tensors, case.fill())
     ring = StreamingMerge(
         case.layout, actual_seq_qlen=case.lengths_argument(), softmax_layout=case.softmax_layout, like=prev, backend=backend

@@ -16,62 +16,28 @@ import numpy as np
 from rau import registry
 from rau.backends import Backend
 from rau.state import AttentionState
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, named_dtype
-from rau.testing.comparison import Comparison, compare
-from rau.testing.expected import Expected, oracle
+from rau.testing.comparison import Comparison, compare, same_bits
+from rau.testing.reference.oracle import Expected, oracle
+from rau.testing.under_test import host_state, own_state
 
 
 def folds(backend: Any, case: Case) -> bool:
-    """Tell whether a backend merges a case's states by one update after another.
-
-    Parameters
-    ----------
-    backend : Backend
-    case : Case
-
-    Returns
-    -------
-    bool
-    """
+    """Tell whether a backend merges a case's states by one update after another."""
     return case.states > 2 and getattr(type(backend), "merge", None) is Backend.merge
 
 
 def promises_bits(backend: Any, case: Case) -> bool:
-    """Tell whether a backend is to have the bits of every other one that promises them.
-
-    Parameters
-    ----------
-    backend : Backend
-    case : Case
-
-    Returns
-    -------
-    bool
-    """
+    """Tell whether a backend is to have the bits of every other one that promises them."""
     return bool(backend.capabilities.tolerance == 1) and not folds(backend, case)
 
 
-def judge(
+def judge_values(
     backend: Any, case: Case, numbers: Sequence[AttentionState], result: AttentionState, expected: Expected
 ) -> Comparison:
-    """Judge the values of a result.
+    """Judge a result (NumPy arrays) of input states `numbers`; where the backend folds, by the worst of its updates.
 
-    Parameters
-    ----------
-    backend : Backend
-    case : Case
-    numbers : sequence of AttentionState
-        The input states.
-    result : AttentionState
-        What the backend made of them, as NumPy arrays.
-    expected : Expected
-        What the oracle says of all states at once.
-
-    Returns
-    -------
-    Comparison
-        The worst update's, where the backend folds.
+    `expected` is what the oracle says of all states at once.
     """
     tolerance = backend.capabilities.tolerance
     if not folds(backend, case):
@@ -105,11 +71,8 @@ def _update(case: Case, prev: AttentionState, cur: AttentionState) -> Case:
 
 
 def _run(backend: Any, case: Case, states: Sequence[AttentionState]) -> AttentionState:
-    own = [AttentionState(*(backend.asarray(part) for part in state)) for state in states]
     with registry.provisionally(backend):
-        result = case.call(own, None, backend)
-    backend.synchronize()
-    return AttentionState(*(np.array(backend.to_numpy(part)) for part in result))
+        return host_state(backend, case.call([own_state(backend, state) for state in states], None, backend))
 
 
 def _cast(state: AttentionState, dtype: str) -> AttentionState:

@@ -12,7 +12,7 @@ _FORMS = {"SBH": "(S, B, N, D)", "BSND": "(B, S, N, D)", "BNSD": "(B, N, S, D)",
 _AXES = {"SBH": (1, 2, 0, 3), "BSND": (0, 2, 1, 3), "BNSD": (0, 1, 2, 3)}  # of batch, head, token, dimension
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """The arguments that say how to read the arrays."""
 
     causal: bool
@@ -24,7 +24,7 @@ class Call(NamedTuple):
     key_positions: Any
 
 
-class Sequence(NamedTuple):
+class TokenSequence(NamedTuple):
     """One sequence: its batch entry (0 in TND), its tokens among the queries and those among the keys."""
 
     entry: int
@@ -32,14 +32,8 @@ class Sequence(NamedTuple):
     keys: slice
 
 
-def read_arrays(q: Any, k: Any, v: Any, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Check the arrays and view them as (B, N, S, D).
-
-    Raises
-    ------
-    ValueError
-        If they do not fit the layout or each other.
-    """
+def read_arrays(q: Any, k: Any, v: Any, call: AttentionCall) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Check the arrays and view them as (B, N, S, D); ValueError if they do not fit the layout or each other."""
     options = (("layout", call.layout, _FORMS), ("softmax_layout", call.softmax_layout, ("TND", "SBH")))
     for option, given, known in options:
         if given not in known:
@@ -60,16 +54,10 @@ def read_arrays(q: Any, k: Any, v: Any, call: Call) -> tuple[np.ndarray, np.ndar
     return q, k, v
 
 
-def sequences_of(q: np.ndarray, k: np.ndarray, call: Call) -> list[Sequence]:
-    """List the sequences of (B, N, S, D) arrays: the batch entries, in TND those of the cumulative lengths.
-
-    Raises
-    ------
-    ValueError
-        If the lengths do not fit the arrays.
-    """
+def sequences_of(q: np.ndarray, k: np.ndarray, call: AttentionCall) -> list[TokenSequence]:
+    """List the sequences of (B, N, S, D) arrays: the batch entries, in TND those of the cumulative lengths, if they fit."""
     if call.layout != "TND":
-        return [Sequence(b, slice(0, q.shape[2]), slice(0, k.shape[2])) for b in range(q.shape[0])]
+        return [TokenSequence(b, slice(0, q.shape[2]), slice(0, k.shape[2])) for b in range(q.shape[0])]
     own = _cumulative("actual_seq_qlen", call.actual_seq_qlen, q.shape[2], "q")
     other = own
     if call.actual_seq_kvlen is not None or k.shape[2] != q.shape[2]:
@@ -80,17 +68,11 @@ def sequences_of(q: np.ndarray, k: np.ndarray, call: Call) -> list[Sequence]:
             "expected as many of keys as of queries"
         )
     spans = zip(pairwise(own), pairwise(other), strict=True)
-    return [Sequence(0, slice(*queries), slice(*keys)) for queries, keys in spans]
+    return [TokenSequence(0, slice(*queries), slice(*keys)) for queries, keys in spans]
 
 
 def positions_of(name: str, given: Any, tokens: int, sequences: list[slice]) -> np.ndarray:
-    """Return the position of each token within its sequence.
-
-    Raises
-    ------
-    ValueError
-        If what is given is none.
-    """
+    """Return the position of each token within its sequence: what is given, or its number."""
     if given is None:
         places = np.zeros(tokens, np.int64)
         for own in sequences:

@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.attention import exact_attention, partial_attention
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case
-from rau.testing.checks import excluded_by
-from rau.testing.comparison import compare
-from rau.testing.expected import oracle
-from rau.testing.folding import folds
+from rau.testing.comparison import compare, same_bits
+from rau.testing.conformance.report import Check
+from rau.testing.reference.attention import exact_attention, partial_attention
+from rau.testing.reference.oracle import oracle
+from rau.testing.trial import excluded_by
+from rau.testing.trial.judge import folds
+from rau.testing.under_test import host_state, own_state
 
 Merge = Callable[[Sequence[AttentionState]], AttentionState]
-Law = Callable[[Any, str], list[str]]
+Law = Callable[[Any, str], list[str]]  # of a backend and a dtype: what is wrong
 
 
 def merger(backend: Any, layout: str = "BSND") -> Merge:
-    """Make a function that merges NumPy states by a backend.
-
-    Parameters
-    ----------
-    backend : Backend
-    layout : str, default "BSND"
-
-    Returns
-    -------
-    callable
-    """
+    """Make a function that merges NumPy states by a backend."""
 
     def merge(states: Sequence[AttentionState]) -> AttentionState:
         case = Case(id="law", layout=layout, states=len(states))
-        own = [AttentionState(*(backend.asarray(np.ascontiguousarray(part)) for part in state)) for state in states]
-        result = case.call(own, None, backend)
-        backend.synchronize()
-        return AttentionState(*(np.array(backend.to_numpy(part)) for part in result))
+        return host_state(backend, case.call([own_state(backend, state) for state in states], None, backend))
 
     return merge
 
@@ -160,27 +149,14 @@ LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
 }
 
 
-def laws(backend: Any) -> Iterator[tuple[str, Law, str, str]]:
-    """List the laws for a backend.
-
-    Parameters
-    ----------
-    backend : Backend
-
-    Yields
-    ------
-    id, law, dtype : str, callable, str
-    excluded : str
-        The reason why it does not apply; empty where it does.
-    """
-    capabilities = backend.capabilities
+def laws(backend: Any) -> Iterator[Check]:
+    """List the laws for a backend."""
+    takes = backend.capabilities
     for name, (law, dtypes) in LAWS.items():
         for dtype in dtypes:
-            reason = "; ".join(excluded_by(backend, _case(backend, dtype)))
-            if not reason and name == "commutativity" and capabilities.tolerance != 1:
-                reason = f"tolerance {capabilities.tolerance:g}: the same bits are not promised"
-            elif not reason and name == "permutations" and "BSND" not in capabilities.layouts:
-                reason = "layout BSND is none of its layouts"
-            yield f"algebra/{name}-{dtype}", law, dtype, reason
-
-
+            reasons = excluded_by(backend, _case(backend, dtype))
+            if not reasons and name == "commutativity" and takes.tolerance != 1:
+                reasons = [f"tolerance {takes.tolerance:g}: the same bits are not promised"]
+            elif not reasons and name == "permutations" and "BSND" not in takes.layouts:
+                reasons = ["layout BSND is none of its layouts"]
+            yield Check(f"algebra/{name}-{dtype}", partial(law, backend, dtype), reasons)

@@ -1,37 +1,30 @@
-"""The checks of a backend on one case: values, kind, inputs, outputs, determinism."""
+"""One trial: a case on a backend, and all that can be said of it: values, kind, inputs, outputs, determinism.
+
+The rule of this room: one backend and one case at a time; what to try, and what comes of it, is for the rooms above.
+"""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rau import threads
 from rau.arrays import kind_of
-from rau.constraints import FIELDS, bind
+from rau.constraints import bind
+from rau.layouts import FIELDS
 from rau.problem import Problem
 from rau.state import AttentionState
-from rau.testing import folding
-from rau.testing.bits import same_bits
-from rau.testing.cases import Call, Case
-from rau.testing.comparison import Comparison
-from rau.testing.expected import Expected, oracle
+from rau.testing.cases import CaseCall, Case
+from rau.testing.comparison import Comparison, same_bits
+from rau.testing.reference.oracle import Expected, oracle
+from rau.testing.trial.judge import judge_values
+from rau.testing.under_test import described, host_state
 
 
-def problem_of(call: Call) -> Problem:
-    """Describe a case's call, on its NumPy arrays.
-
-    Parameters
-    ----------
-    call : Call
-
-    Returns
-    -------
-    Problem
-    """
+def problem_of(call: CaseCall) -> Problem:
+    """Describe a case's call, on its NumPy arrays, or raise what is wrong with it."""
     case = call.case
     out = None if call.out is None else [part.view for part in call.out]
     problem, _ = bind(
@@ -42,20 +35,7 @@ def problem_of(call: Call) -> Problem:
 
 
 def excluded_by(backend: Any, case: Case, problem: Problem | None = None) -> list[str]:
-    """List the reasons why a case is not run on a backend.
-
-    Parameters
-    ----------
-    backend : Backend
-    case : Case
-    problem : Problem, optional
-        The case's call, if that is known already.
-
-    Returns
-    -------
-    list of str
-        What its capabilities exclude, or the library that the case needs; empty where it is run.
-    """
+    """List what excludes a case: a backend's capabilities, or a library that is missing; its `problem`, if that is known."""
     try:
         reasons = backend.capabilities.limits_broken(problem or problem_of(case.make(case.blank())))
     except ImportError as error:  # of ml_dtypes
@@ -67,76 +47,39 @@ def excluded_by(backend: Any, case: Case, problem: Problem | None = None) -> lis
     return list(reasons)
 
 
-def expected_of(call: Call) -> Expected:
-    """Ask the oracle about a case's call.
+def ordinary_case(backend: Any, id: str, tokens: int) -> Case:
+    """Make an ordinary case, in what the backend takes."""
+    takes = backend.capabilities
+    return Case(
+        id=id, layout=takes.layouts[0], softmax_layout=takes.softmax_layouts[0], tokens=tokens, lengths=(tokens,), heads=4,
+        head_dim=64, lanes=takes.lanes[0], dtype="float32" if "float32" in takes.dtypes else takes.dtypes[0],
+    )  # fmt: skip
 
-    Parameters
-    ----------
-    call : Call
-        Not run yet.
 
-    Returns
-    -------
-    Expected
-    """
+def expected_of(call: CaseCall) -> Expected:
+    """Ask the oracle about a case's call that was not run yet."""
     case = call.case
     return oracle(call.states, case.lengths_argument(), case.layout, softmax_layout=case.softmax_layout)
 
 
-def described(error: BaseException) -> str:
-    """Word an exception, with the place where it was raised.
+class CaseRun(NamedTuple):
+    """What a backend did with one case."""
 
-    Parameters
-    ----------
-    error : BaseException
-
-    Returns
-    -------
-    str
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    result: AttentionState | None  # as NumPy arrays; None where the call failed
+    problems: list[str]  # what it did wrong beside the values
 
 
-class Run(NamedTuple):
-    """What a backend did with one case.
-
-    Attributes
-    ----------
-    result : AttentionState or None
-        As NumPy arrays; None where the call failed.
-    problems : list of str
-        What it did wrong beside the values.
-    """
-
-    result: AttentionState | None
-    problems: list[str]
-
-
-def run(backend: Any, case: Case, numbers: list[AttentionState] | None = None) -> Run:
-    """Run a case on a backend's own arrays and look at everything but the values.
-
-    Parameters
-    ----------
-    backend : Backend
-    case : Case
-    numbers : list of AttentionState, optional
-        The input states, where they are known already or come from elsewhere; those of ``case.fill()`` by default.
-
-    Returns
-    -------
-    Run
-    """
+def run_case(backend: Any, case: Case, numbers: list[AttentionState] | None = None) -> CaseRun:
+    """Run a case on a backend's own arrays and look at everything but the values; `numbers` stand for ``case.fill()``."""
     numbers = numbers or case.fill()
     call, pristine = case.make(numbers), case.make(numbers)
     try:
         return _run(backend, call, pristine)
     except Exception as error:  # of the backend, in its conversions too
-        return Run(None, [described(error)])
+        return CaseRun(None, [described(error)])
 
 
-def _run(backend: Any, call: Call, pristine: Call) -> Run:
+def _run(backend: Any, call: CaseCall, pristine: CaseCall) -> CaseRun:
     converted: dict[int, Any] = {}
 
     def convert(array: np.ndarray) -> Any:
@@ -147,10 +90,9 @@ def _run(backend: Any, call: Call, pristine: Call) -> Run:
     states = [AttentionState(*(convert(part) for part in state)) for state in call.states]
     out = None if call.out is None else AttentionState(*(convert(part.view) for part in call.out))
     result = call.case.call(states, out, backend)
-    backend.synchronize()
     problems = []
     if not isinstance(result, tuple) or len(result) != 3:
-        return Run(None, [f"returned a {type(result).__name__}; expected an AttentionState"])
+        return CaseRun(None, [f"returned a {type(result).__name__}; expected an AttentionState"])
     kind = kind_of(states[0].attn_out)
     for name, part in zip(FIELDS, result, strict=True):
         its = kind_of(part)
@@ -159,7 +101,7 @@ def _run(backend: Any, call: Call, pristine: Call) -> Run:
         elif its.device(part) != kind.device(states[0].attn_out):
             problems.append(f"{name} is on {its.device(part)}; expected {kind.device(states[0].attn_out)}")
     if problems:
-        return Run(None, problems)
+        return CaseRun(None, problems)
     if out is None:
         inputs = {id(part) for state in states for part in state}
         problems += [
@@ -173,64 +115,43 @@ def _run(backend: Any, call: Call, pristine: Call) -> Run:
             for name, mine, its in zip(FIELDS, out, result, strict=True)
             if mine is not its
         ]
-    as_numpy = AttentionState(*(np.array(backend.to_numpy(part)) for part in result))
+    as_numpy = host_state(backend, result)
     written = [] if out is None else list(map(id, out))
     for k, (before, after) in enumerate(zip(pristine.states, states, strict=True)):
-        kept = [
-            (np.asarray(old), np.asarray(backend.to_numpy(part)))
-            if id(part) not in written
-            else (np.zeros(1), np.zeros(1))
+        # What is written to compares with itself.
+        now = [
+            old if id(part) in written else np.asarray(backend.to_numpy(part))
             for old, part in zip(before, after, strict=True)
         ]
-        changed = same_bits([old for old, _ in kept], [new for _, new in kept])
-        problems += [f"states[{k}] was changed: {change}" for change in changed]
+        problems += [f"states[{k}] was changed: {change}" for change in same_bits(before, now)]
     if call.out is not None and not all(part.guards_intact() for part in call.out):
         problems.append("wrote beside its output")
-    return Run(as_numpy, problems)
+    return CaseRun(as_numpy, problems)
 
 
 def check_case(
     backend: Any, case: Case, expected: Expected | None = None, numbers: list[AttentionState] | None = None
 ) -> tuple[list[str], Comparison | None]:
-    """Run one case and judge all of it.
-
-    Parameters
-    ----------
-    backend : Backend
-    case : Case
-    expected : Expected, optional
-        What the oracle says, if that is known already.
-    numbers : list of AttentionState, optional
-        As :func:`run` takes them.
-
-    Returns
-    -------
-    problems : list of str
-        Empty where all is well.
-    comparison : Comparison or None
-        The values against the oracle; None where there were none.
-    """
+    """Run one case and judge all of it: what is wrong, and the values against the oracle, None where there were none."""
     numbers = numbers or case.fill()
     if expected is None:
         expected = expected_of(case.make(numbers))
-    result, problems = run(backend, case, numbers)
+    result, problems = run_case(backend, case, numbers)
     if result is None:
         return problems, None
-    comparison = folding.judge(backend, case, numbers, result, expected)
+    comparison = judge_values(backend, case, numbers, result, expected)
     problems = [*comparison.problems, *problems]
     if backend.capabilities.deterministic:
         problems += _repeated(backend, case, numbers, result)
     return problems, comparison
 
 
-def _repeated(
-    backend: Any, case: Case, numbers: list[AttentionState], result: AttentionState
-) -> Sequence[str]:
-    """Once more, with another number of threads."""
+def _repeated(backend: Any, case: Case, numbers: list[AttentionState], result: AttentionState) -> list[str]:
+    """Run a case once more, with another number of threads."""
     before = threads.get_num_threads()
     threads.set_num_threads(1 if before > 1 else 2)
     try:
-        again, _ = run(backend, case, numbers)
+        again, _ = run_case(backend, case, numbers)
     finally:
         threads.set_num_threads(before)
     if again is None:

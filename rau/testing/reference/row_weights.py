@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rau.testing import doubledouble as dd
+from rau.testing.reference import doubledouble as dd
 
 _E = 2.0**-53  # unit roundoff of float64
 _U = 2.0**-24  # and of float32
@@ -34,17 +34,10 @@ FORMATS = {
 
 
 def half_ulp(size: np.ndarray, dtype: str) -> np.ndarray:
-    """Return half a unit in the last place of a format, which is taken to go on beyond its largest number.
+    """Half a unit in the last place of a format, which is taken to go on beyond its largest number; `size`: magnitudes.
 
-    Parameters
-    ----------
-    size : ndarray of float64
-        Magnitudes.
-    dtype : str
-        Name of the format. (At the bottom of float64 the answer is 2^-1074, for want of 2^-1075.)
+    At the bottom of float64 the answer is 2^-1074, for want of 2^-1075.
 
-    Examples
-    --------
     >>> float(half_ulp(np.array(1.0), "float16")), float(half_ulp(np.array(0.0), "bfloat16")) == 2.0**-134
     (0.00048828125, True)
     """
@@ -54,63 +47,27 @@ def half_ulp(size: np.ndarray, dtype: str) -> np.ndarray:
     return np.ldexp(1.0, np.maximum(np.maximum(exponent, smallest) - 1, -1074))
 
 
-class Rows(NamedTuple):
-    """What the statistics of R rows of K states come to; arrays of shape (R,) or (K, R).
+class RowWeights(NamedTuple):
+    """What the statistics of R rows of K states come to: arrays (R,) or (K, R), of float64 where nothing else is said."""
 
-    Attributes
-    ----------
-    maximum : ndarray of float64, (R,)
-    total, total_low, total_bound : ndarray of float64, (R,)
-        The new sum, what it has beyond float64, and how far from it a stored one may be.
-    weight : ndarray of float64, (K, R)
-        Weights rounded to float64; NaN where the output is to be NaN, 1 for a single live state.
-    mantissa : pair of ndarray of float64, (K, R)
-    exponent : ndarray of int, (K, R)
-        The same weights as double-double numbers times powers of two.
-    skipped : ndarray of bool, (K, R)
-        The product with this state's output does not count: the state is empty, or its weight rounds to 0.
-    unsure : ndarray of bool, (K, R)
-        The weight is too close to the threshold to tell whether it rounds to 0.
-    slope : ndarray of float64, (K, R)
-    floor : ndarray of float64, (R,)
-        The bound of an element is floor + sum(slope_i * abs(o_i)).
-    empty : ndarray of bool, (R,)
-        No state is live.
-    verbatim : ndarray of bool, (R,)
-        Nothing is computed: the output is the single live state's, or zero, or NaN.
-    mixed : ndarray of bool, (R,)
-        Sums of both signs, so that weights may exceed 1.
-    """
-
-    maximum: np.ndarray
-    total: np.ndarray
-    total_low: np.ndarray
-    total_bound: np.ndarray
-    weight: np.ndarray
-    mantissa: dd.Pair
-    exponent: np.ndarray
-    skipped: np.ndarray
-    unsure: np.ndarray
-    slope: np.ndarray
-    floor: np.ndarray
-    empty: np.ndarray
-    verbatim: np.ndarray
-    mixed: np.ndarray
+    maximum: np.ndarray  # (R,)
+    total: np.ndarray  # (R,): the new sum,
+    total_low: np.ndarray  # (R,): what it has beyond float64,
+    total_bound: np.ndarray  # (R,): and how far from it a stored one may be
+    weight: np.ndarray  # (K, R), rounded to float64; NaN where the output is to be NaN, 1 for a single live state
+    mantissa: dd.HighLow  # (K, R) each: the same weights in double-double,
+    exponent: np.ndarray  # (K, R), int: times powers of two
+    skipped: np.ndarray  # (K, R), bool: the product does not count, as the state is empty or its weight rounds to 0
+    unsure: np.ndarray  # (K, R), bool: the weight is too close to the threshold to tell whether it rounds to 0
+    slope: np.ndarray  # (K, R): the bound of an element is floor + sum(slope_i * abs(o_i))
+    floor: np.ndarray  # (R,)
+    empty: np.ndarray  # (R,), bool: no state is live
+    verbatim: np.ndarray  # (R,), bool: nothing is computed; the output is the single live state's, or zero, or NaN
+    mixed: np.ndarray  # (R,), bool: sums of both signs, so that weights may exceed 1
 
 
-def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
-    """Merge the statistics of K states.
-
-    Parameters
-    ----------
-    maxima, sums : ndarray of float64, shape (K, R)
-    double : bool
-        Whether the problem is float64, where weights stay in float64 and sums are stored in it.
-
-    Returns
-    -------
-    Rows
-    """
+def exact_weights(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> RowWeights:
+    """Merge the statistics (K, R) of K states; a `double` problem keeps weights, and stores sums, in float64."""
     live = ~((sums == 0) | (maxima == -np.inf))
     count = live.sum(axis=0)
     maximum = np.where(live, maxima, -np.inf).max(axis=0)  # NaN wins, as the contract has it
@@ -131,7 +88,7 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
     top = np.where(regular, np.where(term, exponent, -(10**6)).max(axis=0), 0)
     shift = np.where(term, np.maximum(exponent - top, -5000), 0)
     scaled = np.ldexp(a[0], shift), np.ldexp(a[1], shift)
-    total: dd.Pair = (np.zeros(top.shape), np.zeros(top.shape))
+    total: dd.HighLow = (np.zeros(top.shape), np.zeros(top.shape))
     for part in zip(*scaled, strict=True):
         total = dd.add(total, part)
     nothing = total[0] == 0
@@ -186,7 +143,7 @@ def merge_rows(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> Rows:
     total_bound = error if double else error + half_ulp(np.abs(stored) + error, "float32")
     single = count == 1
     alone = np.where(live, sums, 0).sum(axis=0)
-    return Rows(
+    return RowWeights(
         maximum=maximum,
         total=np.where(regular, stored, np.where(single, alone, np.where(to_nan, special, 0))),
         total_low=np.where(regular & np.isfinite(stored), np.ldexp(total[1], top), 0),

@@ -1,4 +1,8 @@
-"""The differential harness: several backends on the same bits, against one another and against the oracle."""
+"""The differential harness: several backends on the same bits, against one another and against the oracle.
+
+The rule of this room: nobody is the reference. Each backend has a trial of its own, and then their bits are compared; what
+went wrong is made small, and written so that it can be run again.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,15 @@ import numpy as np
 from rau import registry
 from rau.errors import ConstraintError, RauError, UnknownBackendError
 from rau.state import AttentionState
-from rau.testing import checks, folding, record
-from rau.testing.bits import same_bits
 from rau.testing.cases import Case, generated, named
-from rau.testing.comparison import shares
-from rau.testing.conformance import load
-from rau.testing.expected import Expected, widen
-from rau.testing.shrink import shrink
+from rau.testing.comparison import same_bits, shares
+from rau.testing.differential.record import Record, Recorded, write_record
+from rau.testing.differential.shrink import shrink
+from rau.testing.reference.oracle import Expected, widen
+from rau.testing.trial import excluded_by, expected_of, problem_of, run_case
+from rau.testing.trial.judge import judge_values
+from rau.testing.trial.judge import promises_bits
+from rau.testing.under_test import load
 
 BINS = 20  # of the histogram of shares, over [0, 1]; one more holds what is beyond
 
@@ -148,15 +154,16 @@ class Differential:
         lines = [f"{self.cases} cases: {'no difference' if self.passed else 'DIFFERENCES'}"]
         for name, standing in self.standings.items():
             lines.append(
-                f"  {name}: {standing.cases} cases, {len(standing.excluded)} excluded; worst {standing.attn_share:.3f} (attn_out) "
-                f"and {standing.sum_share:.3f} (softmax_sum) of the bound"
+                f"  {name}: {standing.cases} cases, {len(standing.excluded)} excluded; worst {standing.attn_share:.3f} "
+                f"(attn_out) and {standing.sum_share:.3f} (softmax_sum) of the bound"
             )
             lines += [
                 f"    {dtype}: {share:.3f} (attn_out) and {standing.sum_shares[dtype]:.3f} (softmax_sum)"
                 for dtype, share in standing.attn_shares.items()
             ]
         for (one, other), pair in self.pairs.items():
-            lines.append(f"  {one}, {other}: {pair.cases} cases, {pair.different} with different bits, {pair.share:.3g} of the bound")
+            different = f"{pair.different} with different bits, {pair.share:.3g} of the bound"
+            lines.append(f"  {one}, {other}: {pair.cases} cases, {different}")
         for finding in self.findings:
             lines.append(f"  WRONG {finding.backend}: {finding.case.id}: {finding.message}")
             if finding.file:
@@ -195,7 +202,7 @@ def run_differential(
     Notes
     -----
     A backend is wrong where a value is beyond the bound at ``capabilities.tolerance``, or where it fails any other
-    check of :mod:`rau.testing.checks`. Two backends that declare tolerance 1, and are not wrong, must have the same bits.
+    check of :mod:`rau.testing.trial`. Two backends that declare tolerance 1, and are not wrong, must have the same bits.
 
     Examples
     --------
@@ -214,7 +221,7 @@ def run_differential(
     if cases is None:
         cases = [*named(), *generated(0, 1000)]
     for case in cases:
-        for who, message in judge(instances, case, report):
+        for who, message in run_on_all(instances, case, report):
             report.wrong[who] = report.wrong.get(who, 0) + 1
             if all(finding.backend != who for finding in report.findings):
                 finding = Finding(case, who, message)
@@ -232,13 +239,13 @@ def run_differential(
     return report
 
 
-def run_recorded(recorded: record.Record, backends: Sequence[Any]) -> Differential:
+def run_recorded(recorded: Record, backends: Sequence[Any]) -> Differential:
     """Run a recorded call again, and compare: what was recorded is one backend more, whose bits nobody promises.
 
     Parameters
     ----------
     recorded : Record
-        From :func:`rau.testing.record.load`.
+        From :func:`rau.testing.differential.record.read_record`.
     backends : sequence of Backend or type or str
 
     Returns
@@ -250,10 +257,10 @@ def run_recorded(recorded: record.Record, backends: Sequence[Any]) -> Differenti
     ConstraintError
         If the arrays make no valid call.
     """
-    observed = [] if recorded.observed is None else [record.Recorded(recorded.observed)]
+    observed = [] if recorded.observed is None else [Recorded(recorded.observed)]
     report = Differential(cases=1)
-    for who, message in judge(_instances([*observed, *backends]), recorded.case, report, recorded.states):
-        if not who.startswith(f"{record.Recorded.name}, "):
+    for who, message in run_on_all(_instances([*observed, *backends]), recorded.case, report, recorded.states):
+        if not who.startswith(f"{Recorded.name}, "):
             report.wrong[who] = 1
             report.findings.append(Finding(recorded.case, who, message))
     return report
@@ -269,24 +276,12 @@ def _instances(backends: Sequence[Any]) -> list[Any]:
     return instances
 
 
-def judge(
+def run_on_all(
     instances: Sequence[Any], case: Case, report: Differential | None = None, numbers: list[AttentionState] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Run one case on every backend.
+    """Run one case on every backend: who got something wrong, and what. `report` takes the statistics.
 
-    Parameters
-    ----------
-    instances : sequence of Backend
-    case : Case
-    report : Differential, optional
-        Takes the statistics.
-    numbers : list of AttentionState, optional
-        The input states, where they come from elsewhere; those of ``case.fill()`` by default.
-
-    Yields
-    ------
-    who, message : str
-        What went wrong, and whose it is.
+    `numbers` are the input states, where they come from elsewhere than ``case.fill()``.
     """
     report = report if report is not None else Differential()
     try:
@@ -296,20 +291,20 @@ def judge(
         for instance in instances:
             report.standings.setdefault(instance.name, Standing()).excluded[case.id] = str(error)
         return
-    problem, expected = checks.problem_of(pristine), checks.expected_of(pristine)
+    problem, expected = problem_of(pristine), expected_of(pristine)
     results: list[tuple[Any, AttentionState]] = []
     blamed: set[str] = set()
     for instance in instances:
         standing = report.standings.setdefault(instance.name, Standing())
-        reasons = checks.excluded_by(instance, case, problem)
+        reasons = excluded_by(instance, case, problem)
         if reasons:
             standing.excluded[case.id] = "; ".join(reasons)
             continue
         standing.cases += 1
         with registry.provisionally(instance):
-            result, problems = checks.run(instance, case, numbers)
+            result, problems = run_case(instance, case, numbers)
         if result is not None:
-            comparison = folding.judge(instance, case, numbers, result, expected)
+            comparison = judge_values(instance, case, numbers, result, expected)
             problems = [*comparison.problems, *problems]
             if comparison.attn_share > standing.attn_share or not standing.worst:
                 standing.worst = case.id
@@ -329,23 +324,12 @@ def judge(
             pair.share = max(pair.share, _apart(mine, its, expected))
             pair.first = pair.first or f"{case.id}: {differences[0]}"
             told = {one.name, other.name} & blamed  # that one of them is wrong explains the difference
-            if folding.promises_bits(one, case) and folding.promises_bits(other, case) and not told:
+            if promises_bits(one, case) and promises_bits(other, case) and not told:
                 yield f"{one.name}, {other.name}", "; ".join(differences)
 
 
 def histogram(result: AttentionState, expected: Expected) -> np.ndarray:
-    """Count the elements of attn_out by their share of the bound.
-
-    Parameters
-    ----------
-    result : AttentionState
-    expected : Expected
-
-    Returns
-    -------
-    ndarray of int64, shape (BINS + 1,)
-        The last bin holds what is beyond 1.
-    """
+    """Count the elements of attn_out by their share of the bound, (BINS + 1,); the last bin holds what is beyond 1."""
     if result.attn_out.shape != expected.attn_out.shape or not result.attn_out.size:
         return np.zeros(BINS + 1, np.int64)
     share = shares(
@@ -366,7 +350,7 @@ def _apart(one: AttentionState, other: AttentionState, expected: Expected) -> fl
 
 def _still_wrong(finding: Finding, instances: Sequence[Any], case: Case) -> str:
     try:
-        verdicts = judge(_involved(finding, instances), case)
+        verdicts = run_on_all(_involved(finding, instances), case)
         return next((message for who, message in verdicts if who == finding.backend), "")
     except ConstraintError:  # too small for its profile, or no valid call at all
         return ""
@@ -379,10 +363,10 @@ def _write(finding: Finding, instances: Sequence[Any], folder: Path) -> None:
     path = folder / f"{name}.npz"
     first = _involved(finding, instances)[0]
     with registry.provisionally(first):
-        observed = checks.run(first, case).result
+        observed = run_case(first, case).result
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        record.save(path, case, case.make().states, observed)
+        write_record(path, case, case.make().states, observed)
     except OSError as error:
         finding.message += f" (and the case could not be written: {error})"
     else:

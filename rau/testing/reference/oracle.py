@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from rau.testing import doubledouble as dd
-from rau.testing.rows import FORMATS, Rows, half_ulp, merge_rows
+from rau.testing.reference import doubledouble as dd
+from rau.testing.reference.row_weights import FORMATS, RowWeights, half_ulp, exact_weights
 
 _SLAB = 2**17  # elements: a handful of float64 temporaries of this size stay in the cache
 
@@ -73,30 +73,14 @@ class Expected:
 
 
 def once_stored(error: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
-    """Add what storing may to the error of the arithmetic: in 16 bits half a unit in the last place.
-
-    Parameters
-    ----------
-    error, exact : ndarray of float64, same shape
-        An error of 0, bit for bit, stays 0.
-    dtype : str
-        Name of the format. In float32 and float64 the arithmetic's last rounding is that of storing.
-
-    Returns
-    -------
-    ndarray of float64
-    """
-    if dtype not in ("float16", "bfloat16"):
+    """Add what storing may to an error of the arithmetic: half a unit in the last place in 16 bits, but 0 stays."""
+    if dtype not in ("float16", "bfloat16"):  # the arithmetic's last rounding is that of storing
         return error
     return np.where(error == 0, 0.0, error + half_ulp(np.abs(exact) + error, dtype))
 
 
 def oracle(
-    states: Sequence[Sequence[Any]],
-    actual_seq_qlen: Any = None,
-    layout: str = "SBH",
-    *,
-    softmax_layout: str = "TND",
+    states: Sequence[Sequence[Any]], actual_seq_qlen: Any = None, layout: str = "SBH", *, softmax_layout: str = "TND"
 ) -> Expected:
     """Merge attention states in extended precision, with a bound on the error of each number.
 
@@ -144,7 +128,7 @@ def oracle(
         raise ValueError("there are no states; expected one or more")
     outputs, maxima, sums = zip(*(map(np.asarray, state) for state in states), strict=True)
     shape, stats_shape = outputs[0].shape, maxima[0].shape
-    order = _row_order(shape, stats_shape, actual_seq_qlen, layout, softmax_layout)
+    order = row_order(shape, stats_shape, actual_seq_qlen, layout, softmax_layout)
     flat_max, flat_sum = (
         np.stack([widen(part[..., 0]).ravel()[order] for part in parts]) for parts in (maxima, sums)
     )
@@ -159,7 +143,7 @@ def oracle(
     with np.errstate(all="ignore"):
         for start in range(0, order.size, step):
             slab = slice(start, start + step)
-            rows = merge_rows(flat_max[:, slab], flat_sum[:, slab], double=double)
+            rows = exact_weights(flat_max[:, slab], flat_sum[:, slab], double=double)
             for name, column in stats.items():
                 column[slab] = getattr(rows, name)
             value, low, bound = _merge_elements([widen(part[slab]) for part in flat_out], rows, dtype)
@@ -186,33 +170,19 @@ def oracle(
 
 
 def widen(array: np.ndarray) -> np.ndarray:
-    """Convert exactly to float64; bfloat16 by its bits, so that no library for it is needed.
-
-    Parameters
-    ----------
-    array : ndarray, float16, bfloat16, float32 or float64
-
-    Returns
-    -------
-    ndarray of float64, same shape
-    """
+    """Convert exactly to float64; bfloat16 by its bits, so that no library for it is needed."""
     if array.dtype.name == "bfloat16":
         array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float64)
 
 
-def _row_order(
-    shape: tuple[int, ...],
-    stats_shape: tuple[int, ...],
-    actual_seq_qlen: Any,
-    layout: str,
-    softmax_layout: str,
+def row_order(
+    shape: tuple[int, ...], stats_shape: tuple[int, ...], actual_seq_qlen: Any, layout: str, softmax_layout: str
 ) -> np.ndarray:
     """For each row in the order in which the output has them, the place of its statistics."""
     if layout not in ("SBH", "BSND", "BNSD", "TND") or softmax_layout not in ("TND", "SBH"):
         raise ValueError(
-            f"layout is {layout!r}, softmax_layout {softmax_layout!r}; "
-            "expected SBH, BSND, BNSD or TND, and TND or SBH"
+            f"layout is {layout!r}, softmax_layout {softmax_layout!r}; expected SBH, BSND, BNSD or TND, and TND or SBH"
         )
     places = np.arange(int(np.prod(stats_shape[:-1])))
     if layout == "SBH":  # rows (S, B, N), statistics (B, N, S)
@@ -232,23 +202,11 @@ def _row_order(
     return rows.ravel()
 
 
-def _merge_elements(parts: list[np.ndarray], rows: Rows, dtype: str) -> tuple[np.ndarray, Any, np.ndarray]:
-    """Merge a slab of elements.
+def _merge_elements(parts: list[np.ndarray], rows: RowWeights, dtype: str) -> tuple[np.ndarray, Any, np.ndarray]:
+    """Merge a slab of elements, K arrays (rows, D) of float64, with the weights of their rows.
 
-    Parameters
-    ----------
-    parts : list of K ndarray of float64, shape (rows, D)
-        Outputs of the states.
-    rows : Rows
-        Their weights.
-    dtype : str
-        Name of the result's dtype.
-
-    Returns
-    -------
-    value, low, bound : ndarray of float64, shape (rows, D)
-        Exact value as a sum of two float64 numbers (low is 0.0 unless the problem is float64), and its bound before it is
-        stored.
+    Exact values come back as sums of two float64 numbers, value and low (0.0 unless the problem is float64), with their
+    bound before they are stored.
     """
     double = dtype == "float64"
     value = np.full_like(parts[0], -0.0)  # the sum of nothing: -0.0 + x is x, whatever zero x may be
@@ -288,18 +246,14 @@ def _merge_elements(parts: list[np.ndarray], rows: Rows, dtype: str) -> tuple[np
     return value, low, bound
 
 
-def _merge_in_double_double(parts: list[np.ndarray], rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _merge_in_double_double(parts: list[np.ndarray], rows: RowWeights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sum weight times output in double-double, on mantissas, so that nothing overflows or underflows.
 
-    Returns
-    -------
-    value, low : ndarray of float64
-    usable : ndarray of bool
-        False where IEEE arithmetic on special values, or on zeros, decides instead.
+    With value and low comes where they are usable: elsewhere IEEE arithmetic on special values, or on zeros, decides.
     """
     usable = np.ones(parts[0].shape, bool)
     any_product = np.zeros(parts[0].shape, bool)
-    terms: list[tuple[dd.Pair, np.ndarray]] = []
+    terms: list[tuple[dd.HighLow, np.ndarray]] = []
     for i, part in enumerate(parts):
         counts = ~rows.skipped[i][:, None]
         usable &= ~counts | (np.isfinite(part) & np.isfinite(rows.weight[i])[:, None])
@@ -309,7 +263,7 @@ def _merge_in_double_double(parts: list[np.ndarray], rows: Rows) -> tuple[np.nda
         product = dd.multiply(weight, (mantissa, np.zeros_like(mantissa)))
         terms.append((product, np.where(mantissa == 0, -(10**6), exponent + rows.exponent[i][:, None])))
     top = np.maximum.reduce([exponent for _, exponent in terms])
-    total: dd.Pair = (np.zeros_like(parts[0]), np.zeros_like(parts[0]))
+    total: dd.HighLow = (np.zeros_like(parts[0]), np.zeros_like(parts[0]))
     for (high, low), exponent in terms:
         shift = np.maximum(exponent - top, -2000)
         total = dd.add(total, (np.ldexp(high, shift), np.ldexp(low, shift)))

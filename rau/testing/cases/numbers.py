@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from rau.state import AttentionState
-
-if TYPE_CHECKING:
-    from rau.testing.cases import Case
+from rau.testing.reference.attention import partial_attention
 
 Generator = np.random.Generator
 Stats = list[np.ndarray]  # one (rows,) float64 array for each state
@@ -69,6 +67,9 @@ def _extremes(rng: Generator, maxima: Stats, sums: Stats) -> None:
         maximum[rows] = -rng.uniform(700.0, 716.0, int(rows.sum()))
 
 
+# Where float32's and float64's exponentials end, and far beyond.
+_HUGE = [-1e4, 1e4, 3e38, -3e38, 87.0, -87.0, 104.0, 708.0, -708.0]
+
 # What may be done to ordinary statistics (maxima around 0, sums between 1 and 100).
 STATISTICS: dict[str, Fill] = {
     "ordinary": lambda rng, maxima, sums: None,
@@ -77,7 +78,7 @@ STATISTICS: dict[str, Fill] = {
     "nan-sum": lambda rng, maxima, sums: _put(rng, sums, [np.nan]),
     "infinite-max": lambda rng, maxima, sums: _put(rng, maxima, [np.inf, -np.inf]),
     "infinite-sum": lambda rng, maxima, sums: _put(rng, sums, [np.inf]),
-    "huge-gaps": lambda rng, maxima, sums: _put(rng, maxima, [-1e4, 1e4, 3e38, -3e38, 87.0, -87.0, 104.0, 708.0, -708.0], 0.5),
+    "huge-gaps": lambda rng, maxima, sums: _put(rng, maxima, _HUGE, 0.5),
     "balanced": _balanced,
     "extremes": _extremes,
     "equal-maxima": _equal_maxima,
@@ -110,19 +111,7 @@ OUTPUTS: dict[str, Callable[[Generator, np.ndarray], None]] = {
 
 
 def fill_statistics(rng: Generator, kind: str, states: int, rows: int) -> tuple[Stats, Stats]:
-    """Make the statistics of some states.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-    kind : str
-        A key of :data:`STATISTICS`.
-    states, rows : int
-
-    Returns
-    -------
-    maxima, sums : lists of `states` ndarrays of float64, shape (rows,)
-    """
+    """Make maxima and sums of a kind of :data:`STATISTICS`: for each state a (rows,) array of float64."""
     maxima = [rng.normal(0.0, 3.0, rows) for _ in range(states)]
     sums = [rng.uniform(1.0, 100.0, rows) for _ in range(states)]
     STATISTICS[kind](rng, maxima, sums)
@@ -130,100 +119,74 @@ def fill_statistics(rng: Generator, kind: str, states: int, rows: int) -> tuple[
 
 
 def fill_output(rng: Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Make one state's output.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-    kind : str
-        A key of :data:`OUTPUTS`.
-    shape : tuple of int
-
-    Returns
-    -------
-    ndarray of float32, `shape`
-        To be cast to the case's dtype.
-    """
+    """Make one state's output of a kind of :data:`OUTPUTS`, in float32."""
     output = rng.standard_normal(shape, dtype=np.float32)
     OUTPUTS[kind](rng, output)
     return output
 
 
-def attention(rng: Generator, case: Case, states: int) -> list[AttentionState]:
-    """Make real partial states: causal attention of some queries to consecutive parts of their keys.
+def attention(
+    rng: Generator, shape: tuple[int, ...], lengths: Sequence[int], dtypes: Sequence[str], lanes: int, *, layout: str,
+    softmax_layout: str,
+) -> list[AttentionState]:  # fmt: skip
+    """Make real partial states: causal attention of queries of a shape to consecutive parts of their keys.
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-    case : Case
-    states : int
-
-    Returns
-    -------
-    list of AttentionState
-        In the case's layout, orders, dtypes and lanes. Early queries do not see the later parts: their rows are empty.
+    Early queries do not see the later parts: their rows are empty.
     """
-    from rau.testing.attention import partial_attention
-
-    shape = case.shapes[0]
-    if case.layout == "SBH":
-        shape = (*shape[:2], case.heads, case.head_dim)
-    sequences = len(case.lengths)
-    packed_lengths: dict[str, list[int]] = {}
     queries, made = rng.standard_normal(shape), []
-    axis = {"SBH": 0, "TND": 0, "BSND": 1, "BNSD": 2}[case.layout]
-    for k in range(states):
-        if case.layout == "TND":
-            counts = rng.integers(0, 6, sequences)
-            packed_lengths = {
-                "actual_seq_qlen": np.concatenate([[0], np.cumsum(case.lengths)]).astype(np.int64).tolist(),
-                "actual_seq_kvlen": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64).tolist(),
-            }
-            keys = int(counts.sum())
-            positions = np.concatenate([[], *(3 * k + np.arange(n) for n in counts)]).astype(np.int64)
-        else:
-            keys = int(rng.integers(1, 6))
-            positions = 3 * k + np.arange(keys)
-        their_shape = tuple(keys if a == axis else n for a, n in enumerate(shape))
-        state = partial_attention(
-            queries, rng.standard_normal(their_shape), rng.standard_normal(their_shape), causal=True, layout=case.layout,
-            softmax_layout=case.softmax_layout, key_positions=positions,
-            dtype=case.dtype if k == 0 else case.cur_dtype or case.dtype, **packed_lengths,
+    axis = {"SBH": 0, "TND": 0, "BSND": 1, "BNSD": 2}[layout]
+    for k, dtype in enumerate(dtypes):
+        ends: dict[str, list[int]] = {}
+        counts = rng.integers(0, 6, len(lengths)) if layout == "TND" else [int(rng.integers(1, 6))]
+        if layout == "TND":
+            ends = {"actual_seq_qlen": cumulative(lengths).tolist(), "actual_seq_kvlen": cumulative(counts).tolist()}
+        positions = np.concatenate([[], *(3 * k + np.arange(n) for n in counts)]).astype(np.int64)
+        their_shape = tuple(len(positions) if a == axis else n for a, n in enumerate(shape))
+        keys, values = rng.standard_normal(their_shape), rng.standard_normal(their_shape)
+        attn_out, *stats = partial_attention(
+            queries, keys, values, causal=True, layout=layout, softmax_layout=softmax_layout, key_positions=positions,
+            dtype=dtype, **ends,
         )  # fmt: skip
-        made.append(AttentionState(state[0], *(part[..., : case.lanes] for part in state[1:])))
+        made.append(AttentionState(attn_out, *(part[..., :lanes] for part in stats)))
     return made
 
 
-def flash(rng: Generator, case: Case, states: int) -> list[AttentionState]:
-    """Make the partial states that torch's FlashAttention returns on the CPU: an output and its log-sum-exp.
+def flash(rng: Generator, shape: tuple[int, ...], dtypes: Sequence[str], lanes: int) -> list[AttentionState]:
+    """Make the partial states that torch's FlashAttention returns on the CPU, of queries (B, N, S, D).
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-    case : Case
-        Of layout "BNSD", in float32 or 16 bits.
-    states : int
-
-    Returns
-    -------
-    list of AttentionState
-        softmax_max holds the natural log-sum-exp, softmax_sum 1.
+    It hands out a natural log-sum-exp, in softmax_max here, with a softmax_sum of 1.
     """
-    import torch
+    import torch  # this kind of numbers alone needs it
 
-    from rau.testing.cases import named_dtype
+    batch, heads, tokens, head_dim = shape
+    dtype = getattr(torch, dtypes[0])
 
-    dtype = getattr(torch, case.dtype)
+    def draw(count: int) -> Any:
+        return torch.from_numpy(rng.standard_normal((batch, heads, count, head_dim))).to(dtype)
 
-    def draw(tokens: int) -> Any:
-        shape = case.batch, case.heads, tokens, case.head_dim
-        return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
-
-    queries, made = draw(case.tokens), []
-    for _ in range(states):
+    queries, made = draw(tokens), []
+    for name in dtypes:
         keys = int(rng.integers(1, 20))
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, draw(keys), draw(keys))
         bits = output.contiguous().view(torch.uint16 if dtype.itemsize == 2 else torch.int32).numpy()
-        lanes = lse.float().contiguous().numpy()[..., None].repeat(case.lanes, axis=-1)
-        made.append(AttentionState(bits.view(named_dtype(case.dtype)), lanes, np.ones_like(lanes)))
+        stats = lse.float().contiguous().numpy()[..., None].repeat(lanes, axis=-1)
+        made.append(AttentionState(bits.view(named_dtype(name)), stats, np.ones_like(stats)))
     return made
+
+
+def cumulative(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Where sequences end, from 0 on: int64, (sequences + 1,)."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def named_dtype(name: str) -> np.dtype[Any]:
+    """Find the NumPy dtype of a name; bfloat16 is ml_dtypes'."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes  # the one format that NumPy lacks
+    except ImportError as error:
+        raise ImportError(
+            "bfloat16 cases need ml_dtypes: pip install 'ring-attention-update[test]', or pip install ml_dtypes"
+        ) from error
+    return np.dtype(ml_dtypes.bfloat16)

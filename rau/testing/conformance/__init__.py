@@ -1,83 +1,33 @@
-"""The conformance kit: hold any backend to the contract, from Python or from pytest."""
+"""The conformance kit: hold any backend to the contract, from Python or from pytest.
+
+The rule of this room: whatever is asked of a backend is a :class:`Check`, with an id, and a reason where it is excluded.
+"""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
-import rau
 from rau import registry
-from rau.errors import BackendUnavailableError, UnknownBackendError
-from rau.testing import memory
-from rau.testing.algebra import laws
-from rau.testing.autograd import writes
-from rau.testing.bits import same_bits
+from rau.errors import ShapeError
 from rau.testing.cases import Case, generated, named
-from rau.testing.checks import check_case, described, excluded_by, run
-from rau.testing.interop import recipes
-from rau.testing.report import Report
-from rau.testing.streams import streams
+from rau.testing.cases.placements import PACKED_PLACEMENTS
+from rau.testing.comparison import same_bits
+from rau.testing.conformance.autograd import writes
+from rau.testing.conformance.laws import laws
+from rau.testing.conformance.report import Check, Report
+from rau.testing.conformance.streaming import streams
+from rau.testing.trial import check_case, excluded_by, ordinary_case, run_case
+from rau.testing.under_test import load
+from rau.update import ring_attention_update
 
 GENERATED = 400  # cases beside the named ones
-
-
-def load(backend: Any) -> Any:
-    """Find a backend by name, by "module:Class", by class, or take an instance as it is.
-
-    Parameters
-    ----------
-    backend : str or type or Backend
-        A module is looked for in the current folder first, so that nothing need be installed.
-
-    Returns
-    -------
-    Backend
-
-    Raises
-    ------
-    UnknownBackendError
-        If there is no such backend, module or class.
-    BackendUnavailableError
-        If it cannot be used here; the cause is chained.
-    """
-    if isinstance(backend, str) and ":" in backend:
-        module_name, _, class_name = backend.partition(":")
-        if "" not in sys.path:
-            sys.path.insert(0, "")
-        try:
-            module = importlib.import_module(module_name)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-                raise UnknownBackendError(
-                    f"{backend!r}: no module {module_name!r} here or installed; expected module:Class"
-                ) from error
-            raise BackendUnavailableError(
-                f"{backend!r}: module {module_name!r} cannot be imported: {described(error)}"
-            ) from error
-        backend = getattr(module, class_name, None)
-        if backend is None:
-            raise UnknownBackendError(f"module {module_name!r} has no class {class_name!r}")
-    elif isinstance(backend, str):
-        return registry.get(backend)
-    try:
-        instance = backend() if isinstance(backend, type) else backend
-    except (Exception, SystemExit) as error:
-        raise BackendUnavailableError(f"{backend.__qualname__}() failed: {described(error)}") from error
-    needed = ("name", "capabilities", "update", "merge", "asarray", "to_numpy", "synchronize")
-    missing = [name for name in needed if not hasattr(instance, name)]
-    if missing:
-        raise UnknownBackendError(
-            f"{type(instance).__qualname__} has no {', '.join(missing)}; derive it from rau.backends.Backend"
-        )
-    return instance
 
 
 def check_backend(
@@ -117,9 +67,8 @@ def check_backend(
     Each case checks the values against the oracle (within the bound at ``capabilities.tolerance``), dtypes and shapes,
     equal lanes, array kind and device, that inputs are unchanged, that `out` is what comes back and nothing beside it is
     written, and that a second run with another number of threads gives the same bits. Beside the cases stand the laws of
-    merging, every way in which other libraries hand out a state, a StreamingMerge over the backend in each layout, whole
-    and in parts, what autograd learns of writes into torch tensors, a wrong call (nothing may be written), and calls from
-    several threads at once.
+    merging, a StreamingMerge over the backend in each layout, whole and in parts, what autograd learns of writes into torch
+    tensors, a wrong call (nothing may be written), and calls from several threads at once.
 
     Examples
     --------
@@ -142,66 +91,19 @@ def check_backend(
     return report
 
 
-class Check(NamedTuple):
-    """One check of one backend.
-
-    Attributes
-    ----------
-    id : str
-    run : callable
-        Returns what is wrong, a list of str.
-    excluded : list of str
-        Why the backend's capabilities exclude it; empty where they do not.
-    """
-
-    id: str
-    run: Callable[[], list[str]]
-    excluded: list[str]
-
-    def problems(self) -> list[str]:
-        """Run it; an exception is a problem like any other."""
-        try:
-            return self.run()
-        except Exception as error:
-            return [described(error)]
-
-
 def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*") -> list[Check]:
-    """List all the checks of a backend.
-
-    Parameters
-    ----------
-    backend : Backend
-    cases : iterable of Case, optional
-    select : str, default "*"
-        Pattern of their ids.
-
-    Returns
-    -------
-    list of Check
-    """
+    """List all the checks of a backend whose ids match a pattern, those of the cases first."""
     every = []
     for case in [*named(), *generated(0, GENERATED)] if cases is None else cases:
         case = _fitting(backend, case)
         if fnmatchcase(case.id, select):
             every.append(Check(case.id, partial(_case, backend, case), excluded_by(backend, case)))
-    for id, law, dtype, reason in (*laws(backend), *recipes(backend), *streams(backend), *writes(backend)):
-        every.append(Check(id, partial(law, backend, dtype), [reason] if reason else []))
+    every += [*laws(backend), *streams(backend), *writes(backend)]
     every.append(Check("calls/wrong-call-writes-nothing", partial(_wrong_call, backend), []))
-    several = [_ordinary(backend, f"calls/threads-{i}", 40 + i) for i in range(4)]
-    every.append(
-        Check("calls/several-threads-at-once", partial(_several_threads, backend, several), excluded_by(backend, several[0]))
-    )
+    several = [ordinary_case(backend, f"calls/threads-{i}", 40 + i) for i in range(4)]
+    together = partial(_several_threads, backend, several)
+    every.append(Check("calls/several-threads-at-once", together, excluded_by(backend, several[0])))
     return [check for check in every if fnmatchcase(check.id, select)]
-
-
-def _ordinary(backend: Any, id: str, tokens: int) -> Case:
-    """An ordinary case, in what the backend takes."""
-    takes = backend.capabilities
-    return Case(
-        id=id, layout=takes.layouts[0], softmax_layout=takes.softmax_layouts[0], tokens=tokens, lengths=(tokens,), heads=4,
-        head_dim=64, lanes=takes.lanes[0], dtype="float32" if "float32" in takes.dtypes else takes.dtypes[0],
-    )  # fmt: skip
 
 
 def _fitting(backend: Any, case: Case) -> Case:
@@ -215,7 +117,7 @@ def _fitting(backend: Any, case: Case) -> Case:
     rows: dict[str, Any] = {}
     if layout == "TND":
         rows = {"batch": 1, "tokens": case.batch * case.tokens, "lengths": (case.tokens,) * case.batch}
-        if "TND" not in backend.capabilities.softmax_layouts and case.stats_placement in memory.PACKED_PLACEMENTS:
+        if "TND" not in backend.capabilities.softmax_layouts and case.stats_placement in PACKED_PLACEMENTS:
             rows |= {"softmax_layout": "SBH", "qlen": "array"}
     portable = "portable" if layout != "TND" else case.profile
     return replace(case, id=f"{case.id}@{layout}", layout=layout, profile=portable, **rows)
@@ -234,16 +136,16 @@ def _wrong_call(backend: Any) -> list[str]:
     before = [np.array(backend.to_numpy(part)) for part in out]
     short = [states[1][0], states[1][1], backend.asarray(call.states[1].softmax_sum[:, :, :-1])]
     try:
-        rau.ring_attention_update(*states[0], *short, out=tuple(out), backend=backend)
-    except rau.ShapeError:
+        ring_attention_update(*states[0], *short, out=tuple(out), backend=backend)
+    except ShapeError:
         return same_bits(before, [np.asarray(backend.to_numpy(part)) for part in out])
     return ["statistics of unequal shapes were taken"]
 
 
 def _several_threads(backend: Any, cases: list[Case]) -> list[str]:
-    alone = [run(backend, case).result for case in cases]
+    alone = [run_case(backend, case).result for case in cases]
     with ThreadPoolExecutor(len(cases)) as pool:
-        together = list(pool.map(lambda case: run(backend, case).result, cases * 3))
+        together = list(pool.map(lambda case: run_case(backend, case).result, cases * 3))
     problems = []
     for one, other in zip(alone * 3, together, strict=True):
         if one is None or other is None:
@@ -275,7 +177,7 @@ class BackendConformance:
     @classmethod
     def pytest_generate_tests(cls, metafunc: Any) -> None:
         """Make one test of each check: excluded ones are skipped with the reason, expected failures are strict."""
-        import pytest
+        import pytest  # only this class is for it
 
         if "check" not in metafunc.fixturenames:
             return

@@ -39,29 +39,13 @@ def _bits(array: np.ndarray) -> np.dtype[Any]:
 
 
 def place(values: np.ndarray, placement: str, token_axis: int = 0) -> Placed:
-    """Put values into fresh memory in one of several ways.
+    """Put values into fresh memory in one of several ways, with a guard pattern in the rest of it.
 
-    Parameters
-    ----------
-    values : ndarray
-        Its values, shape and dtype are kept.
-    placement : str
-        "contiguous"; "offset" by one element from any alignment; "strided": every other token of a larger array;
-        "half": the second half of a sequence twice as long; "padded": rows of a wider array; "transposed": the first two axes swapped in memory; "reversed": tokens
-        backwards; "broadcast": the last axis has stride 0 (statistics only); "gapped": the last axis is not contiguous;
-        "far": tokens lie so far apart that their offsets need 64 bits, in memory that is reserved and never touched.
-    token_axis : int, default 0
-        The axis that "strided" and "reversed" act on.
-
-    Returns
-    -------
-    Placed
-        The rest of the memory is filled with a guard pattern.
-
-    Raises
-    ------
-    OSError
-        For "far", where the system does not reserve so much.
+    "contiguous"; "offset" by one element from any alignment; "strided": every other token (`token_axis`) of a larger array;
+    "half": the second half of a sequence twice as long; "padded": rows of a wider array; "transposed": the first two axes
+    swapped in memory; "reversed": tokens backwards; "broadcast": the last axis has stride 0 (statistics only); "gapped": the
+    last axis is not contiguous; "far": tokens lie so far apart that their offsets need 64 bits, in memory that is reserved
+    and never touched (OSError where the system does not reserve so much).
     """
     shape, dtype = values.shape, values.dtype
 
@@ -69,20 +53,26 @@ def place(values: np.ndarray, placement: str, token_axis: int = 0) -> Placed:
         memory = np.full(int(np.prod(of)) * dtype.itemsize, _GUARD, np.uint8)
         return memory, memory.view(dtype).reshape(of)
 
+    def tokens(own: slice) -> tuple[slice, ...]:
+        return tuple(own if axis == token_axis else slice(None) for axis in range(len(shape)))
+
+    def longer(times: int) -> tuple[int, ...]:
+        return tuple(times * n if axis == token_axis else n for axis, n in enumerate(shape))
+
     if placement == "contiguous":
         memory, view = room(shape)
     elif placement == "offset":
         memory, flat = room((values.size + 1,))
         view = flat[1:].reshape(shape)
-    elif placement in ("strided", "reversed"):
-        step = 2 if placement == "strided" else -1
-        wide = tuple(n * abs(step) if axis == token_axis else n for axis, n in enumerate(shape))
-        memory, view = room(wide)
-        view = view[tuple(slice(None, None, step if axis == token_axis else 1) for axis in range(len(shape)))]
+    elif placement == "strided":
+        memory, wide = room(longer(2))
+        view = wide[tokens(slice(None, None, 2))]
+    elif placement == "reversed":
+        memory, forwards = room(shape)
+        view = forwards[tokens(slice(None, None, -1))]
     elif placement == "half":
-        long = tuple(2 * n if axis == token_axis else n for axis, n in enumerate(shape))
-        memory, view = room(long)
-        view = view[tuple(slice(n if axis == token_axis else 0, None) for axis, n in enumerate(shape))]
+        memory, long = room(longer(2))
+        view = long[tokens(slice(shape[token_axis], None))]
     elif placement == "padded":
         memory, view = room((*shape[:-1], shape[-1] + 3))
         view = view[..., : shape[-1]]

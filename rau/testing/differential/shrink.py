@@ -10,22 +10,8 @@ from rau.testing.cases import Case
 
 
 def shrink(case: Case, wrong: Callable[[Case], str]) -> Iterator[tuple[Case, str]]:
-    """Look for ever smaller cases that still fail.
+    """Look for ever smaller cases that still fail, until no step is left; `wrong` says what is wrong, if anything.
 
-    Parameters
-    ----------
-    case : Case
-        It fails.
-    wrong : callable
-        Says what is wrong with a case; empty where nothing is.
-
-    Yields
-    ------
-    case, message : Case, str
-        Each smaller than the one before. The last one has no step left that keeps it failing.
-
-    Examples
-    --------
     >>> found = shrink(Case(id="x", tokens=9), lambda case: "wrong" if case.tokens > 3 else "")
     >>> [(case.tokens, case.heads, case.head_dim) for case, _ in found]
     [(4, 2, 8), (4, 1, 8), (4, 1, 1)]
@@ -42,17 +28,7 @@ def shrink(case: Case, wrong: Callable[[Case], str]) -> Iterator[tuple[Case, str
 
 
 def smaller(case: Case) -> Iterator[Case]:
-    """List cases a step simpler than one, the largest steps first.
-
-    Parameters
-    ----------
-    case : Case
-
-    Yields
-    ------
-    Case
-        Not all of them make valid calls.
-    """
+    """List cases a step simpler than one, the largest steps first; not all of them make valid calls."""
     if case.profile != "portable":  # lifts the limits that keep it large
         yield replace(case, profile="portable")
     for name, least in (("tokens", 1), ("batch", 1), ("heads", 1), ("head_dim", 1)):

@@ -15,21 +15,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-Array: TypeAlias = Any  # of float64, or a float, which broadcasts
-Pair: TypeAlias = tuple[Array, Array]
+Floats: TypeAlias = Any  # of float64, or a float, which broadcasts
+HighLow: TypeAlias = tuple[Floats, Floats]
 
 _SPLITTER = 2.0**27 + 1
 
 
-def two_sum(a: Array, b: Array) -> Pair:
+def two_sum(a: Floats, b: Floats) -> HighLow:
     """Return a + b rounded, and what the rounding lost, exactly (Knuth).
 
-    Parameters
-    ----------
-    a, b : ndarray of float64
-
-    Examples
-    --------
     >>> two_sum(1.0, 2.0**-80) == (1.0, 2.0**-80)
     True
     """
@@ -38,29 +32,24 @@ def two_sum(a: Array, b: Array) -> Pair:
     return total, (a - (total - back)) + (b - back)
 
 
-def _fast_two_sum(a: Array, b: Array) -> Pair:
+def _fast_two_sum(a: Floats, b: Floats) -> HighLow:
     """Two_sum for abs(a) >= abs(b) (Dekker)."""
     total = a + b
     return total, b - (total - a)
 
 
-def _split(a: Array) -> Pair:
+def _split(a: Floats) -> HighLow:
     """Cut a number into two of 26 bits (Veltkamp), so that products of the parts are exact."""
     scaled = _SPLITTER * a
     high = scaled - (scaled - a)
     return high, a - high
 
 
-def two_product(a: Array, b: Array) -> Pair:
+def two_product(a: Floats, b: Floats) -> HighLow:
     """Return a * b rounded, and what the rounding lost, exactly (Dekker).
 
-    Parameters
-    ----------
-    a, b : ndarray of float64
-        Below 2^996 in magnitude, with a product far above the subnormal numbers.
+    The factors are below 2^996 in magnitude, their product far above the subnormal numbers.
 
-    Examples
-    --------
     >>> a = 1 + 2.0**-40
     >>> two_product(a, a) == (1 + 2.0**-39, 2.0**-80)
     True
@@ -70,7 +59,7 @@ def two_product(a: Array, b: Array) -> Pair:
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
-def add(a: Pair, b: Pair) -> Pair:
+def add(a: HighLow, b: HighLow) -> HighLow:
     """Return a + b, good to about 2^-104 of abs(a + b) even where the two cancel."""
     high, error = two_sum(a[0], b[0])
     low, low_error = two_sum(a[1], b[1])
@@ -78,13 +67,13 @@ def add(a: Pair, b: Pair) -> Pair:
     return _fast_two_sum(high, error + low_error)
 
 
-def multiply(a: Pair, b: Pair) -> Pair:
+def multiply(a: HighLow, b: HighLow) -> HighLow:
     """Return a * b, good to about 2^-102 of it."""
     high, error = two_product(a[0], b[0])
     return _fast_two_sum(high, error + (a[0] * b[1] + a[1] * b[0]))
 
 
-def divide(a: Pair, b: Pair) -> Pair:
+def divide(a: HighLow, b: HighLow) -> HighLow:
     """Return a / b, good to about 2^-100 of it, by long division with two digits of 53 bits."""
     first = a[0] / b[0]
     taken = multiply((first, np.zeros_like(first)), b)
@@ -115,27 +104,12 @@ _TAYLOR = [_pair(Fraction(1, factorial(n))) for n in range(27)]
 _FLOAT64_FROM = 14
 
 
-def exponential(x: Pair) -> tuple[Array, Array, Array]:
-    """Return exp(x) as a mantissa and a power of two, so that nothing underflows.
+def exponential(x: HighLow) -> tuple[Floats, Floats, Floats]:
+    """Return exp(x), x between -2000 and 2000, as (high + low) * 2^exponent, so that nothing underflows.
 
-    Parameters
-    ----------
-    x : pair of ndarray of float64
-        Finite, between -2000 and 2000.
+    The mantissa is between 0.70 and 1.42, its relative error below 2^-95. exp(x) = 2^k exp(r) with r = x - k ln 2, then the
+    Taylor series of exp(r) by Horner's rule.
 
-    Returns
-    -------
-    high, low : ndarray of float64
-        Mantissa between 0.70 and 1.42; its relative error is below 2^-95.
-    exponent : ndarray of int64
-        exp(x) = (high + low) * 2^exponent.
-
-    Notes
-    -----
-    exp(x) = 2^k exp(r) with r = x - k ln 2, then the Taylor series of exp(r) by Horner's rule.
-
-    Examples
-    --------
     >>> high, low, exponent = exponential((np.array([-1.0]), np.array([0.0])))
     >>> bool(np.ldexp(high, exponent)[0] == float.fromhex("0x1.78b56362cef38p-2"))
     True

@@ -1,0 +1,71 @@
+"""What is under test: a backend, however it is named, its arrays, and how its exceptions are worded.
+
+The rule of this room: it finds a backend, gives it arrays of its own and takes them back, and judges nothing about it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rau import registry
+from rau.errors import BackendUnavailableError, UnknownBackendError
+from rau.state import AttentionState
+
+
+def load(backend: Any) -> Any:
+    """Find a backend by name, by "module:Class" (here first, then installed), by class, or take an instance as it is."""
+    if isinstance(backend, str) and ":" in backend:
+        module_name, _, class_name = backend.partition(":")
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        try:
+            module = importlib.import_module(module_name)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+                raise UnknownBackendError(
+                    f"{backend!r}: no module {module_name!r} here or installed; expected module:Class"
+                ) from error
+            raise BackendUnavailableError(
+                f"{backend!r}: module {module_name!r} cannot be imported: {described(error)}"
+            ) from error
+        backend = getattr(module, class_name, None)
+        if backend is None:
+            raise UnknownBackendError(f"module {module_name!r} has no class {class_name!r}")
+    elif isinstance(backend, str):
+        return registry.get(backend)
+    try:
+        instance = backend() if isinstance(backend, type) else backend
+    except (Exception, SystemExit) as error:
+        raise BackendUnavailableError(f"{backend.__qualname__}() failed: {described(error)}") from error
+    needed = ("name", "capabilities", "update", "merge", "asarray", "to_numpy", "synchronize")
+    missing = [name for name in needed if not hasattr(instance, name)]
+    if missing:
+        raise UnknownBackendError(
+            f"{type(instance).__qualname__} has no {', '.join(missing)}; derive it from rau.backends.Backend"
+        )
+    return instance
+
+
+def own_state(backend: Any, state: Sequence[Any]) -> AttentionState:
+    """Make the backend's own arrays of a NumPy state, which has to be contiguous for some."""
+    return AttentionState(*(backend.asarray(np.ascontiguousarray(part)) for part in state))
+
+
+def host_state(backend: Any, state: Sequence[Any]) -> AttentionState:
+    """Wait for a state of the backend's own arrays, and copy it into NumPy's."""
+    backend.synchronize()
+    return AttentionState(*(np.array(backend.to_numpy(part)) for part in state))
+
+
+def described(error: BaseException) -> str:
+    """Word an exception, with the place where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
