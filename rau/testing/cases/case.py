@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.layouts import LAYOUTS, shapes
 from rau.state import AttentionState
 from rau.testing.cases import numbers
 from rau.testing.cases.numbers import named_dtype
 from rau.testing.cases.placements import PACKED_PLACEMENTS, Placed, place
 from rau.update import merge_states, ring_attention_update
 
-_TOKEN_AXIS = {"SBH": (0, 2), "TND": (0, 0), "BSND": (1, 2), "BNSD": (2, 2)}  # of attn_out, of statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +89,8 @@ class Case:
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of attn_out and of the statistics."""
-        B, S, N, D = self.batch, self.tokens, self.heads, self.head_dim
-        if self.layout == "TND":
-            return (S, N, D), (S, N, self.lanes)
-        attn = {"SBH": (S, B, N * D), "BSND": (B, S, N, D), "BNSD": (B, N, S, D)}[self.layout]
-        return attn, (B, N, S, self.lanes)
+        batch = 1 if self.layout == "TND" else self.batch
+        return shapes(self.layout, batch, self.tokens, self.heads, self.head_dim, self.lanes)
 
     @property
     def needs_float64_rows(self) -> bool:
@@ -153,7 +150,7 @@ class Case:
 
     def make(self, states: list[AttentionState] | None = None) -> CaseCall:
         """Lay numbers, those of :meth:`fill` by default, out in memory, fresh at every call."""
-        attn_axis, stats_axis = _TOKEN_AXIS[self.layout]
+        attn_axis, stats_axis = LAYOUTS[self.layout].attn_token, LAYOUTS[self.layout].stats_token
 
         def placed_state(state: AttentionState, attn: str, stats: str) -> tuple[Placed, ...]:
             attn_out, *others = state

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rau.layouts import LAYOUTS
 from rau.state import AttentionState
 from rau.testing.reference.attention import partial_attention
 
@@ -134,7 +135,7 @@ def attention(
     Early queries do not see the later parts: their rows are empty.
     """
     queries, made = rng.standard_normal(shape), []
-    axis = {"SBH": 0, "TND": 0, "BSND": 1, "BNSD": 2}[layout]
+    axis = LAYOUTS[layout].attn_token
     for k, dtype in enumerate(dtypes):
         ends: dict[str, list[int]] = {}
         counts = rng.integers(0, 6, len(lengths)) if layout == "TND" else [int(rng.integers(1, 6))]

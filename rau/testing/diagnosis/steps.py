@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from rau.layouts import LAYOUTS
 from rau.state import AttentionState
 from rau.testing.reference.doubledouble import two_sum
 from rau.testing.reference.oracle import row_order, widen
@@ -148,6 +149,5 @@ class Steps:
         if self.lengths is not None:
             mask[self.lengths[1:][np.diff(self.lengths) > 0] - 1] = True
         elif mask.size:
-            last: dict[str, Any] = {"SBH": -1, "TND": -1, "BSND": np.s_[:, -1], "BNSD": np.s_[..., -1]}
-            mask[last[self.layout]] = True
+            mask[(slice(None),) * LAYOUTS[self.layout].attn_token + (-1,)] = True
         return mask.ravel()
