@@ -11,7 +11,15 @@ import numpy as np
 
 from rau.state import AttentionState
 from rau.testing.reference.oracle import widen
-from rau.testing.reference.sequences import DTYPES, AttentionCall, TokenSequence, positions_of, read_arrays, sequences_of
+from rau.testing.reference.sequences import (
+    AXES,
+    DTYPES,
+    AttentionCall,
+    TokenSequence,
+    positions_of,
+    read_arrays,
+    sequences_of,
+)
 
 _SCORES = 2**22  # scores computed at a time, 32 MB; much smaller products lose time to BLAS's own threads
 _LANES = 8
@@ -191,12 +199,11 @@ def _softmax(
 def _in_vendor_form(state: AttentionState, call: AttentionCall, sequences: list[TokenSequence]) -> AttentionState:
     """Bring (B, N, S, ...) arrays into the layout of the call, and give the statistics their lanes."""
     out, maximum, total = state
-    if call.layout == "SBH":
-        out = out.transpose(2, 0, 1, 3)
-        out = out.reshape(*out.shape[:2], out.shape[2] * out.shape[3])
-    elif call.layout == "BSND":
-        out = out.swapaxes(1, 2)
-    elif call.layout == "TND":
+    if call.layout in AXES:
+        out = out.transpose(np.argsort(AXES[call.layout]))
+        if call.layout == "SBH":
+            out = out.reshape(*out.shape[:2], out.shape[2] * out.shape[3])
+    else:
         out = out[0].swapaxes(0, 1)
         tokens = total.shape[2], total.shape[1]
         if call.softmax_layout == "SBH":

@@ -9,7 +9,7 @@ import numpy as np
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _FORMS = {"SBH": "(S, B, N, D)", "BSND": "(B, S, N, D)", "BNSD": "(B, N, S, D)", "TND": "(T, N, D)"}
-_AXES = {"SBH": (1, 2, 0, 3), "BSND": (0, 2, 1, 3), "BNSD": (0, 1, 2, 3)}  # of batch, head, token, dimension
+AXES = {"SBH": (1, 2, 0, 3), "BSND": (0, 2, 1, 3), "BNSD": (0, 1, 2, 3)}  # of batch, head, token, dimension
 
 
 class AttentionCall(NamedTuple):
@@ -39,7 +39,7 @@ def read_arrays(q: Any, k: Any, v: Any, call: AttentionCall) -> tuple[np.ndarray
         if given not in known:
             raise ValueError(f"{option} is {given!r}; expected one of {', '.join(known)}")
     q, k, v = (_checked(name, array, call.layout) for name, array in (("q", q), ("k", k), ("v", v)))
-    token = 0 if call.layout == "TND" else _AXES[call.layout][2]
+    token = 0 if call.layout == "TND" else AXES[call.layout][2]
     expected = (*q.shape[:token], k.shape[token], *q.shape[token + 1 :])
     if k.shape != expected:
         raise ValueError(
@@ -50,7 +50,7 @@ def read_arrays(q: Any, k: Any, v: Any, call: AttentionCall) -> tuple[np.ndarray
     if call.layout == "TND":
         q, k, v = (array.swapaxes(0, 1)[None] for array in (q, k, v))
     else:
-        q, k, v = (array.transpose(_AXES[call.layout]) for array in (q, k, v))
+        q, k, v = (array.transpose(AXES[call.layout]) for array in (q, k, v))
     return q, k, v
 
 
