@@ -9,7 +9,6 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 include "csrc/signatures.pxi"
-include "csrc/environment.pxi"
 include "csrc/roof.pxi"
 
 cdef extern from "versions.h" nogil:
@@ -158,7 +157,7 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
     cdef Call call
     cdef Py_ssize_t i, part, rows, row_bytes, bytes_, weight_item
     cdef Py_ssize_t states = len(arrays) // 3 - 1
-    cdef int64_t tokens = 0
+    cdef int64_t tokens = 0, elements
 
     call.blocks, call.columns = starts.shape[0], terms.shape[1]
     if call.blocks == 0:
@@ -204,7 +203,15 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
             raise MemoryError("rau: no memory for the scratch of a merge")
         for i in range(3 * (states + 1)):
             array = arrays[i]
-            call.arrays[i] = data_of(array) if isinstance(array, _ndarray) else <char *><uintptr_t>array.data_ptr()
+            # What was checked may have been changed since, by a log handler or another thread: seen for the last time here,
+            # where nobody else can run.
+            elements = tokens * heads * (lanes if i % 3 else head_dim)
+            if type(array) is _ndarray:
+                call.arrays[i] = data_of(array, &elements)
+            else:
+                call.arrays[i] = <char *><uintptr_t>array.data_ptr()
+            if elements and (elements < 0 or call.arrays[i] == NULL):
+                raise ValueError("an array lost its memory after it was checked (resized or freed meanwhile); nothing was written")
         with nogil:
             if call.workers == 1:  # enters no parallel region, which would start OpenMP's threads
                 _work(&call, 0)

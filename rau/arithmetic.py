@@ -53,7 +53,7 @@ def cast(array: Any, dtype: Any) -> Any:
     """Convert an array to a dtype of its library; the array itself where it has it."""
     if not isinstance(array, np.ndarray):
         return array.to(dtype)
-    with np.errstate(over="ignore"):  # beyond float32 it is infinite, of which torch does not speak either
+    with np.errstate(all="ignore"):  # beyond float32 it is infinite, of which torch does not speak either
         return array.astype(dtype, copy=False)
 
 

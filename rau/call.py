@@ -8,7 +8,7 @@ from typing import Any
 from rau import registry
 from rau.arrays import kind_of
 from rau.constraints import checked
-from rau.errors import UnsupportedError
+from rau.errors import RauError, UnsupportedError, shown
 from rau.layouts import FIELDS
 from rau.problem import Problem
 from rau.state import AttentionState
@@ -37,12 +37,13 @@ def run(
     check: str,
 ) -> AttentionState:
     """Check a call, choose who runs it, and run it; `call` is "ring_attention_update" or "merge_states"."""
-    problem, states = checked(
+    problem, states, target = checked(
         call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, out, profile, check
     )
     chosen, origin = registry.select(problem, backend)
     registry.log_call(call, chosen, origin)
-    return hand_over(call, chosen, problem, states, out)
+    result = hand_over(call, chosen, problem, states, target)
+    return result if target is out else AttentionState(*out)  # the caller's own objects
 
 
 def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> AttentionState:
@@ -61,7 +62,30 @@ def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequen
             assert kind is not None  # the validator has seen to that
             kind.will_write(out)
     if call != "merge_states":
-        return backend.update(problem, *states, out)
-    if not hasattr(backend, "merge"):
+        result = backend.update(problem, *states, out)
+    elif hasattr(backend, "merge"):
+        result = backend.merge(problem, states, out)
+    else:
         raise UnsupportedError(f'backend "{backend.name}" has no merge; derive it from rau.backends.Backend.')
-    return backend.merge(problem, states, out)
+    if result is not out or out is None:
+        _check_result(backend, problem, result, out)
+    return result
+
+
+def _check_result(backend: Any, problem: Problem, result: Any, out: AttentionState | None) -> None:
+    """Refuse what no backend may return: it would be taken for the merge."""
+    shapes = problem.shape, problem.stats_shape, problem.stats_shape
+    fault = ""
+    if not isinstance(result, tuple) or len(result) != 3:
+        fault = f"returned {shown(result)}; expected an AttentionState"
+    elif out is not None:
+        if not (result[0] is out[0] and result[1] is out[1] and result[2] is out[2]):
+            fault = "returned other arrays than those of `out`, which it was given to fill"
+    else:
+        for name, array, shape in zip(FIELDS, result, shapes, strict=True):
+            its = getattr(array, "shape", None)
+            if its is None or tuple(its) != shape:
+                fault = f"returned {name} of shape {shown(its)}; expected {shape}"
+                break
+    if fault:
+        raise RauError(f'backend "{backend.name}" {fault}. Its update or merge has to be mended; python -m rau check holds it to this.')

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from rau.constraints.rules import Violations
+from rau.errors import shown
 from rau.update import ring_attention_update as _update
 
 __all__ = ["npu_ring_attention_update", "ring_attention_update"]
@@ -75,7 +76,7 @@ def npu_ring_attention_update(
     """
     if layout is not None and input_layout is not None:
         report = Violations("npu_ring_attention_update")
-        report.add("layout", f"layout = {layout!r} and input_layout = {input_layout!r} are both given; expected one of "
+        report.add("layout", f"layout = {shown(layout)} and input_layout = {shown(input_layout)} are both given; expected one of "
                    "them: the first is MindSpeed's spelling, the second torch_npu's.")  # fmt: skip
         report.raise_if_broken()
     named = layout if input_layout is None else input_layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 
 
@@ -62,3 +63,22 @@ class BackendUnavailableError(RauError, ImportError):
 
 class UnsupportedError(RauError, NotImplementedError):
     """A valid call that the requested backend, or every backend, cannot run."""
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 120
+_repr.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """Show what somebody passed in a message: briefly, and whatever its own repr does.
+
+    Examples
+    --------
+    >>> shown("SHB"), shown([[[[[1]]]]])
+    ("'SHB'", '[[[...]]]')
+    """
+    try:
+        return _repr.repr(value)
+    except Exception:  # of its own making, or too deep
+        return f"<{type(value).__name__}, which has no repr>"

@@ -253,10 +253,16 @@ class BlockTerms(NamedTuple):
         for factors, numbers in ((by_start, self.starts), (by_length, self.lengths)):
             for column in factors.nonzero()[0]:
                 columns[column] += numbers * factors[column]
-        return np.ascontiguousarray(columns.T)
+        return _frozen(np.ascontiguousarray(columns.T))
 
 
-_NONE = np.zeros(1, dtype=np.int64)
+def _frozen(array: np.ndarray) -> np.ndarray:
+    """Make an array read-only: backends are given it, and calls share it."""
+    array.flags.writeable = False
+    return array
+
+
+_NONE = _frozen(np.zeros(1, dtype=np.int64))
 
 
 def block_terms(
@@ -310,9 +316,9 @@ def block_terms(
         terms = np.zeros((3, len(line)), dtype=np.int64)
         terms[0] = line
         if attn_batch is None or stats_batch is None or batch == 1:
-            return BlockTerms(_NONE, _NONE, terms)
+            return BlockTerms(_NONE, _NONE, _frozen(terms))
         terms[1, 2::3] = [stride[stats_batch if index % 3 else attn_batch] for index, stride in enumerate(strides)]
-        return BlockTerms(np.arange(batch), np.zeros(batch, dtype=np.int64), terms)
+        return BlockTerms(_frozen(np.arange(batch)), _frozen(np.zeros(batch, dtype=np.int64)), _frozen(terms))
 
     assert cumulative is not None  # the validator requires it here
     by_start, by_length = [0] * len(line), [0] * len(line)
@@ -330,7 +336,8 @@ def block_terms(
             by_start[first] = times * row
         if whole and half == "back":
             by_length[first] = row
-    return BlockTerms(cumulative[:-1], np.diff(cumulative), np.array((line, by_start, by_length), dtype=np.int64))
+    terms = np.array((line, by_start, by_length), dtype=np.int64)
+    return BlockTerms(cumulative[:-1], _frozen(np.diff(cumulative)), _frozen(terms))
 
 
 def row_index(table: np.ndarray, operand: int, part: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from rau.backends import Capabilities
-from rau.errors import BackendUnavailableError, RauError, UnknownBackendError
+from rau.errors import BackendUnavailableError, RauError, UnknownBackendError, shown
 
 GROUP = "rau.backends"
 INSTALL_HINT = (
@@ -74,41 +74,107 @@ _BUILT_IN = {
 }
 _OURS = ("cython", "numpy", "torch", "cuda", "ascend")
 
-_entries: dict[str, Entry] = {name: _builtin(*where) for name, where in _BUILT_IN.items()}
-_scanned = False
+_RESERVED = ("torch", "cuda", "ascend")  # by entry points of our own distribution alone
+_DISTRIBUTION = "ring-attention-update"
 
 
-def _scan() -> None:
-    """Read the entry points, once; nothing is imported."""
+def _built_in() -> dict[str, Entry]:
+    return {name: _builtin(*where) for name, where in _BUILT_IN.items()}
+
+
+# The table as it stands, and the last one that entry points were read into. A refresh puts another one in its place: who has
+# an entry in hand goes on with that.
+_entries: dict[str, Entry] = _built_in()
+_scanned: dict[str, Entry] | None = None
+
+
+def _scan() -> dict[str, Entry]:
+    """Return the table, its entry points read; nothing is imported."""
     global _scanned
-    if _scanned:
-        return
+    entries = _entries
+    if entries is _scanned:
+        return entries
     with lock:
-        if _scanned:
-            return
-        from importlib.metadata import distributions
+        entries = _entries
+        if entries is not _scanned:
+            entries.update(_declared(entries))
+            _scanned = entries
+    return entries
 
-        found: dict[str, dict[str, Any]] = {}
-        for distribution in distributions():
-            try:
-                points = distribution.entry_points.select(group=GROUP)
-                owner = (points and distribution.name) or "an unknown distribution"
-            except Exception:  # its metadata are broken: that must not hide the others
-                continue
-            for point in points:
-                found.setdefault(point.name, {}).setdefault(owner, point)  # the first on the path is what is imported
-        for name, owners in sorted(found.items()):
-            if name in _entries:
-                both = " and ".join(sorted(owners))
-                _entries[name].notes.append(f"declared by {both} too, in vain: the name was taken")
-            elif len(owners) == 1:
-                ((owner, point),) = owners.items()
-                _entries[name] = Entry(owner, point.load)
-            else:
-                both = " and ".join(sorted(owners))
-                _entries[name] = entry = Entry(both, lambda: None)
-                entry.failure = RauError(f'{both} both declare a backend "{name}"; uninstall one of them')
-        _scanned = True
+
+def _declared(taken: dict[str, Entry]) -> dict[str, Entry]:
+    """Read the entry points of all distributions; a claim on a name that is taken is noted there."""
+    from importlib.metadata import distributions
+
+    found: dict[str, dict[str, Any]] = {}
+    for distribution in distributions():
+        try:
+            points = distribution.entry_points.select(group=GROUP)
+            owner = (points and distribution.name) or "an unknown distribution"
+        except Exception:  # its metadata are broken: that must not hide the others
+            continue
+        for point in points:
+            found.setdefault(point.name, {}).setdefault(owner, point)  # the first on the path is what is imported
+    entries = {}
+    for name, owners in sorted(found.items()):
+        ours = owners.pop(_DISTRIBUTION, None) if name in _RESERVED else None
+        if ours is not None:
+            entries[name] = Entry(_DISTRIBUTION, ours.load)
+        elif name not in taken and name not in _RESERVED and len(owners) == 1:
+            ((owner, point),) = owners.items()
+            entries[name] = Entry(owner, point.load)
+            continue
+        both = " and ".join(sorted(owners))
+        if name in taken or ours is not None:
+            if both:
+                (taken.get(name) or entries[name]).notes.append(f"declared by {both} too, in vain: the name was taken")
+            continue
+        entries[name] = entry = Entry(both, lambda: None)
+        if name in _RESERVED:
+            entry.failure = RauError(f"{both} declares it, in vain: the name is kept for {_DISTRIBUTION}, which is not installed")
+        else:
+            entry.failure = RauError(f'{both} both declare a backend "{name}"; uninstall one of them')
+    return entries
+
+
+_PATIENCE = 30.0  # seconds that a fork waits for a plugin to be loaded
+
+
+def _before_fork() -> None:
+    """Wait until nothing is being loaded: a library that another thread has half imported cannot be imported in the child."""
+    global _held
+    _held = lock.acquire(timeout=_PATIENCE)
+
+
+def _after_in_parent() -> None:
+    if _held:
+        lock.release()
+
+
+def _after_in_child() -> None:
+    """Nobody is left who would release the lock, or finish what was being loaded all the same."""
+    global lock
+    lock = threading.RLock()
+    for entry in list(_entries.values()):
+        if isinstance(entry.failure, _BeingLoaded):
+            entry.failure = None
+
+
+_held = _guarded = False
+
+
+def _guard_forks() -> None:
+    """Register what a fork has to do, before the first plugin is loaded.
+
+    Not earlier: what was registered last is run first, and to wait with logging's lock, which its own does not give back until
+    the fork is made, would be to wait for a library that logs.
+    """
+    global _guarded
+    if not _guarded and hasattr(os, "register_at_fork"):
+        import logging  # noqa: F401
+
+        _guarded = True
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
 
 
 def names() -> list[str]:
@@ -123,8 +189,12 @@ def names() -> list[str]:
     >>> names()[:2]
     ['cython', 'numpy']
     """
-    _scan()
-    return [*(name for name in _OURS if name in _entries), *sorted(_entries.keys() - set(_OURS))]
+    return _in_order(_scan())
+
+
+def _in_order(entries: dict[str, Entry]) -> list[str]:
+    known = set(entries)
+    return [*(name for name in _OURS if name in known), *sorted(known - set(_OURS))]
 
 
 def blocked() -> set[str]:
@@ -132,60 +202,79 @@ def blocked() -> set[str]:
     return {name.strip() for name in os.environ.get("RAU_BLOCK", "").split(",")} - {""}
 
 
-def load(name: str) -> Entry:
-    """Load a known backend if that has not been tried; what came of it is in the entry."""
-    entry = _entries[name]
+def find(name: str) -> Entry | None:
+    """Return the entry of a name, as it is; None for one that nobody has declared or registered."""
+    return _entries.get(name) or _scan().get(name)
+
+
+def load(entry: Entry, name: str) -> Entry:
+    """Load a backend if that has not been tried; what came of it is in its entry."""
     if entry.instance is None:
         with lock:
-            load_class(name)
+            load_class(entry, name)
             if entry.instance is None and entry.failure is None:
                 with _attempt(entry):
-                    entry.instance = entry.cls() if isinstance(entry.cls, type) else entry.cls
+                    instance = entry.cls() if isinstance(entry.cls, type) else entry.cls
+                    if fault := missing_part(instance):
+                        raise BackendUnavailableError(f"{shown(instance)} is no backend: {fault}")
+                    entry.instance = instance
     return entry
 
 
-def load_class(name: str) -> Any:
+def load_class(entry: Entry, name: str) -> Any:
     """Import a backend's class, without making an instance; None where that fails."""
-    entry = _entries[name]
-    with lock:
-        if entry.cls is None and entry.failure is None:
-            with _attempt(entry):
-                if name in blocked():
-                    raise BackendUnavailableError(f"RAU_BLOCK = {os.environ['RAU_BLOCK']!r} names it")
-                cls = entry.load()
-                if fault := missing_part(cls):
-                    raise BackendUnavailableError(f"{cls!r} is no backend: {fault}")
-                entry.cls = cls
+    if entry.cls is None and entry.failure is None:
+        with lock:
+            if entry.origin != "built in":
+                _guard_forks()
+            if entry.cls is None and entry.failure is None:
+                with _attempt(entry):
+                    if name in blocked():
+                        raise BackendUnavailableError(f"RAU_BLOCK = {os.environ['RAU_BLOCK']!r} names it")
+                    cls = entry.load()
+                    if fault := missing_part(cls):
+                        raise BackendUnavailableError(f"{shown(cls)} is no backend: {fault}")
+                    entry.cls = cls
     return entry.cls
+
+
+class _BeingLoaded(BackendUnavailableError):
+    """What a backend hears that asks for itself."""
 
 
 @contextmanager
 def _attempt(entry: Entry) -> Iterator[None]:
     """Note in the entry what goes wrong: a plugin may do anything while it is loaded."""
-    entry.failure = BackendUnavailableError("it is still being loaded")  # what one hears that asks for itself
+    entry.failure = _BeingLoaded("it is still being loaded")
     try:
         yield
         entry.failure = None
-    except (Exception, SystemExit) as error:
-        entry.failure = error
-    except BaseException:  # interrupted: the next one tries again
+    except KeyboardInterrupt:  # the next one tries again
         entry.failure = None
         raise
+    except BaseException as error:
+        entry.failure = error
+
+
+def first_told(entry: Entry) -> bool:
+    """Tell whether nobody has been told of an entry's failure before; from now on somebody has."""
+    with lock:
+        news, entry.told = not entry.told, True
+    return news
 
 
 def missing_part(backend: Any) -> str:
     """Say what a class or an instance lacks to be a backend; empty where it lacks nothing."""
     if not isinstance(getattr(backend, "capabilities", None), Capabilities):
         return "it has no attribute `capabilities`, a rau.backends.Capabilities"
-    return "" if callable(getattr(backend, "update", None)) else "it has no method `update`"
+    if not callable(getattr(backend, "update", None)):
+        return "it has no method `update`"
+    return "" if isinstance(getattr(backend, "name", None), str) else "it has no attribute `name`, a str"
 
 
 def known(name: str) -> bool:
     """Tell whether anybody has declared or registered a name."""
-    if name in _entries:
-        return True
-    _scan()
-    return name in _entries
+    return find(name) is not None
 
 
 def get(name: str, origin: str = "") -> Any:
@@ -215,15 +304,16 @@ def get(name: str, origin: str = "") -> Any:
     'numpy'
     """
     asked = f" (asked for by {origin})" if origin else ""
-    if not isinstance(name, str) or not known(name):
+    entry = find(name) if isinstance(name, str) else None
+    if entry is None:
         import difflib
 
-        text = f"no backend is called {name!r}{asked}; known are {', '.join(names())}."
+        text = f"no backend is called {shown(name)}{asked}; known are {', '.join(names())}."
         close = difflib.get_close_matches(name, names(), n=1) if isinstance(name, str) else []
         if close:
             text += f' Did you mean "{close[0]}"?'
         raise UnknownBackendError(f"{text} {INSTALL_HINT}")
-    entry = load(name)
+    load(entry, name)
     if entry.failure is not None:
         raise BackendUnavailableError(
             f'backend "{name}" is not available{asked}: {reason_of(entry.failure)}', name=name
@@ -233,7 +323,10 @@ def get(name: str, origin: str = "") -> Any:
 
 def reason_of(failure: BaseException) -> str:
     """Word a failure in one line."""
-    text = " ".join(str(failure).split()) or "no reason given"
+    try:
+        text = " ".join(str(failure).split()) or "no reason given"
+    except Exception:
+        text = "and it cannot say why"
     return text if isinstance(failure, RauError) else f"{type(failure).__name__}: {text}"
 
 
@@ -245,16 +338,17 @@ def status() -> list[Status]:
     list of Status
         In the order of :func:`names`.
     """
-    for name in names():
-        load(name)
+    for name, entry in list(_scan().items()):
+        load(entry, name)
     return standings()
 
 
 def standings() -> list[Status]:
     """Tell what is known of every backend by its class and by earlier attempts: no instance is made, no library imported."""
-    result = []
-    for name in names():
-        cls, entry = load_class(name), _entries[name]
+    result, entries = [], _scan()
+    for name in _in_order(entries):
+        entry = entries[name]
+        cls = load_class(entry, name)
         state, reason = "not tried", []
         if entry.instance is not None:
             state = "available"
@@ -292,14 +386,15 @@ def register(backend: Any, name: str | None = None) -> None:
     """
     name = name or getattr(backend, "name", None)
     if not isinstance(name, str) or not name:
-        raise UnknownBackendError(f"{backend!r} has no name; expected a class attribute `name`, a str.")
+        raise UnknownBackendError(f"{shown(backend)} has no name; expected a class attribute `name`, a str.")
     if fault := missing_part(backend):
-        raise UnknownBackendError(f"{backend!r} is no backend: {fault}.")
+        raise UnknownBackendError(f"{shown(backend)} is no backend: {fault}.")
     with lock:
-        if known(name):
-            taken = _entries[name].origin
+        entries = _scan()
+        if name in entries:
+            taken = entries[name].origin
             raise UnknownBackendError(f'the name "{name}" is taken ({taken}); choose another one.')
-        _entries[name] = Entry("registered", lambda: backend)
+        entries[name] = Entry("registered", lambda: backend)
 
 
 @contextmanager
@@ -311,40 +406,39 @@ def provisionally(backend: Any) -> Iterator[None]:
     backend : Backend
         An instance, such as a kernel under development that is being checked.
     """
-    known(backend.name)
-    before = _entries.get(backend.name)
+    entries = _scan()
+    before = entries.get(backend.name)
     entry = Entry("under test", lambda: backend)
     entry.cls = entry.instance = backend
-    _entries[backend.name] = entry
+    entries[backend.name] = entry
     try:
         yield
     finally:
         if before is None:
-            del _entries[backend.name]
+            del entries[backend.name]
         else:
-            _entries[backend.name] = before
+            entries[backend.name] = before
 
 
 def refresh() -> None:
     """Forget what was loaded, what failed and what was registered; entry points are scanned anew on first need."""
-    global _scanned
+    global _entries
     with lock:
-        _entries.clear()
-        _entries.update({name: _builtin(*where) for name, where in _BUILT_IN.items()})
-        _scanned = False
+        _entries = _built_in()
 
 
 def array_types() -> set[str]:
     """Types that the known plugins take, as "module:qualname"; imports their modules, makes no instance."""
     types: set[str] = set()
-    for name in names():
-        declared = capabilities(name)
-        if declared is not None:
-            types.update(declared.array_types)
+    for name, entry in list(_scan().items()):
+        cls = load_class(entry, name)
+        if cls is not None:
+            types.update(cls.capabilities.array_types)
     return types
 
 
 def capabilities(name: str) -> Any:
     """Capabilities of a known backend, available here or not; None where its module cannot be imported."""
-    cls = load_class(name) if known(name) else None
+    entry = find(name)
+    cls = None if entry is None else load_class(entry, name)
     return None if cls is None else cls.capabilities

@@ -14,9 +14,12 @@ from rau.layouts import BlockTerms, block_terms, contiguous_strides, dimensions
 
 def _strides(kind: Kind, array: Any) -> tuple[int, ...]:
     """Strides in elements of an array that kernels can stream."""
-    strides = contiguous_strides(array.shape) if kind.contiguous(array) else kind.strides(array)
+    if kind.contiguous(array):
+        return contiguous_strides(array.shape)
+    strides = kind.strides(array)
     assert strides is not None
-    return strides
+    # An axis of length 1 may have any stride, with which nothing is to be computed.
+    return tuple(step if length > 1 else 0 for step, length in zip(strides, array.shape, strict=True))
 
 
 class Problem:

@@ -11,19 +11,19 @@ from typing import Any
 
 from rau.arrays import foreign_types
 from rau.backends import Backend
-from rau.errors import UnknownBackendError, UnsupportedError
+from rau.errors import UnknownBackendError, UnsupportedError, shown
 from rau.plugins import (
     Entry,
     Status,
     array_types,
     blocked,
     capabilities,
+    find,
+    first_told,
     missing_part,
     get,
     known,
     load,
-    load_class,
-    lock,
     names,
     provisionally,
     reason_of,
@@ -36,15 +36,6 @@ from rau.problem import Problem
 
 foreign_types.append(array_types)
 
-try:
-    from rau._core import environment
-except ImportError:  # not compiled: the same, more slowly
-
-    def environment(name: str) -> str | None:
-        """Read an environment variable."""
-        return os.environ.get(name)
-
-
 __all__ = [
     "Status", "array_types", "blocked", "capabilities", "get", "names", "provisionally", "refresh", "register",
     "select", "standings", "status", "use_backend",
@@ -53,6 +44,7 @@ __all__ = [
 # The innermost use_backend's name, and what was there before it.
 _Requested = tuple[str, Any] | None
 _logger: Any = None
+_KEY = os.environ.encodekey("RAU_BACKEND") if hasattr(os.environ, "encodekey") else "RAU_BACKEND"
 _DEBUG = 10  # logging.DEBUG
 _requested: ContextVar[_Requested] = ContextVar("rau_backend", default=None)
 
@@ -142,10 +134,17 @@ def requested(backend: Any = None) -> tuple[Any, str]:
     inner = _requested.get()
     if inner is not None:
         return inner[0], "use_backend"
-    name = environment("RAU_BACKEND")
+    name = _environment()
     if name:
         return name, "RAU_BACKEND"
     return None, "automatic"
+
+
+def _environment() -> str | None:
+    """RAU_BACKEND, as Python has it: C's getenv is not safe beside a library that sets variables in a thread of its own."""
+    # The mapping behind os.environ, which is asked at every call: by os.environ itself it takes thirty times as long to say no.
+    data = getattr(os.environ, "_data", None)
+    return os.environ.get("RAU_BACKEND") if data is None or _KEY in data else None
 
 
 def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
@@ -173,9 +172,10 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
     choice, origin = requested(backend)
     if choice is None:
         for name in automatic(problem):
-            if not known(name):
+            entry = find(name)
+            if entry is None:
                 continue
-            entry = load(name)
+            load(entry, name)
             if entry.failure is None:
                 if problem.taken_by is entry.instance or not reasons_against(entry.instance, problem):
                     vars(problem)["taken_by"] = entry.instance  # not a backend's to write, but ours
@@ -189,7 +189,7 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
         instance = choice
         fault = "it is a class" if isinstance(instance, type) else missing_part(instance)
         if fault:
-            raise UnknownBackendError(f"{origin}{instance!r} is no backend: {fault}; expected a name or an instance.")
+            raise UnknownBackendError(f"{origin}{shown(instance)} is no backend: {fault}; expected a name or an instance.")
     reasons = reasons_against(instance, problem)
     if reasons:
         raise UnsupportedError(
@@ -216,7 +216,7 @@ def automatic(problem: Problem) -> tuple[str, ...]:
 
 
 def reasons_against(backend: Any, problem: Problem) -> list[str]:
-    """All that speaks against running a problem by a backend, or a class of one; empty where nothing does."""
+    """All that speaks against running a problem by a backend; empty where nothing does."""
     capabilities = backend.capabilities
     return capabilities.arrays_refused(problem) + capabilities.limits_broken(problem)
 
@@ -225,10 +225,11 @@ def reasons_of_all(problem: Problem) -> str:
     """One line for each known backend: whether it takes the problem, and if not, why not; none is tried for that."""
     lines = []
     for one in standings():
-        if one.state in ("unavailable", "blocked"):
+        declared = capabilities(one.name)
+        if one.state in ("unavailable", "blocked") or declared is None:
             lines.append(f"  {one.name}: {one.state}: {one.reason}")
         else:
-            reasons = reasons_against(load_class(one.name), problem)
+            reasons = declared.arrays_refused(problem) + declared.limits_broken(problem)
             tried = "" if one.available else " (not tried yet)"
             lines.append(f"  {one.name}: {'; '.join(reasons) if reasons else f'takes it{tried}'}")
     return "\n".join(lines)
@@ -237,9 +238,7 @@ def reasons_of_all(problem: Problem) -> str:
 def _warn_core_missing(entry: Entry) -> None:
     """Tell once, unless the user has blocked it."""
     assert entry.failure is not None
-    with lock:
-        news, entry.told = not entry.told, True
-    if news and "cython" not in blocked():
+    if first_told(entry) and "cython" not in blocked():
         frame, level = sys._getframe(1), 2
         while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "rau":
             frame, level = frame.f_back, level + 1  # the caller's line is the one to show

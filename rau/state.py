@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,11 @@ from rau.constraints.options import check_softmax_layout
 from rau.constraints.rules import Violations
 from rau.layouts import LAYOUTS
 from rau.lse import arranged, log_sum_exp, reordered, statistics
+
+
+def _silent(array: Any) -> AbstractContextManager[Any]:
+    """What the contract allows is no news, whatever the caller asks of NumPy; torch says nothing in the first place."""
+    return np.errstate(all="ignore") if isinstance(array, np.ndarray) else nullcontext()
 
 
 class AttentionState(NamedTuple):
@@ -146,7 +151,8 @@ class AttentionState(NamedTuple):
             if axes:
                 check_shapes(report, attn_out, lse, layout, axes, number)
         report.raise_if_broken()
-        return cls(attn_out, *statistics(arranged(lse, axes), "float64" if wide else "float32", base, inf_is_empty))
+        with _silent(lse):
+            return cls(attn_out, *statistics(arranged(lse, axes), "float64" if wide else "float32", base, inf_is_empty))
 
     def lse(
         self,
@@ -225,8 +231,7 @@ class AttentionState(NamedTuple):
         maximum, total = self.softmax_max[..., 0], self.softmax_sum[..., 0]
         if lengths is not None:
             maximum, total = reordered(maximum, lengths, "TND"), reordered(total, lengths, "TND")
-        # What is infinite or no number is no news; torch does not speak of it in the first place.
-        with np.errstate(all="ignore") if isinstance(maximum, np.ndarray) else nullcontext():
+        with _silent(maximum):
             result = log_sum_exp(maximum, total, base)
         return arranged(result, axes)
 

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from rau.errors import OptionError
+from rau.errors import OptionError, shown
 
 _MOST = 1024
 
@@ -70,8 +70,8 @@ def set_num_threads(n: int) -> None:
     global _threads, _origin
     try:
         number = 0 if isinstance(n, (bool, np.bool_)) else operator.index(n)
-    except TypeError:
+    except Exception:  # TypeError, or whatever its __index__ does
         number = 0
     if not 1 <= number <= _MOST:
-        raise OptionError(f"set_num_threads: n = {n!r}; expected an int from 1 to {_MOST}.", ("threads",))
+        raise OptionError(f"set_num_threads: n = {shown(n)}; expected an int from 1 to {_MOST}.", ("threads",))
     _threads, _origin = number, "set_num_threads"

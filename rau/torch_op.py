@@ -86,7 +86,12 @@ def through_operator(
     if options[0] != "TND":
         actual_seq_qlen = None  # not even looked at
     elif actual_seq_qlen is not None and not isinstance(actual_seq_qlen, Tensor):
-        actual_seq_qlen = torch.as_tensor(actual_seq_qlen)
+        try:
+            actual_seq_qlen = torch.as_tensor(actual_seq_qlen)
+        except Exception:
+            layout, softmax_layout, profile, _ = options
+            bind(call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, None, profile, "metadata")  # says why
+            raise
     if call == "ring_attention_update":
         return torch.ops.rau.ring_attention_update(*states[0], *states[1], actual_seq_qlen, *options, backend)
     columns = ([state[field] for state in states] for field in range(3))

@@ -2,6 +2,8 @@
 
 import math
 import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -305,11 +307,12 @@ def test_refused():
         reorder_softmax(np.zeros((3, 2)), torch.tensor([0, 3], device="meta"), to="TND")
 
 
-def test_mindspore_tensors_are_refused_with_what_to_do():
+def test_mindspore_tensors_are_refused_with_what_to_do(monkeypatch):
     class Tensor:
         shape, dtype = (3, 2), "Float32"
 
     Tensor.__module__, Tensor.__qualname__ = "mindspore.common.tensor", "Tensor"
+    monkeypatch.setitem(sys.modules, "mindspore.common.tensor", SimpleNamespace(Tensor=Tensor))
     out, _ = pair("TND", "TN")
     with pytest.raises(rau.DTypeError) as caught:
         AttentionState.from_lse(out, Tensor(), base="e", **TND)

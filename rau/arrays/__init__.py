@@ -6,6 +6,7 @@ are recognised by name, so that nothing is imported to find out.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,6 @@ from rau.arrays.mindspore_ import MindSporeKind
 from rau.arrays.numpy_ import NumPyKind
 from rau.arrays.torch_ import TorchKind, tensor_inside
 
-_TYPE_NAMES: dict[type, tuple[str, ...]] = {}
 HOST_ARRAYS = ("numpy:ndarray", "torch:Tensor", "mindspore.common.tensor:Tensor")  # those with a `host_view`
 # Each names further types of arrays, as "module:qualname": the registry of backends adds itself, since plugins bring their own.
 foreign_types: list[Callable[[], set[str]]] = []
@@ -27,6 +27,12 @@ class Kind(Protocol):
     """What rau needs to know about the arrays of one library."""
 
     name: str
+
+    def plain(self, array: Any) -> Any:
+        """See the array as one of the library's own class, in the same memory."""
+
+    def fault(self, array: Any) -> str:
+        """Say why the array is no memory to be read, and what to pass; empty where it is, or only a device knows."""
 
     def dtype(self, array: Any) -> str:
         """Return the dtype's name, such as "bfloat16"; not a plain name where it is not native."""
@@ -80,7 +86,9 @@ class Kind(Protocol):
         """Return a C-contiguous copy, each element rounded once to nearest even."""
 
 
+# Classes of the libraries themselves. Others come and go: what is kept of them would never be given back.
 _KINDS: dict[type, Kind] = {np.ndarray: NumPyKind()}
+_LIBRARIES: dict[str, Callable[[], Kind]] = {"torch:Tensor": TorchKind, "mindspore.common.tensor:Tensor": MindSporeKind}
 
 
 def type_names(cls: type) -> tuple[str, ...]:
@@ -91,10 +99,10 @@ def type_names(cls: type) -> tuple[str, ...]:
     >>> type_names(bool)
     ('builtins:bool', 'builtins:int', 'builtins:object')
     """
-    names = _TYPE_NAMES.get(cls)
-    if names is None:
-        names = _TYPE_NAMES[cls] = tuple(f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__)
-    return names
+    return _NUMPY if cls is np.ndarray else tuple(f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__)
+
+
+_NUMPY = ("numpy:ndarray", "builtins:object")
 
 
 def kind_of(array: Any) -> Kind | None:
@@ -103,10 +111,25 @@ def kind_of(array: Any) -> Kind | None:
     Masked arrays are none: their mask would be lost. Tensors that hold others are none: torch would split what must stay
     together.
     """
-    kind = _KINDS.get(type(array))
-    if kind is None:
-        kind = _find(array)
-    return kind
+    try:
+        kind = _KINDS.get(type(array))
+    except Exception:  # a metaclass with a hash of its own
+        return None
+    return _find(array) if kind is None else kind
+
+
+def looks_like_array(value: Any) -> bool:
+    """Tell whether something has a shape and a dtype; what it does when it is asked is no matter."""
+    try:
+        return hasattr(value, "shape") and hasattr(value, "dtype")
+    except Exception:
+        return False
+
+
+def plain(array: Any) -> Any:
+    """See an array as one of its library's own class, in the same memory; what a subclass says of itself counts for nothing."""
+    kind = None if type(array) is np.ndarray else kind_of(array)
+    return array if kind is None else kind.plain(array)
 
 
 def _find(array: Any) -> Kind | None:
@@ -116,16 +139,18 @@ def _find(array: Any) -> Kind | None:
     if issubclass(cls, np.ndarray):
         return _KINDS[np.ndarray]
     names = type_names(cls)
-    if "torch:Tensor" in names:
-        if tensor_inside(cls):
-            return None
-        kind = _KINDS[cls] = TorchKind()
-        return kind
-    if "mindspore.common.tensor:Tensor" in names:
-        kind = _KINDS[cls] = MindSporeKind()
-        return kind
+    for name, make in _LIBRARIES.items():
+        if name in names:
+            module, _, own = name.partition(":")
+            library = getattr(sys.modules.get(module), own, None)
+            if library is None or not issubclass(cls, library) or tensor_inside(cls):
+                return None  # it bears the name, and is another one
+            kind = make()
+            if cls is library:
+                _KINDS[cls] = kind
+            return kind
     known = set().union(*(types() for types in foreign_types))
     for name in names:
-        if name in known and hasattr(array, "shape") and hasattr(array, "dtype"):
+        if name in known and looks_like_array(array):
             return ForeignKind(name)
     return None

@@ -21,6 +21,12 @@ class ForeignKind:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def plain(self, array: Any) -> Any:
+        return array
+
+    def fault(self, array: Any) -> str:
+        return ""
+
     def dtype(self, array: Any) -> str:
         return str(getattr(array.dtype, "name", array.dtype)).rpartition(".")[2]
 

@@ -28,6 +28,12 @@ class MindSporeKind(TorchKind):
     def signature(self, arrays: Sequence[Any], inputs: int) -> None:
         return None
 
+    def plain(self, array: Any) -> Any:
+        return array
+
+    def fault(self, array: Any) -> str:
+        return ""
+
     def dtype(self, array: Any) -> str:
         return str(array.dtype).lower()  # "Float32", "BFloat16"
 

@@ -31,12 +31,19 @@ class NumPyKind:
 
     name = "numpy"
 
+    def plain(self, array: np.ndarray) -> np.ndarray:
+        return array if type(array) is np.ndarray else np.ndarray.view(array, np.ndarray)
+
+    def fault(self, array: np.ndarray) -> str:
+        return ""
+
     def dtype(self, array: np.ndarray) -> str:
         dtype = array.dtype
         name = _NUMPY_NAMES.get(dtype)
         if name is None:
             name = dtype.name if dtype.isnative else f"{dtype.name} (byte-swapped)"
-            _NUMPY_NAMES[dtype] = name
+            if dtype.isbuiltin or name == "bfloat16":  # of structured ones there is no end
+                _NUMPY_NAMES[dtype] = name
         return name
 
     def device(self, array: np.ndarray) -> str:
@@ -104,5 +111,5 @@ class NumPyKind:
                     "[dtype-attn] NumPy has bfloat16 by ml_dtypes alone: pip install ml_dtypes", ("dtype-attn",)
                 ) from error
             dtype = ml_dtypes.bfloat16
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             return array.astype(dtype, order="C")

@@ -63,10 +63,48 @@ def _computes(torch: Any, dtype: Any, device: Any) -> bool:
     return True
 
 
+def _has_memory(array: Any) -> bool:
+    """Whether all that a strided tensor on the CPU reaches lies within its storage."""
+    if array._is_zerotensor():
+        return False
+    reach = sum((length - 1) * step for length, step in zip(array.shape, array.stride(), strict=True))
+    storage = array.untyped_storage()
+    end = array.data_ptr() + (reach + 1) * array.itemsize
+    return not array.numel() or storage.data_ptr() <= array.data_ptr() and end <= storage.data_ptr() + storage.nbytes()
+
+
+def _aligned(array: Any) -> bool:
+    """Whether a tensor in host memory stands at a multiple of its items' size."""
+    return type(array) is not sys.modules["torch"].Tensor or not array.is_cpu or array.data_ptr() % array.itemsize == 0
+
+
 class TorchKind:
     """Torch tensors, on any device."""
 
     name = "torch"
+
+    def plain(self, array: Any) -> Any:
+        torch = sys.modules["torch"]
+        if type(array) is torch.Tensor and not array.__dict__:  # where a method may be hidden
+            return array
+        with torch._C.DisableTorchFunctionSubclass():
+            own = torch.Tensor.as_subclass(array, torch.Tensor)
+        return own if type(own) is torch.Tensor else array
+
+    def fault(self, array: Any) -> str:
+        torch = sys.modules["torch"]
+        cls = type(array)
+        if array.is_cpu and cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not cls.__module__.startswith("torch._sub"):
+            return f"computes by a dispatch of its own ({cls.__qualname__}); expected a tensor of torch's own. Pass the one inside it."
+        if array.is_nested:
+            return f'is a nested tensor; expected a tensor of numbers. Pass {_HOLDERS["NestedTensor"]}.'
+        if array.layout is not torch.strided:
+            how = "" if "mkldnn" not in str(array.layout) else " (of MKL-DNN)"
+            return f"has layout {array.layout}{how}; expected a strided tensor. Pass .to_dense() of it."
+        if array.is_cpu and cls is torch.Tensor and not _has_memory(array):
+            return ("has no memory, or less than its shape and strides take (storage freed or shrunk, or zeros that are not stored); "
+                    "expected a tensor with memory of its own. Pass .clone() of one that has its values.")  # fmt: skip
+        return ""
 
     def dtype(self, array: Any) -> str:
         name = _DTYPES.get(array.dtype)
@@ -85,13 +123,14 @@ class TorchKind:
         return array.device.type == "cpu" and type(array) is sys.modules["torch"].Tensor
 
     def contiguous(self, array: Any) -> bool:
-        return array.is_contiguous() and not array.is_neg()
+        # A lazily negated view has the numbers with the other sign; bytes may be taken for numbers wherever they stand.
+        return array.is_contiguous() and not array.is_neg() and _aligned(array)
 
     def strides(self, array: Any) -> tuple[int, ...] | None:
-        return None if array.is_neg() else array.stride()
+        return None if array.is_neg() or not _aligned(array) else array.stride()
 
     def writable(self, array: Any) -> bool:
-        return not array.is_neg()  # a lazily negated view: its memory holds the numbers with the other sign
+        return not array.is_neg()
 
     def will_write(self, out: Any) -> None:
         torch = sys.modules["torch"]
@@ -119,7 +158,8 @@ class TorchKind:
         return Memory(array.data_ptr(), tuple(array.shape), strides, itemsize)
 
     def regular_copy(self, array: Any) -> Any:
-        return array.resolve_neg().contiguous()
+        copy = array.resolve_neg().contiguous()
+        return copy if _aligned(copy) else copy.clone()
 
     def to_numpy(self, array: Any) -> np.ndarray:
         array = array.detach().cpu()
@@ -143,7 +183,10 @@ class TorchKind:
         return (array.view(torch.uint16) if array.dtype == torch.bfloat16 else array).numpy()
 
     def signature(self, arrays: Sequence[Any], inputs: int) -> Hashable | None:
-        described = tensor_signature(arrays, inputs, sys.modules["torch"].Tensor)
+        try:
+            described = tensor_signature(arrays, inputs, sys.modules["torch"].Tensor)
+        except RuntimeError:  # sparse, and so on: the validator says it
+            return None
         return None if described is None else tuple(described)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:

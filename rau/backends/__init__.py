@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rau.arrays.torch_ import has_float64
+from rau.errors import shown
 from rau.layouts import LAYOUTS
 from rau.problem import Problem
 from rau.state import AttentionState
@@ -76,6 +77,23 @@ class Capabilities:
     limits: Callable[[Problem], list[str]] | None = None
     tolerance: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("array_types", "dtypes", "layouts", "softmax_layouts", "devices"):
+            value = getattr(self, name)
+            words = isinstance(value, tuple) and all(isinstance(word, str) for word in value)
+            if not words and not (value is None and name == "devices"):
+                raise TypeError(f"Capabilities: {name} = {shown(value)}; expected a tuple of str, such as (\"float32\",).")
+        if not isinstance(self.lanes, tuple) or not set(self.lanes) <= {8, 1}:
+            raise TypeError(f"Capabilities: lanes = {shown(self.lanes)}; expected a tuple of 8 and 1.")
+        for name, least in (("max_heads", 0), ("max_head_dim", 0), ("head_dim_multiple", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise TypeError(f"Capabilities: {name} = {shown(value)}; expected an int, at least {least}.")
+        if self.head_dim_multiple is None or not (self.limits is None or callable(self.limits)):
+            raise TypeError("Capabilities: expected an int as head_dim_multiple, and a callable or None as limits.")
+        if not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
+            raise TypeError(f"Capabilities: tolerance = {shown(self.tolerance)}; expected a positive number.")
+
     def limits_broken(self, problem: Problem) -> list[str]:
         """Reasons against a problem that do not depend on where its arrays are.
 
@@ -109,9 +127,17 @@ class Capabilities:
             reasons.append(f"D = {problem.D} > {self.max_head_dim}")
         if problem.D % self.head_dim_multiple:
             reasons.append(f"D = {problem.D} is no multiple of {self.head_dim_multiple}")
-        if self.limits is not None:
-            reasons += self.limits(problem)
-        return reasons
+        return reasons + self._own_limits(problem)
+
+    def _own_limits(self, problem: Problem) -> list[str]:
+        """What `limits` says; where it goes wrong itself, that is a reason, and no matter of the caller's."""
+        if self.limits is None:
+            return []
+        try:
+            found = list(self.limits(problem))
+        except Exception as error:
+            return [f"its limits cannot be asked ({type(error).__name__}: {shown(error)})"]
+        return [reason if isinstance(reason, str) else f"its limits say {shown(reason)}" for reason in found]
 
     def running_dtype(self, dtype: str) -> str:
         """Name the dtype in which a chain of updates keeps its running output: 16 bits would be rounded at every step.

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rau.arrays import Kind, kind_of
+import numpy as np
+
+from rau.arrays import Kind, kind_of, plain
+from rau.arrays.foreign import ForeignKind
 from rau.constraints import cache
 from rau.constraints.hints import another_dtype, not_an_array, swapped
 from rau.constraints.lengths import bind_lengths
@@ -31,16 +34,23 @@ def checked(
     profile: str,
     check: str,
     half: str | None = None,
-) -> tuple[Problem, Sequence[Sequence[Any]]]:
-    """Check a call as :func:`bind` does, or recognise it: nobody else knows that calls are remembered."""
+) -> tuple[Problem, Sequence[Sequence[Any]], Sequence[Any] | None]:
+    """Check a call as :func:`bind` does, or recognise it: nobody else knows that calls are remembered.
+
+    `out` comes back with the states: as the arrays that were checked, whatever class the caller's are of.
+    """
     signature = cache.signature(call, states, layout, softmax_layout, out, profile, check)
     problem = None if signature is None else cache.recall(signature)
     if problem is not None:
-        return problem, states
+        return problem, states, out
+    # What a subclass says of itself is believed by nobody: seen as its library's own class, an array is checked and used.
+    states = [[plain(array) for array in state] for state in states]
+    if isinstance(out, (tuple, list)):
+        out = [plain(array) for array in out]
     problem, states = bind(call, states, names, actual_seq_qlen, layout, softmax_layout, out, profile, check, half)
     if signature is not None:
         cache.remember(signature, problem, states, out)
-    return problem, states
+    return problem, states, out
 
 
 def bind(
@@ -98,6 +108,11 @@ def bind(
             _, _, tokens, N, D = dimensions(layout, *found[:2])
             limits.limits(report, names(0, 0), N, D, dtype)
         lengths = bind_lengths(report, actual_seq_qlen, tokens, packed, limits.vendor)
+        elsewhere = lengths is not None and not isinstance(lengths, np.ndarray)
+        if elsewhere and not isinstance(kind, ForeignKind | None) and kind.readable(states[0][0]):
+            report.add("array-device", f"actual_seq_qlen is on {lengths.device} and {names(0, 0)} on "
+                       f"{kind.device(states[0][0])}, where nobody can read it; expected one device for all. Pass "
+                       "actual_seq_qlen.cpu().")  # fmt: skip
     if kind is None or found is None:
         raise report.error()  # what follows needs arrays whose axes are known
 
@@ -133,6 +148,9 @@ def _check_arrays(report: Violations, states: Sequence[Sequence[Any]], names: Na
             elif its.name != kind.name:
                 report.add("array-kind", f"{names(k, field)} is a {its.name} array and {names(0, 0)} a "
                            f"{kind.name} one; expected one kind for all. Convert one of them first.")  # fmt: skip
+                good = None
+            elif fault := its.fault(array):
+                report.add("array", f"{names(k, field)} {fault}")
                 good = None
             elif its.device(array) != device:
                 report.add("array-device", f"{names(k, field)} is on {its.device(array)} and {names(0, 0)} on "

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from rau.arrays import type_names
+from rau.arrays import looks_like_array, type_names
 from rau.arrays.torch_ import tensor_inside
 
 SIGNIFICANT = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # bits
@@ -43,7 +43,7 @@ def in_its_place(value: object) -> str:
         return f" Pass {part}."
     if type(value).__module__.partition(".")[0] == "cupy":
         return " Convert it with cupy.asnumpy(...)."
-    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
+    if looks_like_array(value) and not isinstance(value, np.generic):
         return " Convert it with numpy.asarray(...)."  # JAX, MLX, TensorFlow
     return ""
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import kind_of
+from rau.arrays import kind_of, looks_like_array, plain
 from rau.constraints.hints import described, in_its_place
 from rau.constraints.rules import Violations
+from rau.errors import shown
 
 NAME = "actual_seq_qlen"
 
@@ -37,6 +38,7 @@ def bind_lengths(
         if lengths is None:
             return None
     else:
+        value = plain(value)
         kind = kind_of(value)
         if kind is None:
             report.add("qlen-dtype", f"{NAME} is {described(value)}; expected an int64 array or a list of ints."
@@ -55,16 +57,18 @@ def bind_lengths(
             return None
         if not kind.readable(value):
             return value
-        lengths = np.ascontiguousarray(kind.to_numpy(value), dtype=np.int64)
+        # A copy: what is checked is what is used, whoever writes to the caller's meanwhile.
+        lengths = np.array(kind.to_numpy(value), dtype=np.int64)
     return _check_cumulative(report, lengths, tokens)
 
 
 def _from_list(report: Violations, value: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
     wrong = [item for item in value if isinstance(item, bool) or not isinstance(item, (int, np.integer))]
     if wrong:
-        tensors = getattr(wrong[0], "shape", None) == () and not isinstance(wrong[0], np.generic)
+        item: Any = wrong[0]
+        tensors = looks_like_array(item) and tuple(item.shape) == () and not isinstance(item, np.generic)
         hint = " Pass the whole tensor's .tolist(), not a list of its elements." if tensors else ""
-        report.add("qlen-dtype", f"{NAME} holds {wrong[0]!r}, {described(wrong[0])}; expected ints.{hint}")
+        report.add("qlen-dtype", f"{NAME} holds {shown(wrong[0])}, {described(wrong[0])}; expected ints.{hint}")
         return None
     if not value:
         report.add("qlen-rank", f"{NAME} is empty; expected one more entry than there are sequences, so at least [0].")

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.arrays import kind_of
-from rau.arrays.torch_ import has_float64, tensor_inside
+from rau.arrays.torch_ import TorchKind, has_float64, tensor_inside
 from rau.constraints.hints import another_dtype, not_an_array, swapped
 from rau.constraints.lengths import NAME
 from rau.constraints.options import check_layout
 from rau.constraints.rules import Violations
+from rau.errors import shown
 from rau.layouts import LAYOUTS, LSE_LAYOUTS, OTHER_LSE_LAYOUTS, lse_layouts
 
 
@@ -64,6 +65,9 @@ def check_array(report: Violations, name: str, array: Any, rule: str, dtypes: tu
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor) and not tensor_inside(type(array)):
         # Not through its kind: a compiler that traces this would guard the kinds' tables, which grow meanwhile.
+        if not torch.compiler.is_compiling() and (fault := TorchKind().fault(array)):
+            report.add("array", f"{name} {fault}")
+            return None
         its = Described("torch", str(array.dtype).removeprefix("torch."), str(array.device))
     else:
         kind = kind_of(array)
@@ -113,7 +117,7 @@ def check_heads(report: Violations, heads: int | None) -> int | None:
     """Check a number of query heads; None where there is nothing to check, or it is no such number."""
     if heads is None or (isinstance(heads, (int, np.integer)) and not isinstance(heads, bool) and heads >= 0):
         return heads
-    report.add("heads", f"heads = {heads!r}; expected the number N of query heads, an int.")
+    report.add("heads", f"heads = {shown(heads)}; expected the number N of query heads, an int.")
     return None
 
 

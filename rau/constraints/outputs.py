@@ -41,6 +41,9 @@ def check_out(
         if its is None:
             report.add("array", not_an_array(name, array))
             continue
+        if fault := its.fault(array):
+            report.add("array", f"{name} {fault}")
+            continue
         if its.name != kind.name:
             report.add("array-kind", f"{name} is a {its.name} array; expected a {kind.name} one, like the inputs.")
             continue
@@ -65,8 +68,7 @@ def _check_strides(report: Violations, kind: Kind, name: str, array: Any, packed
     if strides is None:
         if not kind.writable(array):
             return  # which has been said
-        report.add("out-strides", f"{name} is not aligned to its items (byte strides {array.strides}); expected an "
-                   "aligned array. Pass such an array and assign from it.")  # fmt: skip
+        report.add("out-strides", f"{name} is not aligned to its items; expected an aligned array. Pass such an array and assign from it.")  # fmt: skip
         return
     if shape[-1] > 1 and strides[-1] != 1:
         report.add("out-strides", f"{name} has strides {strides} (in elements) for shape {shape}; expected a "

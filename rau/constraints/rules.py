@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from rau.constraints.hints import meant
-from rau.errors import ConstraintError, DTypeError, LayoutError, OptionError, ShapeError
+from rau.errors import ConstraintError, DTypeError, LayoutError, OptionError, ShapeError, shown
 
 
 class Rule(NamedTuple):
@@ -72,6 +72,9 @@ RULES: dict[str, Rule] = {
 }
 
 
+_MOST_LINES = 20  # of a message; the error's `rules` has them all
+
+
 class Violations:
     """Collects every broken rule of one call, then raises them as one error."""
 
@@ -99,10 +102,8 @@ class Violations:
         """
         if isinstance(value, str) and value in known:  # asked in this order, anything can be tested
             return True
-        import reprlib  # an array in the wrong place may be long
-
         expected = ", ".join(f'"{name}"' for name in known)
-        text = f"{argument} = {reprlib.repr(value)}; expected one of {expected}."
+        text = f"{argument} = {shown(value)}; expected one of {expected}."
         if isinstance(value, str):
             text += _closest(value, known) if others is None else meant(value, known, others)
         self.add(rule, text + note)
@@ -112,10 +113,12 @@ class Violations:
         """Word everything noted as one error, of the class of the first broken rule; what several states share, once."""
         broken = list(_folded(self.broken))
         lines = [f"[{rule}] {message}" for rule, message in broken]
-        if len(lines) == 1:
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES:,} more"]
+        if len(broken) == 1:
             text = f"{self.call}: {lines[0]}"
         else:
-            text = "\n  ".join([f"{self.call}: {len(lines)} rules are broken:", *lines])
+            text = "\n  ".join([f"{self.call}: {len(broken)} rules are broken:", *lines])
         return RULES[broken[0][0]].error(text, (rule for rule, _ in broken))
 
     def raise_if_broken(self) -> None:

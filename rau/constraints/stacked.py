@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rau.arrays import looks_like_array
 from rau.constraints.hints import described
 from rau.constraints.rules import Violations
 from rau.errors import ConstraintError
 from rau.layouts import FIELDS, LAYOUTS
 
+_MOST = 1 << 16  # states; each costs some microseconds before anything is merged
+_FEWER = f"expected at most {_MOST}. Merge groups of them, and then the results"
 _EXPECTED = (
     "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or one of arrays that are "
     "stacked along a new first axis"
@@ -19,9 +22,11 @@ _EXPECTED = (
 def as_states(states: Any, layout: Any) -> Sequence[Sequence[Any]]:
     """Take the argument of merge_states apart, before anything looks inside the states: at least one, views where stacked."""
     if getattr(type(states), "_fields", ()) == FIELDS or (
-        isinstance(states, (list, tuple)) and len(states) == 3 and all(hasattr(part, "shape") for part in states)
+        isinstance(states, (list, tuple)) and len(states) == 3 and all(map(looks_like_array, states))
     ):
         return _unstacked(states, layout)
+    if isinstance(states, (list, tuple)) and len(states) > _MOST:
+        raise _error(f"has K = {len(states)} states; {_FEWER}.")
     if not isinstance(states, (list, tuple)) or not states:
         raise _error(f"is {'empty' if isinstance(states, (list, tuple)) else described(states)}; {_EXPECTED}.")
     for k, state in enumerate(states):
@@ -38,7 +43,7 @@ def as_states(states: Any, layout: Any) -> Sequence[Sequence[Any]]:
 def _unstacked(stacked: Sequence[Any], layout: Any) -> Sequence[Sequence[Any]]:
     """See K states in the arrays of one, along the first axis."""
     axes = LAYOUTS.get(layout) if isinstance(layout, str) else None
-    if axes is None or not all(hasattr(part, "shape") for part in stacked):
+    if axes is None or not all(map(looks_like_array, stacked)):
         return [stacked]  # of which the validator has something to say
     shapes = [tuple(part.shape) for part in stacked]
     wanted = [1 + form.count(",") + 1 for form in (axes.attn, axes.stats, axes.stats)]
@@ -49,6 +54,8 @@ def _unstacked(stacked: Sequence[Any], layout: Any) -> Sequence[Sequence[Any]]:
         forms = ", ".join(f"(K, {form.format(lanes=8)[1:]}" for form in (axes.attn, axes.stats, axes.stats))
         raise _error(f'is one triple of arrays of shapes {", ".join(map(str, shapes))}; stacked, layout "{layout}" expects '
                      f"{forms} with K >= 1.")  # fmt: skip
+    if shapes[0][0] > _MOST:
+        raise _error(f"has K = {shapes[0][0]} states; {_FEWER}.")
     if not all(hasattr(part, "__getitem__") for part in stacked):
         raise _error(f"is one triple of arrays that cannot be indexed; {_EXPECTED}.")
     return [tuple(part[k] for part in stacked) for k in range(shapes[0][0])]

@@ -20,14 +20,23 @@ cdef struct ArrayInterface:  # NumPy's __array_struct__ protocol
     void *descr
 
 
-cdef inline char *data_of(object array) except? NULL:
+cdef inline char *data_of(object array, int64_t *elements) except? NULL:
+    """Where an array's first element is; `elements` becomes -1 where the array has fewer than that."""
     cdef object capsule = array.__array_struct__
-    return <char *>(<ArrayInterface *>PyCapsule_GetPointer(capsule, NULL)).data
+    cdef ArrayInterface *interface = <ArrayInterface *>PyCapsule_GetPointer(capsule, NULL)
+    cdef int64_t items = 1
+    cdef int axis
+    for axis in range(interface.nd):
+        items *= interface.shape[axis]
+    if items < elements[0]:
+        elements[0] = -1
+    return <char *>interface.data
 
 
 def address(array):
     """Address of the first element of a NumPy array."""
-    return <uintptr_t>data_of(array)
+    cdef int64_t elements = 0
+    return <uintptr_t>data_of(array, &elements)
 
 
 cdef enum:  # NumPy's flags
@@ -87,6 +96,8 @@ def signature(arrays, Py_ssize_t inputs):
     for i in range(inputs, count):
         for j in range(count):
             if j == i or low[j] >= high[i] or low[i] >= high[j]:
+                if j < inputs and j % 3 == i - inputs and arrays[j] is arrays[i]:  # without an element: it meets nothing, and is the same all the same
+                    in_place = 1
                 continue
             if not _in_role(i, j, inputs) or low[j] != low[i] or memcmp(&described[j], &described[i], sizeof(Described)):
                 return None
@@ -124,16 +135,23 @@ def tensor_signature(arrays, Py_ssize_t inputs, plain):
     described = []
     for i in range(count):
         array = arrays[i]
-        if type(array) is not plain or not array.is_cpu or not array.is_contiguous() or array.is_neg():
+        # An object's own attributes may hide its methods; a dispatch key of torch's own makes zeros of no memory at all.
+        if type(array) is not plain or array.__dict__ or not array.is_cpu or not array.is_contiguous() or array.is_neg():
             return None
         described.append(array.dtype)
         described.append(array.shape)
-        if count > inputs:
-            low[i] = array.data_ptr()
-            high[i] = low[i] + <Py_ssize_t>array.nbytes
+        low[i] = array.data_ptr()
+        high[i] = low[i] + <Py_ssize_t>array.nbytes
+        if high[i] != low[i]:
+            storage = array.untyped_storage()  # which may have been freed, or shrunk, under the tensor
+            base = storage.data_ptr()
+            if low[i] % <Py_ssize_t>array.itemsize or low[i] < base or high[i] > base + <Py_ssize_t>storage.nbytes():
+                return None
     for i in range(inputs, count):
         for j in range(count):
             if j == i or low[j] >= high[i] or low[i] >= high[j]:
+                if j < inputs and j % 3 == i - inputs and arrays[j] is arrays[i]:
+                    in_place = True
                 continue
             if not _in_role(i, j, inputs) or low[j] != low[i] or described[2 * j : 2 * j + 2] != described[2 * i : 2 * i + 2]:
                 return None

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from rau.arrays import Kind
+from rau.arrays import Kind, plain
 from rau.constraints import FIELDS, bind, check_options, checked
 from rau.constraints.hints import described
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.outputs import Names
 from rau.constraints.rules import Violations
-from rau.errors import ConstraintError, UnsupportedError
+from rau.errors import ConstraintError, UnsupportedError, shown
 from rau.layouts import LAYOUTS
 from rau.problem import Problem
 from rau.state import AttentionState
@@ -177,13 +177,14 @@ class StreamingMerge:
         """
         partial = AttentionState(attn_out, softmax_max, softmax_sum)
         _refuse_gradients(UPDATE, partial)
+        partial = AttentionState(*map(plain, partial))
         if isinstance(tokens, slice) and tokens.start is tokens.stop is tokens.step is None:
             tokens = None
         as_wanted = self._profile == "portable" and self._check == "metadata"  # else once more, by other rules
         running = self._running
         if running is None:
             if tokens is not None:
-                raise _broken(UPDATE, "first-update", f"tokens = {tokens!r} in the first update, which tells the shape of the "
+                raise _broken(UPDATE, "first-update", f"tokens = {shown(tokens)} in the first update, which tells the shape of the "
                               "whole; expected an update of all tokens. Or give StreamingMerge(like=...) a state of the "
                               "full shape.")  # fmt: skip
             running = self._start(UPDATE, partial, _of_partial, self._check)
@@ -199,7 +200,7 @@ class StreamingMerge:
         if on_host:
             self._bind((partial,), None, _of_partial, lengths)
             partial = running.to_host(partial)
-        problem, states = checked(
+        problem, states, _ = checked(
             UPDATE, (places, partial), names, lengths, self._layout, self._softmax_layout, places, "portable", "metadata", half
         )
         partial = AttentionState(*states[1])
@@ -236,7 +237,7 @@ class StreamingMerge:
         own = running.asked.dtype
         wanted = own if dtype is None else _dtype_name(dtype)
         if wanted not in _RESULTS[own]:
-            raise _broken(_RESULT, "dtype-attn", f"dtype = {dtype!r}; the running state is {own}, expected one of "
+            raise _broken(_RESULT, "dtype-attn", f"dtype = {shown(dtype)}; the running state is {own}, expected one of "
                           f"{', '.join(_RESULTS[own])}.")  # fmt: skip
         attn_out, *stats = running.state
         return AttentionState(running.cast(attn_out, wanted), *(running.cast(part, own) for part in stats))
@@ -258,7 +259,7 @@ class StreamingMerge:
         sequences are no view; the first tokens, as many, have to stand for them (see Problem.half).
         """
         if kind.name == "mindspore":
-            raise UnsupportedError(f"{UPDATE}: tokens = {tokens!r} with MindSpore tensors, whose slices may be copies; "
+            raise UnsupportedError(f"{UPDATE}: tokens = {shown(tokens)} with MindSpore tensors, whose slices may be copies; "
                                    "expected NumPy arrays, torch tensors or arrays of a plugin's own.")  # fmt: skip
         lengths, length = self._lengths, whole.attn_out.shape[LAYOUTS[self._layout].attn_token]
         on_device = lengths is not None and not isinstance(lengths, np.ndarray)  # and not read: no odd length is noticed
@@ -290,10 +291,8 @@ def _refuse_gradients(call: str, partial: Any) -> None:
 
 def _dtype_name(dtype: Any) -> str:
     """Name a dtype: torch's and MindSpore's end in their name, NumPy's and ml_dtypes' types have one."""
-    name = str(dtype).rpartition(".")[2].lower()
-    if name in ("float16", "bfloat16", "float32", "float64"):
-        return name
     try:
-        return np.dtype(dtype).name
-    except TypeError:
+        name = str(dtype).rpartition(".")[2].lower()
+        return name if name in ("float16", "bfloat16", "float32", "float64") else np.dtype(dtype).name
+    except Exception:  # NumPy's, or its own
         return ""

@@ -59,7 +59,6 @@ class RunningState:
             in_place=False,
         )  # fmt: skip
         self.choose()  # who refuses does so before there is a state
-        self._extents = [kind.extent(array) for array in arrays]
 
     def choose(self) -> tuple[Any, str]:
         """Choose the backend, by what decides at this moment; the origin of the choice comes with it."""
@@ -67,12 +66,13 @@ class RunningState:
 
     def refuse_overlap(self, partial: AttentionState) -> None:
         """Refuse arrays taken from the state: they would be counted twice, and overwritten while they are read."""
+        extents = [self.kind.extent(mine) for mine in self.state]  # anew: a copy of the state lies elsewhere
         for array, name in zip(partial, FIELDS, strict=True):
             its = kind_of(array)
-            if its is None or its.name != self.kind.name:
+            if its is None or its.name != self.kind.name or its.fault(array):
                 continue  # about which there is more to say
             low, high = its.extent(array)
-            if any([low < end and start < high for start, end in self._extents]) and any(
+            if any([low < end and start < high for start, end in extents]) and any(
                 its.memory(array).overlaps(its.memory(mine)) for mine in self.state
             ):
                 report = Violations(UPDATE)

@@ -10,6 +10,7 @@ import numpy as np
 
 from rau.constraints.hints import described
 from rau.constraints.rules import Violations
+from rau.errors import shown
 from rau.layouts import LAYOUTS
 from rau.state import AttentionState
 
@@ -22,20 +23,21 @@ def part_of(call: str, tokens: Any, layout: str, length: int, lengths: np.ndarra
     report = Violations(call)
     if isinstance(tokens, slice):
         if layout == "TND":
-            report.add("tokens", f'tokens = {tokens}; layout "TND" expects "front" or "back", the halves of every sequence. '
+            report.add("tokens", f'tokens = {shown(tokens)}; layout "TND" expects "front" or "back", the halves of every sequence. '
                        "A slice of one sequence is a state of its own: merge it as such.")  # fmt: skip
             raise report.error()
         try:
             start, stop, step = tokens.indices(length)
-        except (TypeError, ValueError) as error:  # of what is no index; of step 0
-            report.add("tokens", f"tokens = {tokens}: {error}; expected a slice of ints.")
+        except Exception as error:  # of what is no index, and of whatever it does; of step 0
+            why = error if type(error) in (TypeError, ValueError) else shown(error)
+            report.add("tokens", f"tokens = {shown(tokens)}: {why}; expected a slice of ints.")
             raise report.error() from error
         if step < 0:
             report.add("tokens", f"tokens = {tokens} walks backwards; expected a positive step.")
             raise report.error()
         return slice(start, max(start, stop), step)
     if not isinstance(tokens, str) or tokens not in HALVES:
-        got = repr(tokens) if isinstance(tokens, str) else described(tokens)
+        got = shown(tokens) if isinstance(tokens, str) else described(tokens)
         wanted = "" if layout == "TND" else "a slice, "
         report.add("tokens", f'tokens is {got}; expected {wanted}"front" or "back", the halves of every sequence.')
         raise report.error()
