@@ -7,7 +7,9 @@ import importlib
 import io
 import os
 import sys
+from contextlib import redirect_stdout
 
+from rau.cli.console import Visible, visible
 from rau.errors import RauError
 
 COMMANDS = ("info", "demo", "bench", "check", "difftest", "cases", "diagnose")
@@ -36,16 +38,29 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a message may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
-        return int(parsed.run(parsed))
+        with redirect_stdout(Visible(sys.stdout)):
+            status = int(parsed.run(parsed))
+        sys.stdout.flush()  # what cannot be written is said here, and not by Python at its exit
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
+        _drop_output()
         return 141
     except (RauError, ImportError, OSError) as error:  # what was asked for, a library or a file is not to be had
-        print(f"python -m rau {parsed.command}: error: {error}", file=sys.stderr)
+        print(visible(f"python -m rau {parsed.command}: error: {error}"), file=sys.stderr)
+        if isinstance(error, OSError):
+            _drop_output()
         return 2
+
+
+def _drop_output() -> None:
+    """Python flushes stdout once more at its exit: into nothing, where that would fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -57,6 +57,9 @@ cdef extern from "versions.h" nogil:
     void rau_fenv_restore(rau_fenv old)
     void rau_fence()
     void rau_watch_forks()
+    int rau_processors()
+    size_t rau_stack_bytes()
+    int rau_team(int wanted, size_t stack_bytes)
     int rau_forked
     int RAU_F32, RAU_F16, RAU_BF16, RAU_F64, RAU_GROUP, RAU_OPENMP
     const char *RAU_COMPILER
@@ -122,6 +125,11 @@ def simd():
     return version.name.decode()
 
 
+def processors():
+    """CPUs that this process may use, as OpenMP counted them when it was loaded; 0 without OpenMP."""
+    return rau_processors()
+
+
 def forked():
     """Whether this process is a forked child, which runs serially."""
     return bool(rau_forked)
@@ -185,6 +193,8 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
     call.workers = min(threads, min(tokens, 1 + bytes_ // WORKER_BYTES))
     if rau_forked or not RAU_OPENMP:
         call.workers = 1
+    if call.workers > 1:
+        call.workers = rau_team(<int>call.workers, _stack_bytes)
 
     # Each worker's scratch: weights, the rows' numbers, planes, pointers and shares.
     call.weights_bytes = _round_up(states * rau_most_weights(call.tile_tokens * call.tile_heads) * weight_item)
@@ -365,4 +375,5 @@ cdef inline void _place(const Call *call, rau_plane *planes, Py_ssize_t block, P
 
 
 rau_watch_forks()
+cdef size_t _stack_bytes = rau_stack_bytes()  # once, as libgomp reads it: the environment is not safe to read later
 use_simd(simd_versions().pop())

@@ -9,6 +9,15 @@ import numpy as np
 
 from rau.errors import OptionError, shown
 
+try:
+    from rau._core import processors
+except ImportError:  # not compiled: no threads either
+
+    def processors() -> int:
+        """Count no CPUs."""
+        return 0
+
+
 _MOST = 1024
 
 
@@ -18,7 +27,7 @@ def _at_start() -> tuple[int, str]:
     text = given.partition(",")[0].strip()
     if text.isdecimal() and 0 < int(text) <= _MOST:
         return int(text), "OMP_NUM_THREADS"
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpus = processors() or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     ignored = f", since OMP_NUM_THREADS = {given!r} is no number from 1 to {_MOST}" if given else ""
     return min(cpus or 1, _MOST), f"the CPUs this process may use{ignored}"
 

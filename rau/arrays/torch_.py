@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rau.arrays.memory import Memory
-from rau.arrays.numpy_ import NumPyKind
+from rau.arrays.numpy_ import LARGE, NumPyKind
 from rau.errors import UnsupportedError
 
 try:
@@ -190,8 +191,11 @@ class TorchKind:
         return None if described is None else tuple(described)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        # NumPy asks the system for huge pages, and torch does not: that decides what a large fresh output costs.
         torch = sys.modules["torch"]
+        if math.prod(shape) <= LARGE:
+            return torch.empty(shape, dtype=getattr(torch, dtype))
+        # NumPy asks the system for huge pages, and torch does not: that decides what a large fresh output costs. Such a tensor's
+        # storage cannot be resized.
         if dtype == "bfloat16":
             return torch.from_numpy(_HOST.empty(shape, "uint16")).view(torch.bfloat16)
         return torch.from_numpy(_HOST.empty(shape, dtype))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16", "float64", "bfloat16-into-float32", "float16-into-float32")
 
 _ALL: dict[str, Any] = {"select": "*", "dtype": None, "layout": None, "seed": 0}
+_NUMBER = r"(\d{1,100})"  # a number with more digits is no id, and Python does not read thousands of them
 _LOOK_AHEAD = 10_000  # generated cases in a row that do not match: then none will
 
 
@@ -69,11 +70,11 @@ def generated_cases(options: argparse.Namespace, count: int = sys.maxsize) -> It
     from rau.testing.cases import generated
 
     matches = matcher(options)
-    in_full = re.fullmatch(r"generated/(\d+)/(\d+)", options.select)
+    in_full = re.fullmatch(rf"generated/{_NUMBER}/{_NUMBER}", options.select)
     if in_full:
         yield from filter(matches, generated(int(in_full[1]), min(count, 1), int(in_full[2])))
         return
-    seed = re.match(r"generated/(\d+)/", options.select)
+    seed = re.match(rf"generated/{_NUMBER}/", options.select)
     found = idle = 0
     for case in generated(int(seed[1]) if seed else options.seed, sys.maxsize):
         if found >= count or idle > _LOOK_AHEAD:

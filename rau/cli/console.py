@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Step: TypeAlias = Callable[..., None]
 
@@ -23,6 +25,40 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collecti
     ]
 
 
+# What a terminal does something with, or what turns the order of letters; not the newline and the tab.
+_COMMANDS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]")
+
+
+def visible(text: str) -> str:
+    """Show what a terminal would obey: names, ids and reasons come from plugins, files and the environment.
+
+    >>> print(visible("\\x1b[31mred"))
+    \\x1b[31mred
+    """
+    return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class Visible(io.TextIOBase):
+    """A stream on which nothing but text is printed."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text, made visible."""
+        self._stream.write(visible(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+
 @contextmanager
 def progress(total: float, quiet: bool = False) -> Iterator[Step]:
     """Show a person at a terminal how far some work is, until it is done; others see nothing.
@@ -30,15 +66,15 @@ def progress(total: float, quiet: bool = False) -> Iterator[Step]:
     What is yielded is called as ``step(what, weight=1)`` when a step begins; the one before is then done. The weights of
     all the steps add up to `total`.
     """
-    visible = not quiet and sys.stdout.isatty() and sys.stderr.isatty()  # rich sends stdout where its bar is
-    if visible:
+    shown = not quiet and sys.stdout.isatty() and sys.stderr.isatty()  # rich sends stdout where its bar is
+    if shown:
         try:
             from rich.console import Console
             from rich.markup import escape
             from rich.progress import Progress
         except ImportError:
-            visible = False
-    if not visible:
+            shown = False
+    if not shown:
         yield lambda what, weight=1: None
         return
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -47,7 +83,7 @@ def progress(total: float, quiet: bool = False) -> Iterator[Step]:
 
         def step(what: str, weight: float = 1) -> None:
             nonlocal pending
-            bar.update(task, description=escape(what), advance=pending)
+            bar.update(task, description=escape(visible(what)), advance=pending)
             pending = weight
 
         yield step

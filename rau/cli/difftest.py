@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rau.cli import case_options, session
-from rau.cli.console import Step, progress, table
+from rau.cli.console import Step, progress, table, visible
 
 if TYPE_CHECKING:
     from rau.testing.cases import Case
@@ -321,7 +321,7 @@ def _save_page(this: DifftestRun, lines: list[str], path: Path) -> None:
         if value is not None:
             command += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
     title = f"{datetime.now().astimezone():%d %B %Y, %H:%M %Z}: {shlex.join(command)}"
-    page = Text("\n".join([title, "", this.verdict, "", session.heading(this.configuration), *lines]))
+    page = Text(visible("\n".join([title, "", this.verdict, "", session.heading(this.configuration), *lines])))
     page.highlight_regex(r"(?m)^PASSED.*", "bold green")
     page.highlight_regex(r"(?m)^(FAILED|INTERRUPTED|WRONG).*", "bold red")
     for finding in this.report.findings:

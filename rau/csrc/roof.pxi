@@ -14,5 +14,7 @@ def roof(float[::1] to, const float[::1] a, const float[::1] b, bint around, int
     cdef const float *second = NULL
     if b is not None:
         second = &b[0]
+    if threads > 1:
+        threads = rau_team(threads, _stack_bytes)
     with nogil:
         rau_roof(&to[0], &a[0], second, n, around, threads)

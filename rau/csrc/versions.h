@@ -1,9 +1,10 @@
 /* The row kernels in every instruction-set version that the compiler knows, the choice between them, and what surrounds them: the
-   floating-point mode, forks, and what built this. tile.h says what they are given; one_version.h holds their code. */
+   floating-point mode and what built this. tile.h says what they are given; one_version.h holds their code. */
 
 #ifndef RAU_VERSIONS_H
 #define RAU_VERSIONS_H
 
+#include "threads.h"
 #include "tile.h"
 
 #define RAU_VERSION baseline
@@ -97,16 +98,6 @@ static void rau_fenv_restore(rau_fenv old) { fesetenv(&old); }
 static void rau_fence(void) {}
 #endif
 
-/* libgomp's threads do not survive a fork, and waiting for them hangs: a forked child runs serially. */
-static int rau_forked = 0;
-#if !defined(_WIN32)
-#include <pthread.h>
-static void rau_in_child(void) { rau_forked = 1; }
-static void rau_watch_forks(void) { pthread_atfork(NULL, NULL, rau_in_child); }
-#else
-static void rau_watch_forks(void) {}
-#endif
-
 /* What built this, for show_config. */
 #if defined(__clang__)
 #define RAU_COMPILER "clang " __clang_version__
@@ -119,13 +110,6 @@ static void rau_watch_forks(void) {}
 #endif
 #ifndef RAU_COMPILE_FLAGS
 #define RAU_COMPILE_FLAGS "unknown"
-#endif
-#ifndef RAU_OPENMP
-#ifdef _OPENMP
-#define RAU_OPENMP 1
-#else
-#define RAU_OPENMP 0
-#endif
 #endif
 
 #endif

@@ -171,6 +171,9 @@ class StreamingMerge:
 
         Notes
         -----
+        Stopped by Ctrl-C while it writes, an update leaves a state of which nobody can tell which rows are merged (`cython`
+        and `cuda` write all or nothing; `numpy` and `torch` in pieces): it refuses further updates and results.
+
         Tokens that no partial state has covered are empty rows: output 0, max -inf, sum 0. `cython`, `numpy` and `cuda`
         merge the halves of any number of sequences in one call. Other backends are given views of runs of sequences that
         are as long as each other, in a layout with a batch axis; parts of a plugin's own arrays go by way of the host.
@@ -189,6 +192,7 @@ class StreamingMerge:
                               "full shape.")  # fmt: skip
             running = self._start(UPDATE, partial, _of_partial, self._check)
             as_wanted = True
+        running.refuse_broken(UPDATE)
         running.refuse_overlap(partial)
 
         on_host = running.own_kind and tokens is not None
@@ -234,6 +238,7 @@ class StreamingMerge:
         if running is None:
             raise _broken(_RESULT, "first-update", "there is no state yet; expected an update before. Or give "
                           "StreamingMerge(like=...) a state of the full shape, for an empty result.")  # fmt: skip
+        running.refuse_broken(_RESULT)
         own = running.asked.dtype
         wanted = own if dtype is None else _dtype_name(dtype)
         if wanted not in _RESULTS[own]:

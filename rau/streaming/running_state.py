@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from rau.arrays.numpy_ import NumPyKind
 from rau.call import hand_over
 from rau.constraints import FIELDS
 from rau.constraints.rules import Violations
-from rau.errors import UnsupportedError
+from rau.errors import RauError, UnsupportedError
 from rau.problem import Problem
 from rau.state import AttentionState
 from rau.streaming.tokens import halves
@@ -44,7 +45,7 @@ class RunningState:
     def __init__(self, problem: Problem, like: Any, backend: Any) -> None:
         kind = kind_of(like[0])
         assert kind is not None  # the validator has seen to that
-        self.kind, self._backend = kind, backend
+        self.kind, self._backend, self.broken = kind, backend, False
         self.own_kind = isinstance(kind, ForeignKind)
         dtype = problem.stats_dtype
         fills = (problem.shape, 0.0), (problem.stats_shape, -np.inf), (problem.stats_shape, 0.0)
@@ -106,9 +107,27 @@ class RunningState:
             self._merge_adapted(chosen, problem, whole, places, cur, on_host)
             return
         prev = places if problem.half is None else whole
-        result = hand_over(UPDATE, chosen, problem, (prev, cur), prev)
+        with self._writing():
+            result = hand_over(UPDATE, chosen, problem, (prev, cur), prev)
         if self.own_kind:
             self.state = AttentionState(*result)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Remember that a write was cut short, by Ctrl-C or a fault: nobody can tell which rows are merged then."""
+        try:
+            yield
+        except RauError:  # said before anything was written
+            raise
+        except BaseException:
+            self.broken = True
+            raise
+
+    def refuse_broken(self, call: str) -> None:
+        """Refuse to go on from a state that was cut short while it was written."""
+        if self.broken:
+            raise UnsupportedError(f"{call}: an earlier update was stopped while it wrote, and nobody can tell which rows it had "
+                                   "merged; start again with a new StreamingMerge.")  # fmt: skip
 
     def _merge_adapted(
         self, chosen: Any, problem: Problem, whole: AttentionState, places: AttentionState, cur: AttentionState, on_host: bool
@@ -145,7 +164,8 @@ class RunningState:
             prev = prev if half is None else whole
             calls.append((places, bound, prev, cur, None if out is None else prev))
         for places, bound, prev, cur, out in calls:
-            result = hand_over(UPDATE, chosen, bound, (prev, cur), out)
+            with self._writing():
+                result = hand_over(UPDATE, chosen, bound, (prev, cur), out)
             if self.own_kind and not on_host:
                 self.state = AttentionState(*result)
             elif on_host or out is None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from rau.backends.numpy_ import NumPyBackend
 from rau.errors import RauError
-from rau.layouts import FIELDS
+from rau.layouts import FIELDS, LAYOUTS
 from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
 from rau.testing.comparison import Comparison, compare
@@ -256,14 +256,44 @@ def _save(path: Path, array: np.ndarray) -> dict[str, Any]:
 def _read_index(folder: Path) -> list[dict[str, Any]]:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{folder} holds no exported cases: {error}") from error
     if not isinstance(index, dict) or index.get("format") != _FORMAT:
         raise ExportError(f"{folder / INDEX} is not in format {_FORMAT}, the one that this version reads")
+    cases = index.get("cases")
+    if not isinstance(cases, list):
+        raise ExportError(f'{folder / INDEX}: "cases" is no list')
+    for number, entry in enumerate(cases):
+        if fault := _entry_fault(folder, entry):
+            raise ExportError(f"{folder / INDEX}: case {number} is not as it was exported: {fault}")
+    return cases
+
+
+def _entry_fault(folder: Path, entry: Any) -> str:
+    """Say what is wrong with the description of a case; empty where nothing is."""
     keys = {"id", "layout", "softmax_layout", "states", "actual_seq_qlen", "write", "bound"}
-    if any(keys - entry.keys() for entry in index["cases"]):
-        raise ExportError(f"{folder / INDEX} lacks some of {', '.join(sorted(keys))} in a case")
-    return list(index["cases"])
+    if not isinstance(entry, dict) or keys - entry.keys():
+        return f"it lacks some of {', '.join(sorted(keys))}"
+    if not isinstance(entry["id"], str) or entry["layout"] not in LAYOUTS or entry["softmax_layout"] not in ("TND", "SBH"):
+        return "its id is no word, or its layout or softmax_layout is none"
+    states, lengths = entry["states"], entry["actual_seq_qlen"]
+    if not isinstance(states, list) or not states:
+        return "it has no states"
+    groups = [(FIELDS, state) for state in states] + [(FIELDS, entry["write"]), (("attn_out", "softmax_sum"), entry["bound"])]
+    specs = [] if lengths is None else [lengths]
+    for names, group in groups:
+        if not isinstance(group, dict) or set(names) - group.keys():
+            return f"an array of {', '.join(names)} is not described"
+        specs += [group[name] for name in names]
+    root = folder.resolve()
+    for spec in specs:
+        words = isinstance(spec, dict) and all(isinstance(spec.get(name), str) for name in ("file", "dtype", "stored_as"))
+        shape = spec.get("shape") if words else None
+        if not isinstance(shape, list) or not all(type(length) is int for length in shape):
+            return "a file, its dtype or its shape is not described"
+        if not (folder / spec["file"]).resolve().is_relative_to(root):
+            return f"{spec['file']} is not in the folder"
+    return ""
 
 
 def _judge(folder: Path, entry: dict[str, Any], tolerance: float) -> tuple[Comparison | None, list[str]]:
@@ -289,8 +319,12 @@ def _judge(folder: Path, entry: dict[str, Any], tolerance: float) -> tuple[Compa
 def _load(folder: Path, spec: dict[str, Any], problems: list[str] | None = None) -> np.ndarray:
     """Read an array as it is described; where it differs, raise ValueError, or note the problem."""
     try:
+        if not (folder / spec["file"]).is_file():  # a pipe would be waited for
+            raise ValueError("no file")
         array = np.load(folder / spec["file"], allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        if not isinstance(array, np.ndarray):
+            raise ValueError("several arrays")
+    except Exception as error:  # of NumPy's, zipfile's, tokenize's own: whoever wrote the file chooses
         raise ValueError(f"{spec['file']} is no .npy file that can be read without pickle: {error}") from error
     if spec["dtype"] == "bfloat16" and array.dtype == np.dtype("V2"):  # as NumPy saves ml_dtypes' bfloat16
         array = array.view(np.uint16)

@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,13 +30,14 @@ import numpy as np
 from rau.backends import Backend, Capabilities
 from rau.constraints.hints import meant
 from rau.constraints.lengths import bind_lengths
+from rau.constraints.profiles import PROFILES
 from rau.constraints.rules import Violations
 from rau.errors import RauError
-from rau.layouts import FIELDS
-from rau.layouts import LAYOUTS, OTHER_LAYOUTS
+from rau.layouts import FIELDS, LAYOUTS, OTHER_LAYOUTS
 from rau.problem import Problem
 from rau.state import AttentionState
 from rau.testing.cases import Case, named_dtype
+from rau.testing.cases.placements import OUT_PLACEMENTS, PLACEMENTS
 
 
 class Record(NamedTuple):
@@ -96,23 +98,23 @@ def read_record(path: str | PathLike[str]) -> Record:
 
     RecordError if the file is none or its parts do not fit together, ConstraintError if its cumulative lengths are none.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise RecordError(f"{path}: no file")  # a pipe would be waited for
     try:
         with zipfile.ZipFile(path):  # NumPy takes other files too
             pass
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            arrays = {name: np.asarray(file[name]) for name in file.files}
+        for name, array in arrays.items():
+            if array.dtype.kind == "S":  # a member that is no .npy comes as its bytes
+                raise ValueError(f"{name} is no array")
+    except Exception as error:  # of zipfile's, NumPy's, tokenize's and ast's own: whoever wrote the file chooses
         raise RecordError(f"{path}: not a .npz file that can be read without pickle: {error}") from error
     for side, k in (("prev", 0), ("cur", 1)):
         for name in FIELDS:
             if f"{side}_{name}" in arrays:
                 arrays[f"states.{k}.{name}"] = arrays.pop(f"{side}_{name}")
     described = _text(arrays, "case", "")
-    try:
-        words = json.loads(described) if described else {}
-        case = Case(**words | {"lengths": tuple(words.get("lengths", ()))}) if described else None
-    except (TypeError, ValueError) as error:
-        raise RecordError(f'{path}: "case" describes no case: {error}') from error
     count = 0
     while f"states.{count}.attn_out" in arrays:
         count += 1
@@ -120,11 +122,38 @@ def read_record(path: str | PathLike[str]) -> Record:
         raise RecordError(f'{path}: no input states; expected keys such as "prev_attn_out" or "states.0.attn_out"')
     states = [_state(path, arrays, f"states.{k}.") for k in range(count)]
     observed = _state(path, arrays, "") if "attn_out" in arrays else None
-    if case is None:
-        case = _describe(path, states, arrays)
-    if case.aliased:
-        states = states[:1]
-    return Record(case, states, observed)
+    case = _described_case(path, described, states, arrays) if described else _describe(path, states, arrays)
+    return Record(case, states[:1] if case.aliased else states, observed)
+
+
+# What the words of a case may be, beyond what the arrays tell.
+_WORDS = {
+    "profile": PROFILES, "qlen": ("array", "int32", "list", "none"), "out": ("fresh", "given", "prev", "cur"),
+    "attn_placement": PLACEMENTS, "stats_placement": PLACEMENTS, "out_placement": OUT_PLACEMENTS,
+    **dict.fromkeys(("read_only", "aliased", "unequal_lanes"), (False, True)),
+}  # fmt: skip
+
+
+def _described_case(path: Any, described: str, states: list[AttentionState], arrays: dict[str, np.ndarray]) -> Case:
+    """Read the description of a case, and hold it against the arrays beside it."""
+    try:
+        words = json.loads(described)
+        case = Case(**words | {"lengths": tuple(words.get("lengths", ()))})
+        if not all(isinstance(word, str) for word in (case.id, case.statistics, case.outputs)):
+            raise TypeError("id, statistics and outputs are words")
+        wrong = [name for name, known in _WORDS.items() if getattr(case, name) not in known]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {getattr(case, wrong[0])!r}; expected one of {', '.join(map(str, _WORDS[wrong[0]]))}")
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise RecordError(f'{path}: "case" describes no case: {error}') from error
+    arrays = arrays | {"layout": np.array(case.layout), "softmax_layout": np.array(case.softmax_layout)}
+    seen = _describe(path, states, arrays)
+    for name in ("layout", "softmax_layout", "batch", "tokens", "heads", "head_dim", "lengths", "lanes", "dtype", "states"):
+        told, found = getattr(case, name), getattr(seen, name)
+        ignored = case.layout == "TND" and name in ("batch", "lengths") and case.qlen == "none"
+        if told != found and not ignored and not (name == "states" and case.aliased and found == 1):
+            raise RecordError(f'{path}: "case" says that {name} is {told!r}, and the arrays that it is {found!r}')
+    return case
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
