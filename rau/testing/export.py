@@ -274,8 +274,10 @@ def _entry_fault(folder: Path, entry: Any) -> str:
     keys = {"id", "layout", "softmax_layout", "states", "actual_seq_qlen", "write", "bound"}
     if not isinstance(entry, dict) or keys - entry.keys():
         return f"it lacks some of {', '.join(sorted(keys))}"
-    if not isinstance(entry["id"], str) or entry["layout"] not in LAYOUTS or entry["softmax_layout"] not in ("TND", "SBH"):
-        return "its id is no word, or its layout or softmax_layout is none"
+    if not all(isinstance(entry[name], str) for name in ("id", "layout", "softmax_layout")):
+        return "its id, layout or softmax_layout is no word"
+    if entry["layout"] not in LAYOUTS or entry["softmax_layout"] not in ("TND", "SBH"):
+        return f"its layout is {entry['layout']!r} and its softmax_layout {entry['softmax_layout']!r}, which do not exist"
     states, lengths = entry["states"], entry["actual_seq_qlen"]
     if not isinstance(states, list) or not states:
         return "it has no states"

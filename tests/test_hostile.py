@@ -1,0 +1,535 @@
+"""Hostile and unlucky callers: what is checked is what is used, and everything else is an error that says so.
+
+Each test fails on a version before the fault was mended. What can end a process runs in one of its own.
+"""
+
+import asyncio
+import copy
+import gc
+import importlib.metadata
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import as_strided
+from states import sbh, tnd
+
+import rau
+from rau import plugins, registry
+from rau.backends import Backend, Capabilities
+from rau.constraints import cache
+from rau.testing import same_bits
+
+STATE = """
+import numpy as np
+def state(S=4, N=2, D=8, layout="SBH", seed=0):
+    rng = np.random.default_rng(seed)
+    attn, stats = ((S, N, D), (S, N, 1)) if layout == "TND" else ((S, 1, N * D), (1, N, S, 1))
+    numbers = rng.standard_normal(stats), rng.uniform(1, 9, stats)
+    return [rng.standard_normal(attn).astype("f4"), *(np.repeat(x.astype("f4"), 8, -1) for x in numbers)]
+"""
+
+
+def alone(code, timeout=60, **environment):
+    """Run code in a process of its own; return its exit status and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STATE + textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout,
+        env=os.environ | environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def fresh_registry():
+    registry.refresh()
+    yield
+    registry.refresh()
+
+
+class Answers(Backend):
+    """Returns whatever it was made to return."""
+
+    name, capabilities = "answers", Capabilities(array_types=("numpy:ndarray",))
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def update(self, problem, prev, cur, out):
+        return self.answer(problem, prev, cur, out) if callable(self.answer) else self.answer
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_lengths_are_copied_before_they_are_checked():
+    """A thread that writes to them meanwhile would otherwise send a kernel out of bounds."""
+    prev, cur = tnd(), tnd(seed=1)
+    lengths = np.array([0, 3, 8])
+    seen = []
+
+    def spoil(problem, prev, cur, out):
+        lengths[1] = 1 << 50
+        seen.append(problem.actual_seq_qlen.tolist())
+        return rau.AttentionState(*prev)
+
+    rau.ring_attention_update(*prev, *cur, lengths, "TND", softmax_layout="SBH", profile="portable", backend=Answers(spoil))
+    assert seen == [[0, 3, 8]]
+
+
+@pytest.mark.parametrize("backend", ["cython", "numpy"])
+def test_a_thread_that_writes_to_the_lengths(backend):
+    status, text = alone(f"""
+        import threading, time, rau
+        prev, cur, out = (state(3000, 8, 16, "TND", seed) for seed in range(3))
+        lengths = np.arange(3001); good, bad = lengths.copy(), lengths.copy(); bad[1:-1] = 1 << 50
+        def spoil():
+            while True:
+                lengths[:] = bad; time.sleep(0.0002); lengths[:] = good; time.sleep(0.0005)
+        threading.Thread(target=spoil, daemon=True).start()
+        end, done = time.time() + 3, 0
+        while time.time() < end:
+            try:
+                rau.ring_attention_update(*prev, *cur, lengths, "TND", softmax_layout="SBH", profile="portable", out=out,
+                                          backend="{backend}")
+                done += 1
+            except rau.ConstraintError:
+                pass
+        print("good" if done else "none")
+    """)  # fmt: skip
+    assert (status, text) == (0, "good\n")
+
+
+class Lies(np.ndarray):
+    """Says of itself what is not so."""
+
+    shape = property(lambda self: (4000, 1, 16000))
+    flags = property(lambda self: SimpleNamespace(c_contiguous=True, aligned=True, writeable=True))
+
+
+def test_a_subclass_of_ndarray_is_not_believed():
+    prev, cur = sbh(), sbh(seed=1)
+    right = rau.ring_attention_update(*prev, *cur)
+    given = [part.view(Lies) for part in (*prev, *cur)]
+    assert same_bits(rau.ring_attention_update(*given), right) == []
+    frozen = bytes(prev.attn_out.nbytes)
+    out = [np.frombuffer(frozen, np.float32).view(Lies), np.empty_like(prev[1]), np.empty_like(prev[2])]
+    out[0] = np.ndarray.reshape(out[0], prev.attn_out.shape)
+    with pytest.raises(rau.ShapeError, match="out.attn_out is read-only"):
+        rau.ring_attention_update(*prev, *cur, out=out)
+    assert not any(frozen)
+
+
+def test_a_subclass_that_is_written_into_comes_back_itself():
+    class Named(np.ndarray):
+        pass
+
+    prev, cur = sbh(), sbh(seed=1)
+    out = [np.empty_like(part).view(Named) for part in prev]
+    result = rau.ring_attention_update(*prev, *cur, out=out)
+    assert all(mine is its for mine, its in zip(out, result, strict=True))
+    assert same_bits([np.asarray(part) for part in out], rau.ring_attention_update(*prev, *cur)) == []
+
+
+def test_an_array_that_is_resized_after_it_was_checked():
+    """By a log handler here, which runs between check and use."""
+    code = """
+        import logging, rau
+        prev, cur = state(40_000, 2, 64), state(40_000, 2, 64, seed=1)
+        class Handler(logging.Handler):
+            def emit(self, record):
+                prev[0].resize((1, 1, 1), refcheck=False)
+        logging.getLogger("rau").setLevel(logging.DEBUG); logging.getLogger("rau").addHandler(Handler())
+        try:
+            rau.ring_attention_update(*prev, *cur, backend="cython")
+        except ValueError as error:
+            print(error)
+    """
+    status, text = alone(code)
+    assert status == 0 and "lost its memory after it was checked" in text
+
+
+def test_a_problem_is_read_only():
+    """It is kept for later calls, of all backends."""
+    prev, cur = sbh(), sbh(seed=1)
+    right = rau.ring_attention_update(*prev, *cur)
+    spoil = {
+        "blocks": lambda problem: np.multiply(problem.blocks, 64, out=problem.blocks),
+        "terms": lambda problem: np.multiply(problem.block_terms.terms, 64, out=problem.block_terms.terms),
+        "starts": lambda problem: np.add(problem.block_terms.starts, 1, out=problem.block_terms.starts),
+        "lengths": lambda problem: np.add(problem.block_terms.lengths, 1, out=problem.block_terms.lengths),
+        "T": lambda problem: setattr(problem, "T", 5),
+    }
+    for what, write in spoil.items():
+        with pytest.raises((ValueError, AttributeError), match="read-only|is not to be written"):
+            rau.ring_attention_update(*prev, *cur, backend=Answers(lambda problem, *_, write=write: write(problem)))
+        assert same_bits(rau.ring_attention_update(*prev, *cur), right) == [], what
+
+
+def test_strides_of_axes_of_length_1_are_not_computed_with():
+    prev, cur = sbh(), sbh(seed=1)
+    right = rau.ring_attention_update(*prev, *cur)
+    wide = np.zeros((*prev.attn_out.shape[:2], prev.attn_out.shape[2] + 3), np.float32)
+    wide[..., : prev.attn_out.shape[2]] = prev.attn_out
+    far = [as_strided(wide[:, :1], (4, 1, prev.attn_out.shape[2]), (wide.strides[0], 2**62, 4)), *(s[:1] for s in prev[1:])]
+    near = [cur.attn_out[:, :1], *(s[:1] for s in cur[1:])]
+    seen = []
+
+    def look(problem, prev, cur, out):
+        seen.append(problem.strides[0])
+        return rau.AttentionState(*(np.empty(part.shape, part.dtype) for part in cur))
+
+    rau.ring_attention_update(*far, *near, backend=Answers(look))
+    assert seen[0][1] == 0 and seen[0][0] == wide.strides[0] // 4
+    for backend in ("cython", "numpy"):
+        found = rau.ring_attention_update(*far, *near, backend=backend)
+        assert same_bits(found, [right[0][:, :1], *(s[:1] for s in right[1:])]) == []
+
+
+def test_a_state_without_an_element_is_in_place_or_not_whatever_came_before():
+    class Apart(Backend):
+        name, capabilities = "apart", Capabilities(array_types=("numpy:ndarray",), in_place=False)
+
+        def update(self, problem, prev, cur, out):
+            return out
+
+    def empty():
+        return rau.AttentionState(np.zeros((0, 1, 16), "f4"), *(np.zeros((1, 2, 0, 8), "f4") for _ in range(2)))
+
+    for in_place_first in (True, False):
+        cache._problems.clear()
+        prev = empty()
+        for out in (prev, empty()) if in_place_first else (empty(), prev):
+            if out is prev:
+                with pytest.raises(rau.UnsupportedError, match="does not write over its inputs"):
+                    rau.ring_attention_update(*prev, *empty(), out=out, backend=Apart())
+            else:
+                rau.ring_attention_update(*prev, *empty(), out=out, backend=Apart())
+
+
+@pytest.mark.parametrize("make", [lambda ring: ring, copy.deepcopy, lambda ring: pickle.loads(pickle.dumps(ring))])
+def test_a_copy_of_a_running_state_refuses_its_own_arrays(make):
+    ring = rau.StreamingMerge()
+    ring.update(*sbh())
+    one = make(ring)
+    with pytest.raises(rau.ShapeError, match="shares memory with the running state"):
+        one.update(*one.running)
+
+
+def test_tables_of_types_and_dtypes_do_not_grow():
+    prev, cur = sbh(), sbh(seed=1)
+
+    def call(array):
+        try:
+            rau.ring_attention_update(array, *prev[1:], *cur)
+        except rau.RauError:
+            pass
+
+    makers = {
+        "classes": lambda k: prev[0].view(type(f"C{k}", (np.ndarray,), {})),
+        "dtypes": lambda k: np.zeros((4, 2, 24), [(f"f{k}", "f4")]),
+    }
+    for what, make in makers.items():
+        grown = []
+        for _ in range(2):  # the first round fills what is filled once
+            tracemalloc.start()
+            before = tracemalloc.get_traced_memory()[0]
+            for k in range(500):
+                call(make(k))
+            gc.collect()
+            grown.append(tracemalloc.get_traced_memory()[0] - before)
+            tracemalloc.stop()
+        assert min(grown) < 500 * 600, (what, grown)
+
+
+def test_states_are_counted_before_they_are_looked_at():
+    stats = np.empty((2**40, 1, 1, 0, 8), np.float32)
+    with pytest.raises(rau.ShapeError, match="has K = 1099511627776 states; expected at most 65536"):
+        rau.merge_states((np.empty((2**40, 0, 1, 4), np.float32), stats, stats))
+    with pytest.raises(rau.ShapeError, match="has K = 65537 states"):
+        rau.merge_states([sbh()] * 65537)
+
+
+# ----------------------------------------------------------------------------------------------------- what is printed
+
+
+def test_messages_are_of_a_length_to_be_read():
+    with pytest.raises(rau.RauError) as caught:
+        rau.merge_states([[k, np.zeros((k % 7, 1, 2)), [k]] for k in range(20_000)])
+    assert len(str(caught.value)) < 10_000
+    assert len(caught.value.rules) > 1
+    for call in (
+        lambda: rau.merge_states([sbh()], backend="x" * 500_000),
+        lambda: rau.merge_states([sbh()], layout="x" * 500_000),
+        lambda: rau.merge_states([tnd()], ["x" * 500_000], "TND"),
+        lambda: rau.set_num_threads("x" * 500_000),
+    ):
+        with pytest.raises(rau.RauError) as caught:
+            call()
+        assert len(str(caught.value)) < 1000
+
+
+def test_whatever_an_argument_does_when_it_is_asked():
+    class Bad:
+        def _(self, *_):
+            raise ZeroDivisionError
+
+        __repr__ = __str__ = __index__ = _
+        shape = property(_)
+
+    hashes = type("M", (type,), {"__hash__": Bad._})("Hash", (), {})
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    ring = rau.StreamingMerge()
+    ring.update(*sbh())
+    p, q = sbh(), tnd()
+    calls = {
+        "shape": lambda: rau.merge_states([Bad()] * 3),
+        "hash": lambda: rau.merge_states([[hashes(), *p[1:]]]),
+        "dtype": lambda: ring.result(Bad()),
+        "backend": lambda: rau.merge_states([p], backend=Bad()),
+        "lengths": lambda: rau.merge_states([q], [Bad()], "TND"),
+        "threads": lambda: rau.set_num_threads(Bad()),
+        "tokens": lambda: ring.update(*p, tokens=slice(Bad(), None)),
+        "deep": lambda: rau.merge_states([q], deep, "TND"),
+        "layout": lambda: rau.merge_states([p], layout=Bad()),
+        "heads": lambda: rau.AttentionState.from_lse(p[0], p[1][..., 0], base="e", heads=Bad()),
+    }
+    for name, call in calls.items():
+        with pytest.raises((rau.RauError, TypeError, ValueError)):
+            call()
+            pytest.fail(name)
+
+
+@pytest.mark.parametrize("backend", ["cython", "numpy"])
+def test_what_the_caller_asks_of_numpy_reaches_nobody(backend):
+    tiny = rau.AttentionState(*(np.full_like(part, 1e-40) for part in sbh()))
+    with np.errstate(all="raise"):
+        state = rau.AttentionState.from_lse(tiny[0], tiny[1][..., 0], base="2")
+        state.lse(base="2")
+        ring = rau.StreamingMerge(backend=backend)
+        ring.update(*tiny)
+        ring.update(*state)
+        ring.result(np.float16)
+        rau.merge_states([tiny, state], backend=backend)
+
+
+# ----------------------------------------------------------------------------------------------------------- plugins
+
+
+def test_what_a_backend_returns_is_looked_at():
+    prev, cur, out = sbh(), sbh(seed=1), sbh(seed=2)
+    wrong = {
+        "returned None; expected an AttentionState": None,
+        r"returned \(1, 2\)": (1, 2),
+        r"returned attn_out of shape \(3,\); expected \(4, 2, 24\)": rau.AttentionState(*[np.zeros(3)] * 3),
+        "returned attn_out of shape None": (1, 2, 3),
+    }
+    for says, answer in wrong.items():
+        with pytest.raises(rau.RauError, match=f'backend "answers" {says}'):
+            rau.ring_attention_update(*prev, *cur, backend=Answers(answer))
+        ring = rau.StreamingMerge(backend=Answers(answer))
+        with pytest.raises(rau.RauError, match='backend "answers" returned'):
+            ring.update(*prev)
+    with pytest.raises(rau.RauError, match="returned other arrays than those of `out`"):
+        rau.ring_attention_update(*prev, *cur, out=out, backend=Answers(sbh(seed=9)))
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ZeroDivisionError
+
+
+def raising(error):
+    def load():
+        raise error
+
+    return load
+
+
+def made(**fields):
+    return lambda: type("P", (Backend,), {"name": "p", "capabilities": Capabilities(**{"array_types": ("numpy:ndarray",), **fields})})
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        raising(asyncio.CancelledError()), raising(GeneratorExit()), raising(Mute()), raising(SystemExit(3)),
+        made(array_types=None), made(limits=lambda problem: 1 / 0), made(limits=lambda problem: None),
+        made(limits=lambda problem: [None]), made(head_dim_multiple=0), made(lanes=(7,)), made(tolerance="much"),
+        lambda: SimpleNamespace(name="p"), lambda: None,
+    ],
+)  # fmt: skip
+def test_a_broken_plugin_is_its_own_matter(load, fresh_registry):
+    """Whatever it does, calls that did not ask for it say what they have to say."""
+    registry.names()
+    plugins._entries["p"] = plugins.Entry("a plugin", load)
+    prev, cur = sbh(), sbh(seed=1)
+    with pytest.raises(rau.DTypeError, match=r"\[array\]"):
+        rau.ring_attention_update([1], *prev[1:], *cur)
+    assert "p:" in str(rau.explain(*prev, *cur))
+    with pytest.raises(rau.RauError):
+        rau.ring_attention_update(*prev, *cur, layout="SBH", backend="nobody")
+    rau.show_config("dicts")
+    assert [status.name for status in registry.status()][-1] == "p"
+    rau.ring_attention_update(*prev, *cur)
+
+
+def distribution(name, points):
+    """A stranger's distribution."""
+    found = [importlib.metadata.EntryPoint(point, value, "rau.backends") for point, value in points.items()]
+    return SimpleNamespace(name=name, entry_points=importlib.metadata.EntryPoints(found))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_our_names_cannot_be_taken(installed, monkeypatch, fresh_registry):
+    ours = distribution("ring-attention-update", {"torch": "rau.backends.torch_:TorchBackend"})
+    stranger = distribution("stranger", {"torch": "nowhere:B", "cython": "nowhere:B", "own": "nowhere:B"})
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [stranger, *[ours] * installed])
+    registry.refresh()
+    found = {status.name: status for status in registry.standings()}
+    assert "declared by stranger too, in vain" in found["cython"].reason
+    if installed:
+        assert found["torch"].origin == "ring-attention-update" and "declared by stranger too, in vain" in found["torch"].reason
+    else:
+        assert found["torch"].state == "unavailable"
+        assert "stranger declares it, in vain: the name is kept for ring-attention-update" in found["torch"].reason
+    assert found["own"].origin == "stranger"
+
+
+def test_refresh_disturbs_no_call():
+    errors, end = set(), time.monotonic() + 3
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def call():
+        while time.monotonic() < end:
+            try:
+                rau.ring_attention_update(*sbh(), *sbh())
+                registry.standings()
+            except Exception as error:
+                errors.add(repr(error)[:90])
+
+    def refresh():
+        while time.monotonic() < end:
+            registry.refresh()
+
+    threads = [threading.Thread(target=call) for _ in range(2)] + [threading.Thread(target=refresh)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_a_plugin_is_loaded():
+    code = """
+        import os, threading, time
+        from rau import plugins, registry
+        def slow():
+            time.sleep(1)
+            raise ImportError("never mind")
+        registry.names()
+        for name in list(plugins._entries):
+            if name not in ("cython", "numpy"):
+                del plugins._entries[name]
+        plugins._entries["slow"] = plugins.Entry("a plugin", slow)
+        loading = threading.Thread(target=registry.status); loading.start()
+        time.sleep(0.3)
+        child = os.fork()
+        if child == 0:
+            print(registry.status()[-1].reason, flush=True)
+            os._exit(0)
+        os.waitpid(child, 0); loading.join()
+        print(registry.status()[-1].reason, flush=True)
+    """
+    assert alone(code, timeout=30) == (0, "ImportError: never mind\n" * 2)
+
+
+# ----------------------------------------------------------------------------------------------- threads and signals
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="the limit on processes holds for others than root")
+@pytest.mark.skipif("cython" not in [s.name for s in registry.status() if s.available], reason="no compiled core")
+def test_threads_that_cannot_be_started():
+    code = """
+        import resource, sys, os
+        import rau
+        prev, cur = state(4000, 8, 64), state(4000, 8, 64, seed=1)
+        rau.registry.get("cython")
+        os.setgid(65534); os.setuid(65534)
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        rau.set_num_threads(4)
+        print(rau.ring_attention_update(*prev, *cur, backend="cython").attn_out.shape)
+    """
+    assert alone(code) == (0, "(4000, 1, 512)\n")
+
+
+@pytest.mark.skipif("cython" not in [s.name for s in registry.status() if s.available], reason="no compiled core")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a single CPU")
+@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", "OMP_PLACES=cores", "OMP_WAIT_POLICY=passive"])
+def test_a_bound_thread_is_not_all_the_processors(variable):
+    name, value = variable.split("=")
+    code = "import rau; rau.registry.get('cython'); print(rau.get_num_threads())"
+    counts = {alone(code, **extra)[1] for extra in ({}, {name: value})}
+    assert len(counts) == 1 and counts != {"1\n"}
+
+
+def test_the_environment_is_read_as_python_has_it(monkeypatch):
+    monkeypatch.setenv("RAU_BACKEND", "numpy")
+    assert registry.requested() == ("numpy", "RAU_BACKEND")
+    monkeypatch.delenv("RAU_BACKEND")
+    assert registry.requested() == (None, "automatic")
+
+
+def test_a_running_state_that_was_cut_short_says_so():
+    stopped = False
+
+    def stop(problem, prev, cur, out):
+        if stopped:
+            raise KeyboardInterrupt
+        return registry.get("numpy").update(problem, prev, cur, out)
+
+    ring = rau.StreamingMerge(backend=Answers(stop))
+    ring.update(*sbh())
+    stopped = True
+    with pytest.raises(KeyboardInterrupt):
+        ring.update(*sbh(seed=1))
+    for call in (lambda: ring.update(*sbh()), ring.result):
+        with pytest.raises(rau.UnsupportedError, match="an earlier update was stopped while it wrote"):
+            call()
+
+
+def test_a_log_handler_that_raises_is_the_callers(caplog):
+    """Nothing is written by then."""
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            raise LookupError
+
+    logger, handler = logging.getLogger("rau"), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    out = sbh(seed=2)
+    before = [part.copy() for part in out]
+    try:
+        with pytest.raises(LookupError):
+            rau.ring_attention_update(*sbh(), *sbh(seed=1), out=out)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert same_bits(out, before) == []
