@@ -1,7 +1,7 @@
-"""Names and loading of backends: what is known, what came of loading it, and why.
+"""Names and loading of backends: which are known, whether loading them succeeded, and why not.
 
 ``cython`` and ``numpy`` are built in. Everything else is reached through the entry-point group
-``rau.backends``, scanned on first need and loaded one at a time, or through :func:`register`.
+``rau.backends``, scanned when first needed and loaded one at a time, or through :func:`register`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rau.errors import BackendUnavailableError, RauError, UnknownBackendError
 
 GROUP = "rau.backends"
 INSTALL_HINT = (
-    "A third party's backend is found once its distribution is installed beside ring-attention-update "
+    "A third-party backend is found once its distribution is installed alongside ring-attention-update "
     f'(entry-point group "{GROUP}"), or after rau.registry.register(...).'
 )
 
@@ -47,7 +47,7 @@ class Status(NamedTuple):
     available : bool
     state : {"available", "unavailable", "blocked", "not tried"}
     reason : str
-        Why it is not available, or what else there is to say; empty where there is nothing.
+        Why it is not available, or any other note; empty if there is none.
     origin : str
         "built in", "registered", or the distribution that declares it.
     """
@@ -100,7 +100,7 @@ def _scan() -> None:
         for name, owners in sorted(found.items()):
             if name in _entries:
                 both = " and ".join(sorted(owners))
-                _entries[name].notes.append(f"declared by {both} too, in vain: the name was taken")
+                _entries[name].notes.append(f"also declared by {both}, which is ignored: the name was taken")
             elif len(owners) == 1:
                 ((owner, point),) = owners.items()
                 _entries[name] = Entry(owner, point.load)
@@ -128,12 +128,12 @@ def names() -> list[str]:
 
 
 def blocked() -> set[str]:
-    """Names in the environment variable ``RAU_BLOCK``: never loaded."""
+    """Names in the environment variable ``RAU_BLOCK``, which are never loaded."""
     return {name.strip() for name in os.environ.get("RAU_BLOCK", "").split(",")} - {""}
 
 
 def load(name: str) -> Entry:
-    """Load a known backend if that has not been tried; what came of it is in the entry."""
+    """Load a known backend if that has not been tried; the outcome is in the entry."""
     entry = _entries[name]
     if entry.instance is None:
         with lock:
@@ -154,7 +154,7 @@ def load_class(name: str) -> Any:
                     raise BackendUnavailableError(f"RAU_BLOCK = {os.environ['RAU_BLOCK']!r} names it")
                 cls = entry.load()
                 if fault := missing_part(cls):
-                    raise BackendUnavailableError(f"{cls!r} is no backend: {fault}")
+                    raise BackendUnavailableError(f"{cls!r} is not a backend: {fault}")
                 entry.cls = cls
     return entry.cls
 
@@ -181,7 +181,7 @@ def missing_part(backend: Any) -> str:
 
 
 def known(name: str) -> bool:
-    """Tell whether anybody has declared or registered a name."""
+    """Tell whether a name has been declared or registered."""
     if name in _entries:
         return True
     _scan()
@@ -205,7 +205,7 @@ def get(name: str, origin: str = "") -> Any:
     Raises
     ------
     UnknownBackendError
-        If nobody has registered the name.
+        If the name is not registered.
     BackendUnavailableError
         If it cannot be used here; the cause is chained.
 
@@ -218,7 +218,7 @@ def get(name: str, origin: str = "") -> Any:
     if not isinstance(name, str) or not known(name):
         import difflib
 
-        text = f"no backend is called {name!r}{asked}; known are {', '.join(names())}."
+        text = f"no backend is called {name!r}{asked}; the known ones are {', '.join(names())}."
         close = difflib.get_close_matches(name, names(), n=1) if isinstance(name, str) else []
         if close:
             text += f' Did you mean "{close[0]}"?'
@@ -232,13 +232,13 @@ def get(name: str, origin: str = "") -> Any:
 
 
 def reason_of(failure: BaseException) -> str:
-    """Word a failure in one line."""
+    """Put a failure into one line."""
     text = " ".join(str(failure).split()) or "no reason given"
     return text if isinstance(failure, RauError) else f"{type(failure).__name__}: {text}"
 
 
 def status() -> list[Status]:
-    """Try every backend and tell what came of it.
+    """Try every backend and return the outcome.
 
     Returns
     -------
@@ -251,7 +251,7 @@ def status() -> list[Status]:
 
 
 def standings() -> list[Status]:
-    """Tell what is known of every backend by its class and by earlier attempts: no instance is made, no library imported."""
+    """Tell what is known of every backend from its class and earlier attempts: no instance is made, no library imported."""
     result = []
     for name in names():
         cls, entry = load_class(name), _entries[name]
@@ -281,20 +281,20 @@ def register(backend: Any, name: str | None = None) -> None:
     Parameters
     ----------
     backend : Backend or type
-        An instance, or a class that is called without arguments on first need.
+        An instance, or a class that is called without arguments when first needed.
     name : str, optional
         The backend's own name by default.
 
     Raises
     ------
     UnknownBackendError
-        If it has no name, or one that is taken, or is no backend.
+        If it has no name, its name is taken, or it is not a backend.
     """
     name = name or getattr(backend, "name", None)
     if not isinstance(name, str) or not name:
         raise UnknownBackendError(f"{backend!r} has no name; expected a class attribute `name`, a str.")
     if fault := missing_part(backend):
-        raise UnknownBackendError(f"{backend!r} is no backend: {fault}.")
+        raise UnknownBackendError(f"{backend!r} is not a backend: {fault}.")
     with lock:
         if known(name):
             taken = _entries[name].origin
@@ -304,7 +304,7 @@ def register(backend: Any, name: str | None = None) -> None:
 
 @contextmanager
 def provisionally(backend: Any) -> Iterator[None]:
-    """Make a backend known for the length of a ``with`` block, in place of another one of its name.
+    """Make a backend known for the duration of a ``with`` block, in place of any other with its name.
 
     Parameters
     ----------
@@ -326,7 +326,7 @@ def provisionally(backend: Any) -> Iterator[None]:
 
 
 def refresh() -> None:
-    """Forget what was loaded, what failed and what was registered; entry points are scanned anew on first need."""
+    """Forget what was loaded, what failed and what was registered; entry points are scanned again when first needed."""
     global _scanned
     with lock:
         _entries.clear()

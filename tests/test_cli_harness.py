@@ -153,7 +153,7 @@ def test_check_json(folder, capsys):
     assert found["passed"] is True and found["interrupted"] is False and found["failures"] == []
     assert sorted(found["succeeded"]) == ["dtype/float32", "dtype/float32-attention"]
     excluded = {item["id"]: item["message"] for item in found["excluded"]}
-    assert excluded["dtype/bfloat16"] == "dtype bfloat16 is none of float32"
+    assert excluded["dtype/bfloat16"] == "dtype bfloat16 is not one of float32"
     assert excluded["dtype/float16-into-float32"] == "it does not merge float16 into float32"
     assert found["checks"] == len(found["succeeded"]) + len(excluded)
     assert found["configuration"]["versions"]["numpy"] == np.__version__
@@ -162,7 +162,7 @@ def test_check_json(folder, capsys):
 def test_check_lists_what_is_excluded(folder, capsys):
     assert main(["check", "kernel_at_hand:Narrow", "--select", "*bfloat16"]) == 1
     out = capsys.readouterr().out
-    assert re.search(r"excluded: dtype bfloat16 is none of float32\n    (flash/bfloat16, )?dtype/bfloat16, .* and \d+ more\n", out)
+    assert re.search(r"excluded: dtype bfloat16 is not one of float32\n    (flash/bfloat16, )?dtype/bfloat16, .* and \d+ more\n", out)
     assert "FAILED: narrow: nothing that was selected could be checked" in out
 
 
@@ -450,7 +450,7 @@ def test_other_bits_within_the_bound(folder, capsys):
 def test_a_backend_that_runs_nothing_fails(folder, capsys):
     assert main(["difftest", "--backends", "kernel_at_hand:Narrow,numpy", "--select", "dtype/float16"]) == 1
     out = capsys.readouterr().out
-    assert "excluded from narrow: 1 case: dtype float16 is none of float32" in out
+    assert "excluded from narrow: 1 case: dtype float16 is not one of float32" in out
     assert "of which narrow ran none" in out
 
 

@@ -102,7 +102,7 @@ def test_tensors_on_a_gpu_choose_it():
         found = on_a_gpu()
         assert (found.selected, found.origin) == ("cuda", "automatic")
         assert on_a_gpu(backend="torch").selected == "torch"
-        assert "device cuda:0 is none of cpu" in on_a_gpu(backend="cython").failure
+        assert "device cuda:0 is not one of cpu" in on_a_gpu(backend="cython").failure
 
 
 def test_without_it_they_choose_torch():

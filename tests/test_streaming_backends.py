@@ -154,6 +154,6 @@ def test_a_first_update_that_is_refused_leaves_no_state():
 
 def test_a_backend_that_refuses_says_so_before_there_is_a_state():
     ring = rau.StreamingMerge(backend=only_update(dtypes=("float16",)))
-    with pytest.raises(rau.UnsupportedError, match="dtype float32 is none of float16"):
+    with pytest.raises(rau.UnsupportedError, match="dtype float32 is not one of float16"):
         ring.update(*laid_out(partial(1, 4, 2, 8, "float16"), "SBH"))
     assert ring.running is None

@@ -152,7 +152,7 @@ def _describe(path: Any, states: list[AttentionState], arrays: dict[str, np.ndar
     layout, order = _text(arrays, "layout", "SBH"), _text(arrays, "softmax_layout", "TND")
     if layout not in LAYOUTS:
         hint = meant(layout, LAYOUTS, OTHER_LAYOUTS)
-        raise RecordError(f"{path}: layout {layout!r} is none of {', '.join(LAYOUTS)}.{hint}")
+        raise RecordError(f"{path}: layout {layout!r} is not one of {', '.join(LAYOUTS)}.{hint}")
     attn, stats = states[0].attn_out.shape, states[0].softmax_max.shape
     axes = LAYOUTS[layout]
     if len(attn) != axes.attn.count(",") + 1 or len(stats) != axes.stats.count(",") + 1:
