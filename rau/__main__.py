@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0 good, 1 the verdict is bad, 2 wrong usage or a named backend missing.
+        The exit status: 0 good, 1 the verdict is bad, 2 wrong usage or a named backend is missing.
     """
     parser = argparse.ArgumentParser(prog="python -m rau", description="Merge partial attention states.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
         return 141
-    except (RauError, ImportError, OSError) as error:  # what was asked for, a library or a file is not to be had
+    except (RauError, ImportError, OSError) as error:  # what was asked for, a library or a file is not available
         print(f"python -m rau {parsed.command}: error: {error}", file=sys.stderr)
         return 2
 

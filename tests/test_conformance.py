@@ -301,7 +301,7 @@ def test_expected_failures():
 @pytest.mark.parametrize(
     ("expected", "failures"),
     [
-        ({"a/1": "why"}, [("a/1", "expected to fail (why), and passes: take it off the list")]),
+        ({"a/1": "why"}, [("a/1", "expected to fail (why), but passes: take it off the list")]),
         ({"z/*": "why"}, [("z/*", "an expected failure that matches no check")]),
     ],
 )

@@ -84,8 +84,8 @@ class StreamingMerge:
     [2**-256, 2**256]. proofs/README.md has the proofs.
 
     A whole ring can be captured into a CUDA graph, from the creation of the StreamingMerge to its result; a replay then
-    starts from the empty state. `actual_seq_qlen` has to be on the device for that. It is not read there: with
-    sequences of odd lengths, halves are undefined, though nothing outside the arrays is touched.
+    starts from the empty state. `actual_seq_qlen` has to be on the device for that. There it is not read, and so not
+    checked: with sequences of odd lengths, halves are undefined, though nothing outside the arrays is touched.
 
     Examples
     --------
