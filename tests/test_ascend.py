@@ -63,7 +63,7 @@ def test_on_a_laptop_it_says_what_the_chip_would_say():
     [
         ("portable", 2, 65, ['the last axis of attn_out is D = 65; layout "TND" takes multiples of 64']),
         ("portable", 1, 832, []),
-        ("portable", 2, 0, ["D = 0: the operator takes no empty output"]),
+        ("portable", 2, 0, ["D = 0: the operator does not take an empty output"]),
         ("cann-v2", 256, 768, []),
     ],
 )
@@ -136,7 +136,7 @@ MINDSPORE_ON = {
 @pytest.mark.parametrize(
     ("modules", "says"),
     [
-        ({"torch_npu": module("torch_npu", npu=npu(False))}, "torch_npu is installed, and finds no NPU"),
+        ({"torch_npu": module("torch_npu", npu=npu(False))}, "torch_npu is installed, but finds no NPU"),
         ({"torch_npu": module("torch_npu", npu=npu(True)), "mindspeed": None}, ascend_operators.MINDSPEED),
         ({"mindspore": MINDSPORE_ON["CPU"]}, "MindSpore's device target is CPU; expected Ascend"),
         ({"mindspore": MINDSPORE_ON["Ascend"]}, "this MindSpore has no ops.ring_attention_update; newer ones have it"),

@@ -422,7 +422,7 @@ def test_replay_of_a_file_of_anybodys(folder, capsys):
     assert main(["difftest", "--replay", "pickled.npz"]) == 2
     np.savez("strange.npz", **arrays | {"case": np.array('{"color": 3}')})
     assert main(["difftest", "--replay", "strange.npz"]) == 2
-    assert "describes no case" in capsys.readouterr().err
+    assert "does not describe a case" in capsys.readouterr().err
 
 
 def test_other_bits_within_the_bound(folder, capsys):

@@ -98,10 +98,10 @@ def test_what_needs_no_shapes_is_judged_without_them():
 
 
 STATES = (
-    "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or one of arrays that are "
-    "stacked along a new first axis"
+    "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or a single one whose arrays "
+    "are stacked along a new first axis"
 )
-FROM_LSE = "A pair (out, lse) becomes a state by AttentionState.from_lse(out, lse, base=...)."
+FROM_LSE = "AttentionState.from_lse(out, lse, base=...) makes a state from a pair (out, lse)."
 
 
 @pytest.mark.parametrize(

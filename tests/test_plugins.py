@@ -121,7 +121,7 @@ def test_kinds_and_devices_do_not_mix(loopback):
     with pytest.raises(rau.ConstraintError) as caught:
         rau.ring_attention_update(**wrapped, out=[*out, elsewhere])
     assert caught.value.rules == ("array-kind", "array-kind", "array-device")
-    with pytest.raises(rau.DTypeError, match="softmax_max is a rau_loopback:Array array; expected a NumPy one"):
+    with pytest.raises(rau.DTypeError, match="softmax_max is a rau_loopback:Array array; expected a NumPy array"):
         rau.AttentionState(None, *list(wrapped.values())[1:3]).lse(base="e")
 
 
@@ -152,7 +152,7 @@ def test_values_that_numpy_cannot_read(loopback):
     with pytest.raises(rau.DTypeError) as caught:
         rau.ring_attention_update(**wrapped, **options, check="values")
     assert str(caught.value) == (
-        "[array] NumPy cannot read the values of a rau_loopback:Array array, as checking them takes; "
+        "[array] NumPy cannot read the values of a rau_loopback:Array array, which are to be checked; "
         'expected it to have __array__. Leave check at "metadata", and pass actual_seq_qlen as a list.'
     )
     with pytest.raises(rau.DTypeError, match="NumPy cannot read the values"):

@@ -184,7 +184,7 @@ class StreamingMerge:
         running = self._running
         if running is None:
             if tokens is not None:
-                raise _broken(UPDATE, "first-update", f"tokens = {tokens!r} in the first update, which tells the shape of the "
+                raise _broken(UPDATE, "first-update", f"tokens = {tokens!r} in the first update, which sets the shape of the "
                               "whole; expected an update of all tokens. Or give StreamingMerge(like=...) a state of the "
                               "full shape.")  # fmt: skip
             running = self._start(UPDATE, partial, _of_partial, self._check)
@@ -232,7 +232,7 @@ class StreamingMerge:
         """
         running = self._running
         if running is None:
-            raise _broken(_RESULT, "first-update", "there is no state yet; expected an update before. Or give "
+            raise _broken(_RESULT, "first-update", "there is no state yet; expected an update first. Or give "
                           "StreamingMerge(like=...) a state of the full shape, for an empty result.")  # fmt: skip
         own = running.asked.dtype
         wanted = own if dtype is None else _dtype_name(dtype)
@@ -260,7 +260,7 @@ class StreamingMerge:
         """
         if kind.name == "mindspore":
             raise UnsupportedError(f"{UPDATE}: tokens = {tokens!r} with MindSpore tensors, whose slices may be copies; "
-                                   "expected NumPy arrays, torch tensors or arrays of a plugin's own.")  # fmt: skip
+                                   "expected NumPy arrays, torch tensors or a plugin's own arrays.")  # fmt: skip
         lengths, length = self._lengths, whole.attn_out.shape[LAYOUTS[self._layout].attn_token]
         on_device = lengths is not None and not isinstance(lengths, np.ndarray)  # and not read: no odd length is noticed
         where = part_of(UPDATE, tokens, self._layout, length, np.zeros(1, np.int64) if on_device else lengths)
@@ -284,8 +284,8 @@ def _refuse_gradients(call: str, partial: Any) -> None:
     if torch_op.wanted((partial,)):
         raise UnsupportedError(
             f"{call}: an input requires grad, or torch traces or transforms the call (compile, export, functorch), or a "
-            "tensor is of a type of its own; a state that is written in place has no gradient and no place in a graph. Use "
-            "rau.merge_states, which has both, or call under torch.no_grad() outside of tracing."
+            "tensor is of a type other than torch's own two; a state that is written in place has no gradient and no place "
+            "in a graph. Use rau.merge_states, which has both, or call under torch.no_grad() outside of tracing."
         )
 
 

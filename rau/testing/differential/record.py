@@ -112,7 +112,7 @@ def read_record(path: str | PathLike[str]) -> Record:
         words = json.loads(described) if described else {}
         case = Case(**words | {"lengths": tuple(words.get("lengths", ()))}) if described else None
     except (TypeError, ValueError) as error:
-        raise RecordError(f'{path}: "case" describes no case: {error}') from error
+        raise RecordError(f'{path}: "case" does not describe a case: {error}') from error
     count = 0
     while f"states.{count}.attn_out" in arrays:
         count += 1
@@ -139,7 +139,7 @@ def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str) -> AttentionSt
     parts = []
     for name in FIELDS:
         if prefix + name not in arrays:
-            raise RecordError(f'{path}: "{prefix}{name}" is missing beside the other arrays of its state')
+            raise RecordError(f'{path}: "{prefix}{name}" is missing, but other arrays of its state are there')
         array = arrays[prefix + name]
         if array.dtype in (np.uint16, np.dtype("V2")):
             array = array.view(named_dtype("bfloat16"))
