@@ -144,7 +144,7 @@ def tables():
     """Print what docs/scaling.md shows: rings of up to thousands of ranks, and from which size on the merge shows."""
     print("One layer, causal, N = 64, D = 128, bfloat16, on H100s: forward pass on the last rank, milliseconds")
     large_rings(H100, 64, (64, 8), 128, 2, 1e3)
-    print("\nTokens per rank from which on, in a step on H100s (N = 64, D = 128, bfloat16),")
+    print("\nTokens per rank from which, in a step on H100s (N = 64, D = 128, bfloat16),")
     print("        the merge takes less than             attention hides the network")
     print("        100 %    10 %     1 % of attention    NVLink, 64 and 8 KV heads   InfiniBand, 64 and 8")
     for name, causal in (("full", False), ("causal", True)):

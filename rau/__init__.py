@@ -1,7 +1,7 @@
 """Merge partial attention states: Huawei's ``ring_attention_update`` on every device, with the same bits.
 
 Long sequences do not fit on one accelerator, so attention is computed in pieces and the pieces are merged. This
-package is that merge. Start with :func:`merge_states` and :meth:`AttentionState.from_lse` if your kernel returns
+package does that merge. Start with :func:`merge_states` and :meth:`AttentionState.from_lse` if your kernel returns
 (out, lse), or with :func:`ring_attention_update` if it returns the softmax's max and sum.
 """
 

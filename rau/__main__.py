@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0 good, 1 the verdict is bad, 2 wrong usage or a named backend missing.
+        The exit status: 0 good, 1 the verdict is bad, 2 wrong usage or a named backend is missing.
     """
     parser = argparse.ArgumentParser(prog="python -m rau", description="Merge partial attention states.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -1,7 +1,7 @@
-"""The vendors' own signatures: change one import line, and the merge of a training script is rau's, on any device.
+"""The vendors' own signatures: change one import line, and rau does the merge of a training script, on any device.
 
 ======================================================================  =========================================
-in the script                                                           in its place
+in the script                                                           replace with
 ======================================================================  =========================================
 ``from torch_npu import npu_ring_attention_update``                     ``from rau.compat import npu_ring_...``
 ``from mindspeed.ops.npu_ring_attention_update import npu_ring_...``    ``from rau.compat import npu_ring_...``
@@ -39,21 +39,21 @@ def npu_ring_attention_update(
     input_layout: str | None = None,
     input_softmax_layout: str = "",
 ) -> Triple:
-    """Merge two partial attention states, called as torch_npu's operator or as MindSpeed's.
+    """Merge two partial attention states, with the signature of torch_npu's operator or of MindSpeed's.
 
     Parameters
     ----------
     prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum : array
         As :func:`rau.ring_attention_update` takes them.
     actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
-        Cumulative sequence lengths, from 0 to T; required in layout "TND". By keyword alone in torch_npu, whose operator
+        Cumulative sequence lengths, from 0 to T; required in layout "TND". Keyword-only in torch_npu, whose operator
         does not read them where statistics are token-major: there they may be anything but None.
     layout : {"SBH", "TND"}, optional
-        MindSpeed's name of the layout.
+        The layout, under MindSpeed's name.
     input_layout : {"SBH", "TND"}, optional
-        torch_npu's. "SBH" where neither is given.
+        The layout, under torch_npu's name. "SBH" if neither is given.
     input_softmax_layout : {"", "SBH", "TND"}, default ""
-        Order of the statistics in layout "TND", which torch_npu alone lets one choose: packed per sequence ("" and
+        Order of the statistics in layout "TND", which only torch_npu lets you choose: packed per sequence ("" and
         "SBH"), or token-major ("TND").
 
     Returns
@@ -63,8 +63,8 @@ def npu_ring_attention_update(
     Raises
     ------
     ConstraintError
-        If the call breaks a rule; a RuntimeError. In layout "TND" the limits are those of the vendor's newer pages for
-        both operators, profile "cann-v2".
+        If the call breaks a rule; it is a RuntimeError. In layout "TND" the limits are those of the vendor's newer pages
+        for both operators, profile "cann-v2".
 
     Examples
     --------
@@ -102,7 +102,7 @@ def ring_attention_update(
     actual_seq_qlen: Any = None,
     layout: str = "SBH",
 ) -> Triple:
-    """Merge two partial attention states, called as ``mindspore.ops.ring_attention_update``.
+    """Merge two partial attention states, with the signature of ``mindspore.ops.ring_attention_update``.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def ring_attention_update(
     Raises
     ------
     ConstraintError
-        If the call breaks a rule, the reference page's limits among them; a RuntimeError.
+        If the call breaks a rule, including the reference page's limits; it is a RuntimeError.
 
     Notes
     -----

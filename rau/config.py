@@ -14,13 +14,13 @@ from rau.threads import get_num_threads, threads_origin
 
 # Every environment variable that rau reads.
 ENVIRONMENT = {
-    "RAU_BACKEND": "name of the backend that runs every call, strictly; use_backend and backend= win over it",
-    "RAU_BLOCK": "comma-separated names of backends that are not to be loaded",
+    "RAU_BACKEND": "name of the backend that runs every call, strictly; use_backend and backend= override it",
+    "RAU_BLOCK": "comma-separated names of backends that are never loaded",
     "RAU_SIMD": 'instruction-set version of the compiled core: "baseline", "avx2" or "avx512"; the same bits',
     "RAU_TEST_BACKENDS": "test suite: names of the backends that must be present and are tested",
     "RAU_EXPECT_NO_CORE": "test suite: set to 1 where the compiled core is meant to be missing",
-    "RAU_BENCH_LARGE": "asv_bench: set to 1 to measure the sizes above 64 MB too, and torch.compile",
-    "RAU_BUILD_REQUIRE_CORE": "build: set to 1 to make a failed compilation a failed install",
+    "RAU_BENCH_LARGE": "asv_bench: set to 1 to measure sizes above 64 MB and torch.compile too",
+    "RAU_BUILD_REQUIRE_CORE": "build: set to 1 to make the install fail where compilation fails",
 }
 _PACKAGES = ("numpy", "ml_dtypes", "torch", "triton", "mindspore", "rich")
 
@@ -40,19 +40,19 @@ def _core() -> dict[str, Any]:
     except ImportError as error:
         from rau.backends.cython_ import MISSING
 
-        cost = "the numpy backend runs instead: the same bits, several times slower, one thread"
+        cost = "the numpy backend runs instead: the same bits, several times slower, on one thread"
         return {"compiled": False, "missing": f"{MISSING} [{error}]", "cost": cost}
     core = {"compiled": True, **build(), "simd": simd(), "simd_versions": simd_versions()}
     if not core["openmp"]:
         core["missing"] = "the compiler had no OpenMP when the core was built"
-        core["cost"] = "one thread: a problem that fits the cache takes about twice as long on two CPUs as it could"
+        core["cost"] = "one thread: a problem that fits in the cache takes about twice as long on two CPUs as it could"
     if forked():
         core["forked"] = "this process is a forked child and runs serially"
     return core
 
 
 def _choice() -> dict[str, str]:
-    """Who runs a call on NumPy arrays now, and who says so."""
+    """Which backend runs a call on NumPy arrays now, and what chose it."""
     name, origin = registry.requested()
     if name is not None:
         choice = {"backend": name, "origin": origin}
@@ -105,7 +105,7 @@ def _variable_note(name: str) -> str:
 
 
 def render(config: dict[str, Any]) -> str:
-    """Word what :func:`collect` gathered, one fact a line.
+    """Format what :func:`collect` gathered, one fact per line.
 
     Parameters
     ----------
@@ -142,12 +142,12 @@ def render(config: dict[str, Any]) -> str:
 
 
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
-    """Show versions, the compiled core, threads, backends with their reasons, and settings.
+    """Show versions, the compiled core, threads, the state of each backend with the reason, and settings.
 
     Parameters
     ----------
     mode : {"stdout", "dicts"}, default "stdout"
-        Print, or return the data, as :func:`numpy.show_config` does.
+        Print the data, or return it, as :func:`numpy.show_config` does.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The errors of rau: one small family, so that one ``except rau.RauError`` catches all of them."""
+"""The errors of rau: one small family, so that a single ``except rau.RauError`` catches all of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ShapeError(ConstraintError, ValueError):
 
 
 class LayoutError(ConstraintError, ValueError):
-    """A layout that does not exist, or not in the chosen profile."""
+    """A layout that does not exist, or that the chosen profile does not have."""
 
 
 class DTypeError(ConstraintError, TypeError):
@@ -54,7 +54,7 @@ class OptionError(ConstraintError, ValueError):
 
 
 class UnknownBackendError(RauError, ValueError):
-    """A backend name that nobody has registered."""
+    """A backend name that is not registered."""
 
 
 class BackendUnavailableError(RauError, ImportError):

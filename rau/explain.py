@@ -1,4 +1,4 @@
-"""Who would run a call, and why not the others."""
+"""Which backend would run a call, and why the others would not."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rau.problem import Problem
 
 
 class Verdict(NamedTuple):
-    """What speaks against one backend.
+    """What speaks against one backend, if anything.
 
     Attributes
     ----------
     name : str
     limits : list of str or None
-        Broken limits, each with the computed value; judged wherever the arrays are. None where the backend's module
-        cannot even be imported.
+        Broken limits, each with the computed value; judged regardless of where the arrays are. None where the backend's
+        module cannot even be imported.
     arrays : list of str or None
         What is wrong with the arrays' type or device.
     unavailable : str
-        Why the backend cannot be used here; empty where nothing is known against it.
+        Why the backend cannot be used here; empty if no reason is known.
     tried : bool
-        An instance of it was made before, or for this call. No other is made to explain.
+        Whether an instance of it was made before, or for this call. No other is made in order to explain.
     """
 
     name: str
@@ -46,16 +46,16 @@ class Verdict(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """The choice for one call, and the reasons.
+    """The backend chosen for one call, and the reasons.
 
     Attributes
     ----------
     selected : str or None
-        Who would run the call; None where it would fail.
+        The backend that would run the call; None if the call would fail.
     origin : str
         Where the choice comes from.
     failure : str
-        The message of the error that the call would raise; empty where it would run.
+        The message of the error that the call would raise; empty if it would run.
     verdicts : list of Verdict
         One for each known backend.
     problem : Problem
@@ -91,7 +91,7 @@ def explain(
     profile: str = "mindspore",
     check: str = "metadata",
 ) -> Explanation:
-    """Tell who would run a call of :func:`rau.ring_attention_update`, and what speaks against each other backend.
+    """Tell which backend would run a call of :func:`rau.ring_attention_update`, and what speaks against each of the others.
 
     Parameters
     ----------
@@ -102,13 +102,13 @@ actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
     Returns
     -------
     Explanation
-        Print it, or read its attributes. Limits are judged apart from the arrays' type and device, so that it says
-        something about an accelerator's backend on a laptop.
+        Print it, or read its attributes. Limits are judged apart from the arrays' type and device, so that it is
+        informative about an accelerator's backend even on a laptop.
 
     Raises
     ------
     ConstraintError
-        If the call is not valid, as the call itself would.
+        If the call is not valid, just as the call itself would raise.
 
     Examples
     --------

@@ -4,7 +4,7 @@ A *block* is a rectangle of tokens x heads over which every operand is regular: 
 head h starts at ``offset + t * token_stride + h * head_stride``. Kernels see only this table, never a
 layout; a new layout is a new entry of :data:`LAYOUTS`.
 
-The table is an int64 array with one line a block. Its columns are
+The table is an int64 array with one line per block. Its columns are
 
 ===============  ===============================================================================
 ``TOKENS``       number of tokens in the block
@@ -15,8 +15,8 @@ then, for each of the K input states and last for the result, nine columns:
 ``SUM + 0..2``   the same three of ``softmax_sum``
 ===============  ===============================================================================
 
-All of them count elements, from the operand's first element; :func:`column` finds an operand's. Since each operand has
-entries of its own, halves of sequences can be merged into a state of whole ones where they are.
+Offsets and strides count elements, from the operand's first element; :func:`column` finds an operand's columns. Since each
+operand has entries of its own, halves of sequences can be merged in place into a state of whole sequences.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def column(operand: int, part: int = ATTN) -> int:
 
 
 class Layout(NamedTuple):
-    """Where the axes of one layout are; an axis that a layout lacks is None."""
+    """Where the axes of one layout are; None for an axis that the layout lacks."""
 
     attn: str
     stats: str
@@ -68,7 +68,7 @@ class Layout(NamedTuple):
 
     @property
     def row_order(self) -> tuple[int, ...]:
-        """Axes of the statistics, but for the lanes, in the order in which the output has its rows."""
+        """Axes of the statistics, except the lanes, in the order in which the output has its rows."""
         places = [(self.attn_batch, self.stats_batch), (self.attn_token, self.stats_token)]
         rows = sorted((attn, stats) for attn, stats in places if attn is not None and stats is not None)
         if self.attn_head is None:  # within a row of tokens, on the last axis
@@ -104,7 +104,7 @@ OTHER_LSE_LAYOUTS: dict[str, tuple[str, str]] = {
 
 
 def lse_layouts(layout: str) -> tuple[str, ...]:
-    """Name the layouts of a log-sum-exp that go with a layout of attention; the first has the statistics' axes.
+    """Name the log-sum-exp layouts that go with an attention layout; the first has the statistics' axes.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 def dimensions(
     layout: str, attn_shape: Sequence[int], stats_shape: Sequence[int]
 ) -> tuple[int, int | None, int, int, int]:
-    """Read B, S, T, N and D off the shapes of a state; in TND, where lengths tell the sequences, one of all tokens.
+    """Read B, S, T, N and D off a state's shapes; in TND, where only lengths tell sequences apart, as one sequence.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def dimensions(
 
 
 def shapes(layout: str, B: int, S: int, N: int, D: int, lanes: int = 8) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Spell the shapes of a state's output and statistics; in TND, S counts the tokens of all sequences, and B is 1.
+    """Return the shapes of a state's output and statistics; in TND, S counts the tokens of all sequences, and B is 1.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ def shapes(layout: str, B: int, S: int, N: int, D: int, lanes: int = 8) -> tuple
 def packed_row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """Distance between two consecutive rows of packed statistics, or None where it varies.
 
-    Packed statistics are a flat sequence of T*N rows that (T, N) only names, so they can be walked only
+    Packed statistics are a flat sequence of T*N rows for which (T, N) is only a label, so they can be walked only
     where all the rows are evenly spaced.
 
     Parameters
@@ -226,9 +226,9 @@ def packed_row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | Non
 
 
 class BlockTerms(NamedTuple):
-    """A block table in short: every entry is linear in where its block starts and how long it is.
+    """A block table in compact form: every entry is linear in where its block starts and how long it is.
 
-    Ten thousand blocks take ten thousand starts and lengths, and not thirty times as many entries.
+    Ten thousand blocks take ten thousand starts and lengths, rather than thirty times as many entries.
 
     Attributes
     ----------
@@ -289,7 +289,7 @@ def block_terms(
         Strides in elements of attn_out, softmax_max, softmax_sum of each input state, then of the result:
         3 * (K + 1) entries.
     half : {"front", "back"}, optional
-        In layout "TND": the first state and the result hold sequences twice as long, and this half of each is meant.
+        In layout "TND": the first state and the result hold sequences twice as long, and this half of each is merged.
 
     Returns
     -------
@@ -341,7 +341,7 @@ def block_terms(
 
 
 def row_index(table: np.ndarray, operand: int, part: int) -> np.ndarray:
-    """Where each row of one array starts, over all blocks: the block table as one index.
+    """Return where each row of one array starts, over all blocks: the block table as one index.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""Names and loading of backends: what is known, what came of loading it, and why.
+"""Names and loading of backends: which are known, whether loading them succeeded, and why not.
 
 ``cython`` and ``numpy`` are built in. Everything else is reached through the entry-point group
-``rau.backends``, scanned on first need and loaded one at a time, or through :func:`register`.
+``rau.backends``, scanned when first needed and loaded one at a time, or through :func:`register`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rau.errors import BackendUnavailableError, RauError, UnknownBackendError, s
 
 GROUP = "rau.backends"
 INSTALL_HINT = (
-    "A third party's backend is found once its distribution is installed beside ring-attention-update "
+    "A third-party backend is found once its distribution is installed alongside ring-attention-update "
     f'(entry-point group "{GROUP}"), or after rau.registry.register(...).'
 )
 
@@ -47,7 +47,7 @@ class Status(NamedTuple):
     available : bool
     state : {"available", "unavailable", "blocked", "not tried"}
     reason : str
-        Why it is not available, or what else there is to say; empty where there is nothing.
+        Why it is not available, or any other note; empty if there is none.
     origin : str
         "built in", "registered", or the distribution that declares it.
     """
@@ -127,11 +127,11 @@ def _declared(taken: dict[str, Entry]) -> dict[str, Entry]:
         both = " and ".join(sorted(owners))
         if name in taken or ours is not None:
             if both:
-                (taken.get(name) or entries[name]).notes.append(f"declared by {both} too, in vain: the name was taken")
+                (taken.get(name) or entries[name]).notes.append(f"also declared by {both}, which is ignored: the name was taken")
             continue
         entries[name] = entry = Entry(both, lambda: None)
         if name in _RESERVED:
-            entry.failure = RauError(f"{both} declares it, in vain: the name is kept for {_DISTRIBUTION}, which is not installed")
+            entry.failure = RauError(f"declared by {both}, which is ignored: the name is kept for {_DISTRIBUTION}, which is not installed")
         else:
             entry.failure = RauError(f'{both} both declare a backend "{name}"; uninstall one of them')
     return entries
@@ -198,7 +198,7 @@ def _in_order(entries: dict[str, Entry]) -> list[str]:
 
 
 def blocked() -> set[str]:
-    """Names in the environment variable ``RAU_BLOCK``: never loaded."""
+    """Names in the environment variable ``RAU_BLOCK``, which are never loaded."""
     return {name.strip() for name in os.environ.get("RAU_BLOCK", "").split(",")} - {""}
 
 
@@ -216,7 +216,7 @@ def load(entry: Entry, name: str) -> Entry:
                 with _attempt(entry):
                     instance = entry.cls() if isinstance(entry.cls, type) else entry.cls
                     if fault := missing_part(instance):
-                        raise BackendUnavailableError(f"{shown(instance)} is no backend: {fault}")
+                        raise BackendUnavailableError(f"{shown(instance)} is not a backend: {fault}")
                     entry.instance = instance
     return entry
 
@@ -233,7 +233,7 @@ def load_class(entry: Entry, name: str) -> Any:
                         raise BackendUnavailableError(f"RAU_BLOCK = {os.environ['RAU_BLOCK']!r} names it")
                     cls = entry.load()
                     if fault := missing_part(cls):
-                        raise BackendUnavailableError(f"{shown(cls)} is no backend: {fault}")
+                        raise BackendUnavailableError(f"{shown(cls)} is not a backend: {fault}")
                     entry.cls = cls
     return entry.cls
 
@@ -294,7 +294,7 @@ def get(name: str, origin: str = "") -> Any:
     Raises
     ------
     UnknownBackendError
-        If nobody has registered the name.
+        If the name is not registered.
     BackendUnavailableError
         If it cannot be used here; the cause is chained.
 
@@ -308,7 +308,7 @@ def get(name: str, origin: str = "") -> Any:
     if entry is None:
         import difflib
 
-        text = f"no backend is called {shown(name)}{asked}; known are {', '.join(names())}."
+        text = f"no backend is called {shown(name)}{asked}; the known ones are {', '.join(names())}."
         close = difflib.get_close_matches(name, names(), n=1) if isinstance(name, str) else []
         if close:
             text += f' Did you mean "{close[0]}"?'
@@ -331,7 +331,7 @@ def reason_of(failure: BaseException) -> str:
 
 
 def status() -> list[Status]:
-    """Try every backend and tell what came of it.
+    """Try every backend and return the outcome.
 
     Returns
     -------
@@ -375,20 +375,20 @@ def register(backend: Any, name: str | None = None) -> None:
     Parameters
     ----------
     backend : Backend or type
-        An instance, or a class that is called without arguments on first need.
+        An instance, or a class that is called without arguments when first needed.
     name : str, optional
         The backend's own name by default.
 
     Raises
     ------
     UnknownBackendError
-        If it has no name, or one that is taken, or is no backend.
+        If it has no name, its name is taken, or it is not a backend.
     """
     name = name or getattr(backend, "name", None)
     if not isinstance(name, str) or not name:
         raise UnknownBackendError(f"{shown(backend)} has no name; expected a class attribute `name`, a str.")
     if fault := missing_part(backend):
-        raise UnknownBackendError(f"{shown(backend)} is no backend: {fault}.")
+        raise UnknownBackendError(f"{shown(backend)} is not a backend: {fault}.")
     with lock:
         entries = _scan()
         if name in entries:
@@ -399,7 +399,7 @@ def register(backend: Any, name: str | None = None) -> None:
 
 @contextmanager
 def provisionally(backend: Any) -> Iterator[None]:
-    """Make a backend known for the length of a ``with`` block, in place of another one of its name.
+    """Make a backend known for the duration of a ``with`` block, in place of any other with its name.
 
     Parameters
     ----------

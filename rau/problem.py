@@ -23,13 +23,13 @@ def _strides(kind: Kind, array: Any) -> tuple[int, ...]:
 
 
 class Problem:
-    """A call whose arguments have passed every check. It is not to be written to: later calls like it may get the same one.
+    """A call whose arguments have passed every check. Do not write to it: later calls like it may get the same object.
 
     Attributes
     ----------
     layout : {"SBH", "TND", "BSND", "BNSD"}
     softmax_layout : {"TND", "SBH"}
-        Order of the statistics in layout "TND"; without effect elsewhere.
+        Order of the statistics in layout "TND"; no effect in other layouts.
     profile : str
         The limits that were checked.
     K : int
@@ -50,16 +50,16 @@ class Problem:
         The arrays' type and its bases, as "module:qualname".
     device : str
     in_place : bool
-        The result is written over an input.
+        Whether the result is written over an input.
     half : {"front", "back"} or None
-        In TND, of an update in place: the first state, which is the result too, holds sequences twice as long, and this
-        half of each is meant. Lengths and shapes here are the later state's; where each row is, `blocks` tells.
+        In TND, for an update in place: the first state, which is also the result, holds sequences twice as long, and this
+        half of each is merged. Lengths and shapes here are the later state's; `blocks` tells where each row is.
     strides : tuple of tuples of int
         Strides in elements of each input's three arrays, then of the result's.
     blocks : ndarray of int64, shape (blocks, 2 + 9 * (K + 1)), or None
         The block table, see :mod:`rau.layouts`; None where the lengths live on a device.
     taken_by : Backend or None
-        The last one found to take it: a problem that is met again need not be judged again.
+        The last backend found to take it: a problem that is met again need not be judged again.
     """
 
     layout: str
@@ -85,7 +85,7 @@ class Problem:
     taken_by: Any
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"a Problem is the description of a call, also of later ones like it: {name!r} is not to be written")
+        raise AttributeError(f"a Problem describes a call, and later calls like it: {name!r} must not be written")
 
     @classmethod
     def of(
@@ -100,12 +100,12 @@ class Problem:
         in_place: bool,
         half: str | None = None,
     ) -> Problem:
-        """Describe a call that is known to be valid. Nothing is checked here: who has not checked it asks the validator.
+        """Describe a call that is known to be valid. Nothing is checked here: that is the validator's task.
 
         Parameters
         ----------
         states : sequence of triples of arrays
-            attn_out, softmax_max, softmax_sum of each input state; where there is a `half`, of the later state's shape all.
+            attn_out, softmax_max, softmax_sum of each input state; with a `half`, all have the later state's shape.
         out : triple of arrays, or None
         lengths : ndarray of int64, shape (B + 1,), or device array, or None
             Cumulative sequence lengths in TND.
@@ -170,7 +170,7 @@ class Problem:
 
     @cached_property
     def block_terms(self) -> BlockTerms | None:
-        """The block table in short; None where that is."""
+        """The block table in compact form; None where `blocks` is."""
         if (self.packed or self.half is not None) and not isinstance(self.actual_seq_qlen, np.ndarray):
             return None  # elsewhere it takes no lengths to find the rows
         tokens = self.T if self.layout == "TND" else self.S

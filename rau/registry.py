@@ -65,17 +65,17 @@ class use_backend(ContextDecorator):  # noqa: N801 - used like a function
     Parameters
     ----------
     name : str
-        Strict: that backend runs the calls, or they fail. A ``backend=`` argument still wins.
+        The choice is strict: that backend runs the calls, or they fail. A ``backend=`` argument still takes precedence.
 
     Raises
     ------
     UnknownBackendError
-        On entry, if nobody has registered the name.
+        On entry, if the name is not registered.
 
     Notes
     -----
-    The choice is a context variable: threads and asyncio tasks each have their own. A decorated coroutine function
-    has it while it runs. A generator would leave it to whoever asks for the next item: use a ``with`` block there.
+    The choice is a context variable: threads and asyncio tasks each have their own. It holds for a decorated coroutine
+    function while that runs. A generator would leak it to whoever asks for the next item: use a ``with`` block there.
 
     Examples
     --------
@@ -93,7 +93,7 @@ class use_backend(ContextDecorator):  # noqa: N801 - used like a function
         import inspect
 
         if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
-            raise TypeError(f"use_backend decorates no generator: use a with block inside {func.__qualname__}.")
+            raise TypeError(f"use_backend cannot decorate a generator: use a with block inside {func.__qualname__}.")
         if not inspect.iscoroutinefunction(func):
             return super().__call__(func)
 
@@ -117,7 +117,7 @@ class use_backend(ContextDecorator):  # noqa: N801 - used like a function
 
 
 def requested(backend: Any = None) -> tuple[Any, str]:
-    """Return the backend that is asked for and by whom; (None, "automatic") where nobody asks.
+    """Return the backend that is asked for, and what asks for it; (None, "automatic") if nothing does.
 
     Parameters
     ----------
@@ -165,9 +165,9 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
     Raises
     ------
     UnknownBackendError, BackendUnavailableError
-        If the backend asked for does not exist, or not here.
+        If the backend asked for does not exist, or cannot be used here.
     UnsupportedError
-        If it does not take the problem; without a request, if none does.
+        If it does not take the problem; without a request, if no backend does.
     """
     choice, origin = requested(backend)
     if choice is None:
@@ -189,7 +189,7 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
         instance = choice
         fault = "it is a class" if isinstance(instance, type) else missing_part(instance)
         if fault:
-            raise UnknownBackendError(f"{origin}{shown(instance)} is no backend: {fault}; expected a name or an instance.")
+            raise UnknownBackendError(f"{origin}{shown(instance)} is not a backend: {fault}; expected a name or an instance.")
     reasons = reasons_against(instance, problem)
     if reasons:
         raise UnsupportedError(
@@ -200,7 +200,7 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
 
 
 def automatic(problem: Problem) -> tuple[str, ...]:
-    """Names to try for a problem without a request, best first."""
+    """Names to try for a problem for which no backend was asked, best first."""
     ours = _AUTOMATIC.get((problem.kind, problem.device.partition(":")[0]))
     if ours is not None:
         return ours
@@ -222,7 +222,7 @@ def reasons_against(backend: Any, problem: Problem) -> list[str]:
 
 
 def reasons_of_all(problem: Problem) -> str:
-    """One line for each known backend: whether it takes the problem, and if not, why not; none is tried for that."""
+    """One line for each known backend: whether it takes the problem and, if not, why; no backend is tried for this."""
     lines = []
     for one in standings():
         declared = capabilities(one.name)
@@ -236,21 +236,21 @@ def reasons_of_all(problem: Problem) -> str:
 
 
 def _warn_core_missing(entry: Entry) -> None:
-    """Tell once, unless the user has blocked it."""
+    """Warn once, unless the user has blocked the core."""
     assert entry.failure is not None
     if first_told(entry) and "cython" not in blocked():
         frame, level = sys._getframe(1), 2
         while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "rau":
             frame, level = frame.f_back, level + 1  # the caller's line is the one to show
         warnings.warn(
-            f"rau runs on NumPy, several times slower with the same bits: {reason_of(entry.failure)}",
+            f"rau runs on NumPy, several times slower but with the same bits: {reason_of(entry.failure)}",
             RuntimeWarning,
             stacklevel=level,
         )
 
 
 def log_call(call: str, backend: Backend, origin: str) -> None:
-    """One DEBUG line a call, on the logger "rau"."""
+    """Log one DEBUG line per call, on the logger "rau"."""
     global _logger
     if _logger is None:
         logging = sys.modules.get("logging")

@@ -30,7 +30,7 @@ def _silent(array: Any) -> AbstractContextManager[Any]:
 
 
 class AttentionState(NamedTuple):
-    """The result of attention over a part of the keys: what one needs to merge it with another part.
+    """The result of attention over a part of the keys: everything needed to merge it with another part.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class AttentionState(NamedTuple):
         (B, N, S, D) in "BNSD".
     softmax_max : array, float32 (float64 with a float64 output)
         Maximum m of each row of scores: (T, N, 8) in "TND", (B, N, S, 8) elsewhere; the 8 lanes are equal.
-        Portable calls take 1 lane as well.
+        Portable calls also take 1 lane.
     softmax_sum : array, same shape and dtype as `softmax_max`
         Sum l of exp(score - m) over the row. A row without keys has l = 0 or m = -inf.
 
@@ -72,59 +72,59 @@ class AttentionState(NamedTuple):
         inf_is_empty: bool = False,
         heads: int | None = None,
     ) -> AttentionState:
-        """Make a state of what most attention kernels return: an output and its log-sum-exp.
+        """Make a state from what most attention kernels return: an output and its log-sum-exp.
 
         Parameters
         ----------
         attn_out : ndarray or torch.Tensor, float16, bfloat16, float32 or float64
             In `layout`; it is taken as it is, not copied.
         lse : ndarray or torch.Tensor, float32 or float64 (float64 with a float64 output)
-            Log-sum-exp of each row, as `lse_layout` says; on the device of `attn_out`. 16 bits are refused: weights would be
-            off by up to abs(lse) * 2**-9 (bfloat16) or 2**-12 (float16). Cast it, if that is all there is.
+            Log-sum-exp of each row, in `lse_layout`; on the device of `attn_out`. 16 bits are refused: weights would be off
+            by up to abs(lse) * 2**-9 (bfloat16) or 2**-12 (float16). If you have nothing else, cast it.
         base : {"e", "2"}
-            Base of the logarithm, without default: FlashAttention, PyTorch and vLLM hand out natural
-            logarithms, FlashInfer logarithms to base 2, and mixing them up gives wrong numbers silently.
+            Base of the logarithm. There is no default: FlashAttention, PyTorch and vLLM return natural
+            logarithms, FlashInfer logarithms to base 2, and mixing them up silently gives wrong numbers.
         layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
             Layout of `attn_out`.
         lse_layout : {"BNS", "BSN", "TN", "NT"}, optional except in layout "TND"
-            Axes of `lse`. In layout "TND" without default: "TN" for (T, N) (FlashInfer), or "NT" for (N, T) (vLLM,
-            FlashAttention's varlen calls). In the others: "BNS" for (B, N, S), the default at every size, S = N too
+            Axes of `lse`. Layout "TND" has no default: "TN" for (T, N) (FlashInfer), or "NT" for (N, T) (vLLM,
+            FlashAttention's varlen calls). The other layouts: "BNS" for (B, N, S), the default at every size, S = N included
             (FlashAttention, torch's SDPA and flex attention), or "BSN" for (B, S, N).
         inf_is_empty : bool, default False
-            Read +inf as -inf, a row without keys: FlashAttention 2 writes it for one (and for a row whose sum is
+            Read +inf as -inf, a row without keys: FlashAttention 2 writes +inf for such a row (and for a row whose sum is
             NaN, which is then lost).
         heads : int, optional
-            Number N of query heads; checked where given. In layout "SBH" nothing else tells it: N is read off `lse`, so that
-            statistics of the key heads of grouped-query attention would be taken for those of fewer query heads.
+            Number N of query heads; checked where given. In layout "SBH" nothing else tells the number: N is read off `lse`,
+            so that statistics of the key heads of grouped-query attention would be taken for those of fewer query heads.
 
         Returns
         -------
         AttentionState
             With 8-lane statistics of stride 0, read-only in NumPy; float32, or float64 with a float64 output. For base "e"
-            and an `lse` of that dtype they are views of it, with softmax_sum = 1 (with `inf_is_empty` of a copy of it).
+            and an `lse` of that dtype they are views of `lse` (with `inf_is_empty`, of a copy of it), with softmax_sum = 1.
 
         Raises
         ------
         ConstraintError
-            If an argument does not fit; its subclass tells which kind.
+            If an argument does not fit; its subclass tells in which way.
 
         Notes
         -----
-        A shape that does not fit `lse_layout` is refused, with the name that would. Where T = N, or S = N, both names
-        fit: whether the one given, or the default, is the right one, nobody can see then.
+        A shape that does not fit `lse_layout` is refused, and the error names the layout that would fit. Where T = N, or
+        S = N, both fit: nothing can then tell whether the one given, or the default, is right.
 
         lse = -inf becomes the empty row. For base "2", m = float32(lse * ln 2) and l = float32(exp(lse * ln 2 - m)),
-        so that what the rounding of m loses, l keeps: :meth:`lse` gives back a float32 lse exactly where its magnitude
+        so that l keeps what the rounding of m loses: :meth:`lse` gives back a float32 lse exactly where its magnitude
         is from 2 to 2**30, within 2**-23 below that, and within a unit in the last place above; a float64 one within
         2**-51 times its magnitude. For base "e" it always comes back exactly. NumPy arrays and torch tensors give the
         same bits.
 
-        A float64 lse beside a float32 or 16-bit output is split in the same way: m = float32(lse), l = float32(exp(lse - m)).
+        A float64 lse with a float32 or 16-bit output is split in the same way: m = float32(lse), l = float32(exp(lse - m)).
         Up to a magnitude of 2**30, m + log(l) is within 2**-24 of it (in base 2, 2**-52 * abs(lse) more); above, within half a
-        unit in the last place of float32. Rounded to float32 alone it would be off by up to abs(lse) * 2**-24.
+        unit in the last place of float32. Just rounded to float32 it would be off by up to abs(lse) * 2**-24.
 
-        What is said of base 2, and of a float64 lse, is measured, not proven: proofs/measured.py found nothing beyond it in
-        300,000 cases of each (the round trips: in 4 million).
+        These figures for base 2, and for a float64 lse, are measured, not proven: proofs/measured.py found nothing beyond
+        them in 300,000 cases of each (the round trips: in 4 million).
 
         On torch tensors a gradient flows back to both arguments. Kernels whose log-sum-exp has no gradient lose that
         part: docs/interop.md tells which.
@@ -191,10 +191,10 @@ class AttentionState(NamedTuple):
         Notes
         -----
         m + log(l) is computed in float64 and rounded once. A float32 result is off by at most half a unit in the last
-        place and 2**-52 * abs(m), which counts where m and log(l) cancel; a float64 one by 2**-51 * abs(lse) and
+        place plus 2**-52 * abs(m), which matters where m and log(l) cancel; a float64 one by 2**-51 * abs(lse) plus
         2**-52 * abs(m). That is measured, not proven, since the logarithm is the library's own (and NumPy and torch may
-        differ in the last bit): the largest seen in 4 million rows each, by proofs/measured.py on an AMD EPYC (Zen 3)
-        with NumPy 2.4 and torch 2.13, are 1.00 and 0.72 of these.
+        differ in the last bit): the largest errors seen in 4 million rows each, by proofs/measured.py on an AMD EPYC (Zen 3)
+        with NumPy 2.4 and torch 2.13, are 1.00 and 0.72 of these bounds.
 
         Examples
         --------
@@ -244,7 +244,7 @@ def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> Any:
     stats : ndarray or torch.Tensor, shape (T, N, lanes) or (T, N), any dtype
         softmax_max or softmax_sum (or a log-sum-exp) in the order that `to` does not name.
     actual_seq_qlen : array of int64 or int32, shape (sequences + 1,), or list of int
-        Cumulative sequence lengths, from 0 to T. On a device they are not read, and so not checked.
+        Cumulative sequence lengths, from 0 to T. On a device they are not read, and therefore not checked.
     to : {"TND", "SBH"}
         "TND": from packed per sequence to token-major. "SBH": from token-major to packed.
 
@@ -259,8 +259,8 @@ def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> Any:
 
     Notes
     -----
-    Packed, sequence i of length S_i owns S_i * N rows from N * start_i on, laid out as (N, S_i). The two
-    calls with ``to="TND"`` and ``to="SBH"`` undo each other. On torch tensors a gradient flows back.
+    In packed order, sequence i of length S_i owns S_i * N rows, starting at N * start_i and laid out as (N, S_i).
+    Calls with ``to="TND"`` and ``to="SBH"`` undo each other. On torch tensors a gradient flows back.
 
     Examples
     --------

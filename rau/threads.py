@@ -28,7 +28,7 @@ def _at_start() -> tuple[int, str]:
     if text.isdecimal() and 0 < int(text) <= _MOST:
         return int(text), "OMP_NUM_THREADS"
     cpus = processors() or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    ignored = f", since OMP_NUM_THREADS = {given!r} is no number from 1 to {_MOST}" if given else ""
+    ignored = f", since OMP_NUM_THREADS = {given!r} is not a number from 1 to {_MOST}" if given else ""
     return min(cpus or 1, _MOST), f"the CPUs this process may use{ignored}"
 
 
@@ -36,17 +36,17 @@ _threads, _origin = _at_start()
 
 
 def threads_origin() -> str:
-    """Tell where the present number of threads comes from."""
+    """Tell where the current number of threads comes from."""
     return _origin
 
 
 def get_num_threads() -> int:
-    """Return the most threads that one call uses.
+    """Return the maximum number of threads that one call uses.
 
     Returns
     -------
     int
-        At first from ``OMP_NUM_THREADS``, else the number of CPUs this process may use. A forked child runs serially,
+        Initially from ``OMP_NUM_THREADS``, or else the number of CPUs this process may use. A forked child runs serially,
         whatever this says: OpenMP does not survive a fork.
 
     Examples
@@ -58,7 +58,7 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Set the most threads that one call uses, in the whole process. The result's bits do not depend on it.
+    """Set the maximum number of threads that one call uses, in the whole process. The result's bits do not depend on it.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def set_num_threads(n: int) -> None:
     Raises
     ------
     OptionError
-        If `n` is no positive integer.
+        If `n` is not a positive integer.
 
     Examples
     --------

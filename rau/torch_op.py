@@ -69,11 +69,11 @@ def through_operator(
         for part in state:
             if not isinstance(part, Tensor):
                 raise DTypeError(
-                    f"{call}: [array-kind] a {type(part).__name__} among torch tensors; expected tensors alone", ("array-kind",)
+                    f"{call}: [array-kind] a {type(part).__name__} among torch tensors; expected only tensors", ("array-kind",)
                 )
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedError(
-            f"{call}: functorch transforms (torch.func.grad, vmap, ...) are not implemented: torch's own operators from "
+            f"{call}: functorch transforms (torch.func.grad, vmap, ...) are not implemented: torch's operators defined in "
             "Python do not take them. Use torch.autograd.grad, and put a batch into the layout's own axis."
         )
     if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:

@@ -36,7 +36,7 @@ def ring_attention_update(
     ----------
     prev_attn_out : array, float16, bfloat16 or float32
         Attention output of the first part: (S, B, H) in layout "SBH", (T, N, D) in "TND"; in profile "portable" also
-        float64, (B, S, N, D) in "BSND" and (B, N, S, D) in "BNSD". NumPy arrays, bfloat16 as ml_dtypes has it.
+        float64, (B, S, N, D) in "BSND" and (B, N, S, D) in "BNSD". In NumPy arrays, bfloat16 is that of ml_dtypes.
     prev_softmax_max : array, float32
         Row maximum of the scores: (B, N, S, 8), or (T, N, 8) in "TND"; lane 0 is read. In profile "portable" also
         1 lane, and float64 with a float64 output.
@@ -47,39 +47,40 @@ def ring_attention_update(
     cur_softmax_max, cur_softmax_sum : array, shape and dtype of `prev_softmax_max`
     actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
         Cumulative sequence lengths in tokens, non-decreasing from 0 to T; padding at the buffer's end is a sequence of its
-        own. Read in layout "TND" only; required there, save for token-major statistics in profile "portable", where int32
-        is taken as well.
+        own. Read in layout "TND" only; required there, except for token-major statistics in profile "portable", where int32
+        is accepted as well.
     layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
         Layout of the attention outputs.
     softmax_layout : {"TND", "SBH"}, default "TND"
         Order of the statistics in layout "TND": "TND" token-major, the statistic of token t and head n at [t, n];
-        "SBH" packed per sequence, as the vendor's kernels emit it. They differ silently: read the Notes.
+        "SBH" packed per sequence, as the vendor's kernels emit it. Mixing them up raises no error: read the Notes.
     out : triple of arrays, optional
         Arrays to write into, of the shapes and dtypes of the `prev` arrays; they may be the `prev` (or `cur`) arrays
         themselves, which makes the update in place. Any other overlap is refused.
     backend : str or Backend, optional
-        Who computes. Default: `use_backend`, then the environment variable ``RAU_BACKEND``, then the best at hand.
+        The backend that computes. Default: `use_backend`, then the environment variable ``RAU_BACKEND``, then the best one
+        available.
     profile : {"mindspore", "cann-v2", "portable"}, default "mindspore"
-        Which limits hold: the reference page's, those of CANN's V2 entry, or none but shapes and dtypes.
+        Which limits hold: the reference page's, those of CANN's V2 entry, or only those on shapes and dtypes.
     check : {"metadata", "values", "document"}, default "metadata"
         "metadata" reads no values of the arrays. "values" also checks that lanes are equal, that no sum is negative or
-        NaN and no max NaN or +inf, and that no two states with keys in one row have their outputs in one place, as a kernel
-        that reuses its buffer leaves them. "document" also holds the page to its word that max is positive.
+        NaN and no max NaN or +inf, and that no two states that both have keys in a row share the memory of their outputs, as
+        happens when a kernel reuses its buffer. "document" also checks that max is positive, as the reference page says.
 
     Returns
     -------
     AttentionState
-        (attn_out, softmax_max, softmax_sum), each of its `prev` counterpart's shape and dtype, 8 equal lanes in the
-        statistics; `out`'s arrays where it was given.
+        (attn_out, softmax_max, softmax_sum), each with the shape and dtype of its `prev` counterpart, 8 equal lanes in the
+        statistics; the arrays of `out` where it was given.
 
     Raises
     ------
     ConstraintError
-        If the call breaks a rule; the message lists all that are broken. A RuntimeError, as the reference page
-        promises; its subclasses ShapeError and LayoutError are ValueErrors too, DTypeError is a TypeError too.
+        If the call breaks a rule; the message lists every broken rule. It is a RuntimeError, as the reference page
+        promises; its subclasses ShapeError and LayoutError are also ValueErrors, and DTypeError is also a TypeError.
     UnknownBackendError, BackendUnavailableError, UnsupportedError
-        If the backend asked for does not exist, cannot be used here, or does not take the call. UnsupportedError also for
-        an `out` where torch wants a gradient of the call or traces it.
+        If the backend asked for does not exist, cannot be used here, or does not take the call. UnsupportedError also if
+        `out` is given to a call that torch traces or wants a gradient of.
 
     Notes
     -----
@@ -88,25 +89,25 @@ def ring_attention_update(
 
         l = a + b,    o = o_prev * (a / l) + o_cur * (b / l)
 
-    Rows are computed in float64 and their weights rounded once to float32; elements in float32 without fused
-    operations, rounded once more where stored in 16 bits. With u = 2**-24, v = 2**-53, S = abs(w1*o1) + abs(w2*o2) and
-    O = abs(o1) + abs(o2), each float32 element is within (3*u + 6*v) * S + (1 + u)**3 * 2**-150 * (2 + O) of the exact
-    result, where the second term counts for subnormal numbers only; 16 bits add half a unit in the last place. A float64
-    element is within 7.43 * v * S + 2**-509 * O + 2**-1073, if both sums are in [2**-256, 2**256]. Outside of that, a side
-    whose max is more than 708 below the other one's is lost whatever its sum, and a new sum may be infinite, while the
-    output is still that of the two weights. proofs/README.md has the proofs. Every backend of this package returns the
-    same bits.
+    Rows are computed in float64 and their weights are rounded once to float32; elements are computed in float32 without
+    fused operations, and rounded once more where stored in 16 bits. With u = 2**-24, v = 2**-53,
+    S = abs(w1*o1) + abs(w2*o2) and O = abs(o1) + abs(o2), each float32 element is within
+    (3*u + 6*v) * S + (1 + u)**3 * 2**-150 * (2 + O) of the exact result, where the second term matters for subnormal numbers
+    only; 16 bits add half a unit in the last place. A float64 element is within 7.43 * v * S + 2**-509 * O + 2**-1073, if
+    both sums are in [2**-256, 2**256]. Outside that range, a side whose max is more than 708 below the other's is lost
+    whatever its sum, and a new sum may be infinite, while the output is still that of the two weights. proofs/README.md has
+    the proofs. Every backend of this package returns the same bits.
 
-    A side whose sum is 0 or whose max is -inf is empty: the other side comes back bit for bit, whatever stands behind
-    the empty one. With both empty the result is empty: output 0, max -inf, sum 0.
+    A side whose sum is 0 or whose max is -inf is empty: the other side comes back bit for bit, whatever the empty side's
+    output holds. If both are empty, so is the result: output 0, max -inf, sum 0.
 
-    Torch tensors that require grad get one, which under ``create_graph=True`` can be differentiated again (in float64,
-    slower). Torch is told of every write into `out`: a graph that has kept one of its tensors raises in its backward. Of
-    memory that it shares with NumPy arrays torch knows nothing; write into the tensor itself. An `out` that requires grad
-    is refused while grad mode is on.
+    Torch tensors that require grad get a gradient, which under ``create_graph=True`` can be differentiated again (in
+    float64, slower). Torch is told of every write into `out`: a graph that has kept one of its tensors raises in its
+    backward. Torch knows nothing of memory that a tensor shares with NumPy arrays; write into the tensor itself. An `out`
+    that requires grad is refused while grad mode is on.
 
     Packed and token-major statistics have the same shape, and reading one as the other leaves max and sum right and
-    corrupts attn_out alone. What ``npu_fusion_attention`` emits for TND is packed.
+    corrupts only attn_out. What ``npu_fusion_attention`` emits for TND is packed.
 
     Examples
     --------
@@ -143,15 +144,15 @@ def merge_states(
     Parameters
     ----------
     states : list or tuple of AttentionState, or AttentionState
-        At least one. All have the first one's shapes; later outputs may be 16-bit where the first is float32. Or a single
-        triple whose three arrays hold K states along a new first axis: (K, S, B, H) and (K, B, N, S, 8), for example.
+        At least one state. All have the first one's shapes; later outputs may be 16-bit where the first is float32. Or a
+        single triple whose three arrays hold K states along a new first axis: (K, S, B, H) and (K, B, N, S, 8), for example.
     actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
-        As in :func:`ring_attention_update`; the profile is "portable" by default, since no vendor offers this.
+        As in :func:`ring_attention_update`, but the profile is "portable" by default, since no vendor offers this call.
 
     Returns
     -------
     AttentionState
-        Of the first state's shapes and dtypes.
+        With the first state's shapes and dtypes.
 
     Raises
     ------
@@ -160,7 +161,7 @@ def merge_states(
 
     Notes
     -----
-    As :func:`ring_attention_update`, which is the case K = 2: the states are added left to right, each input is read
+    As in :func:`ring_attention_update`, which is the case K = 2: the states are added left to right, each input is read
     once, and a 16-bit result is rounded once. With u = 2**-24, v = 2**-53, S = sum(abs(w_i * o_i)) and O = sum(abs(o_i)), each
     float32 element is within ((1 + u)**(K + 1) * (1 + (K + 6.85) * v) - 1) * S + (1 + u)**(K + 1) * 2**-150 * (K + O) of the
     exact result (to first order (K + 1) * u * S), a float64 one within (2*K + 6.85) * v * S + 2**-509 * O + 2**-1074 * K, if

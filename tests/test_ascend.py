@@ -48,7 +48,7 @@ def test_on_a_laptop_it_says_what_the_chip_would_say():
         "bytes; the limit is 192*1024 = 196608"
     ]
     assert found.arrays == [
-        "numpy:ndarray is none of torch:Tensor, mindspore.common.tensor:Tensor", "device cpu is none of npu, ascend"
+        "numpy:ndarray is not one of torch:Tensor, mindspore.common.tensor:Tensor", "device cpu is not one of npu, ascend"
     ]  # fmt: skip
     assert not found.tried
     with pytest.raises(rau.BackendUnavailableError):
@@ -63,7 +63,7 @@ def test_on_a_laptop_it_says_what_the_chip_would_say():
     [
         ("portable", 2, 65, ['the last axis of attn_out is D = 65; layout "TND" takes multiples of 64']),
         ("portable", 1, 832, []),
-        ("portable", 2, 0, ["D = 0: the operator takes no empty output"]),
+        ("portable", 2, 0, ["D = 0: the operator does not take an empty output"]),
         ("cann-v2", 256, 768, []),
     ],
 )
@@ -76,10 +76,10 @@ def test_limits_of_layout_tnd(profile, N, D, says):
 def test_other_limits():
     assert verdict(**arguments(sbh, D=65)).limits == []  # D is free in SBH
     wide = arguments(sbh, dtype="float64") | {"profile": "portable"}
-    assert verdict(**wide).limits == ["dtype float64 is none of float16, bfloat16, float32"]
+    assert verdict(**wide).limits == ["dtype float64 is not one of float16, bfloat16, float32"]
     mixed = arguments(sbh) | {"cur_attn_out": arguments(sbh)["cur_attn_out"].astype("f2"), "profile": "portable"}
     assert verdict(**mixed).limits == ["it does not merge float16 into float32"]
-    assert verdict(**arguments(sbh, lanes=1), profile="portable").limits == ["1 lanes, of 8"]
+    assert verdict(**arguments(sbh, lanes=1), profile="portable").limits == ["the number of lanes is 1, not 8"]
     out = [arguments(sbh)[name] for name in ("prev_attn_out", "prev_softmax_max", "prev_softmax_sum")]
     prev = dict(zip(("prev_attn_out", "prev_softmax_max", "prev_softmax_sum"), out, strict=True))
     assert verdict(**arguments(sbh) | prev, out=out).limits == []  # in place is fine
@@ -136,7 +136,7 @@ MINDSPORE_ON = {
 @pytest.mark.parametrize(
     ("modules", "says"),
     [
-        ({"torch_npu": module("torch_npu", npu=npu(False))}, "torch_npu is installed, and finds no NPU"),
+        ({"torch_npu": module("torch_npu", npu=npu(False))}, "torch_npu is installed, but finds no NPU"),
         ({"torch_npu": module("torch_npu", npu=npu(True)), "mindspeed": None}, ascend_operators.MINDSPEED),
         ({"mindspore": MINDSPORE_ON["CPU"]}, "MindSpore's device target is CPU; expected Ascend"),
         ({"mindspore": MINDSPORE_ON["Ascend"]}, "this MindSpore has no ops.ring_attention_update; newer ones have it"),

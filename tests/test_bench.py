@@ -27,7 +27,7 @@ def test_as_typed():
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["numpy"]]
     assert len(rows) == len(survey.QUICK) * len(workload.HOW)
-    assert "of roof    time of the roof by the call's" in done.stdout
+    assert "of roof    time of the roof divided by the call's" in done.stdout
 
 
 def test_the_document(capsys):

@@ -153,7 +153,7 @@ def test_check_json(folder, capsys):
     assert found["passed"] is True and found["interrupted"] is False and found["failures"] == []
     assert sorted(found["succeeded"]) == ["dtype/float32", "dtype/float32-attention"]
     excluded = {item["id"]: item["message"] for item in found["excluded"]}
-    assert excluded["dtype/bfloat16"] == "dtype bfloat16 is none of float32"
+    assert excluded["dtype/bfloat16"] == "dtype bfloat16 is not one of float32"
     assert excluded["dtype/float16-into-float32"] == "it does not merge float16 into float32"
     assert found["checks"] == len(found["succeeded"]) + len(excluded)
     assert found["configuration"]["versions"]["numpy"] == np.__version__
@@ -162,7 +162,7 @@ def test_check_json(folder, capsys):
 def test_check_lists_what_is_excluded(folder, capsys):
     assert main(["check", "kernel_at_hand:Narrow", "--select", "*bfloat16"]) == 1
     out = capsys.readouterr().out
-    assert re.search(r"excluded: dtype bfloat16 is none of float32\n    (flash/bfloat16, )?dtype/bfloat16, .* and \d+ more\n", out)
+    assert re.search(r"excluded: dtype bfloat16 is not one of float32\n    (flash/bfloat16, )?dtype/bfloat16, .* and \d+ more\n", out)
     assert "FAILED: narrow: nothing that was selected could be checked" in out
 
 
@@ -243,15 +243,15 @@ def test_the_whole_kit_on_a_kernel_of_ones_own(folder, capsys):
         (["difftest", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["difftest", "--select", "nothing/*"], "no case matches"),
         (["difftest", "--select", "none/*", "--layout", "TND"], "no case matches"),
-        (["difftest", "--replay", "x.npz", "--seed", "1"], "--seed has no place beside --replay"),
+        (["difftest", "--replay", "x.npz", "--seed", "1"], "--seed cannot be combined with --replay"),
         (["difftest", "--replay", "absent.npz"], "absent.npz: not a .npz file that can be read without pickle"),
         (["difftest", "--replay", "kernel_at_hand.py"], "not a .npz file that can be read without pickle"),
         (["difftest", "--report", "kernel_at_hand.py"], "--report: "),
         (["cases", "--select", "nothing/*"], "no case matches"),
         (["cases", "--generated", "-1"], "argument --generated: got '-1'; expected a whole number, 0 or more"),
-        (["cases", "--tolerance", "2"], "--tolerance has a meaning with --verify only"),
-        (["cases", "--verify", ".", "--dtype", "float32"], "--dtype has no place beside --verify"),
-        (["cases", "--verify", ".", "--generated", "2"], "--generated has no place beside --verify"),
+        (["cases", "--tolerance", "2"], "--tolerance only makes sense with --verify"),
+        (["cases", "--verify", ".", "--dtype", "float32"], "--dtype cannot be combined with --verify"),
+        (["cases", "--verify", ".", "--generated", "2"], "--generated cannot be combined with --verify"),
         (["cases", "--verify", ".", "--tolerance", "-2"], "argument --tolerance: got '-2'; expected a number above 0"),
         (["cases", "--export", "a", "--verify", "b"], "--verify: not allowed with argument --export"),
         (["cases", "--verify", "."], "holds no exported cases"),
@@ -422,7 +422,7 @@ def test_replay_of_a_file_of_anybodys(folder, capsys):
     assert main(["difftest", "--replay", "pickled.npz"]) == 2
     np.savez("strange.npz", **arrays | {"case": np.array('{"color": 3}')})
     assert main(["difftest", "--replay", "strange.npz"]) == 2
-    assert "describes no case" in capsys.readouterr().err
+    assert "does not describe a case" in capsys.readouterr().err
 
 
 def test_other_bits_within_the_bound(folder, capsys):
@@ -450,7 +450,7 @@ def test_other_bits_within_the_bound(folder, capsys):
 def test_a_backend_that_runs_nothing_fails(folder, capsys):
     assert main(["difftest", "--backends", "kernel_at_hand:Narrow,numpy", "--select", "dtype/float16"]) == 1
     out = capsys.readouterr().out
-    assert "excluded from narrow: 1 case: dtype float16 is none of float32" in out
+    assert "excluded from narrow: 1 case: dtype float16 is not one of float32" in out
     assert "of which narrow ran none" in out
 
 
@@ -498,7 +498,7 @@ def test_what_was_found_before_an_interruption_is_kept(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "mode", "expected", "verdict"),
     [
-        (["check"], "slow", 130, r"INTERRUPTED: mine, of \d+ checks: \d+ passed"),
+        (["check"], "slow", 130, r"INTERRUPTED: mine: of \d+ checks, \d+ passed"),
         (["difftest", "--backends"], "slow", 130, r"INTERRUPTED: \d+ cases in \d+ s, nothing wrong so far"),
         (["difftest", "--minutes", "5", "--backends"], "wrong", 1, r"FAILED: .*\(interrupted\): mine is wrong on"),
     ],

@@ -52,7 +52,7 @@ def test_the_text():
     ("env", "says"),
     [
         ({"RAU_BACKEND": "cythn"},
-         "no backend is called 'cythn' (asked for by RAU_BACKEND); known are"),
+         "no backend is called 'cythn' (asked for by RAU_BACKEND); the known ones are"),
         ({"RAU_BACKEND": "numpy", "RAU_BLOCK": "numpy"},
          'backend "numpy" is not available (asked for by RAU_BACKEND): RAU_BLOCK = \'numpy\' names it'),
         ({"RAU_BACKEND": "\udcff"}, "no backend is called '\\udcff' (asked for by RAU_BACKEND)"),
@@ -106,7 +106,7 @@ def test_variables_and_their_typos():
     [
         ("3", 3, "OMP_NUM_THREADS"),
         ("2,1", 2, "OMP_NUM_THREADS"),
-        *[(bad, None, f"the CPUs this process may use, since OMP_NUM_THREADS = {bad!r} is no number from 1 to 1024")
+        *[(bad, None, f"the CPUs this process may use, since OMP_NUM_THREADS = {bad!r} is not a number from 1 to 1024")
           for bad in ("abc", "0", "-1", "1.5", "1025")],
         ("", None, "the CPUs this process may use"),
     ],
@@ -151,7 +151,7 @@ def test_without_the_core(monkeypatch):
         assert not found["core"]["compiled"]
         assert found["core"]["missing"].startswith("the compiled core rau._core is missing")
         assert (
-            found["core"]["cost"] == "the numpy backend runs instead: the same bits, several times slower, one thread"
+            found["core"]["cost"] == "the numpy backend runs instead: the same bits, several times slower, on one thread"
         )
         text = config.render(found)
         assert "\ncompiled core: no\n  missing: the compiled core" in text

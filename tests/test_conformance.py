@@ -102,7 +102,7 @@ def test_arrays_of_ones_own_reach_their_backend_unasked(loopback):
 def test_arrays_of_ones_own_are_refused_by_others(loopback):
     case = Case(id="mine")
     states = [AttentionState(*map(loopback.asarray, state)) for state in case.fill()]
-    with pytest.raises(UnsupportedError, match="loopback:Box is none of"):
+    with pytest.raises(UnsupportedError, match="loopback:Box is not one of"):
         case.call(states, None, "numpy")
 
 
@@ -182,9 +182,9 @@ def test_what_capabilities_exclude_is_listed_and_not_run():
     assert not [reason for problem in backend.given for reason in backend.capabilities.limits_broken(problem)]
     assert ids(report.excluded) | set(report.succeeded) == {check.id for check in checks(backend)}
     reasons = dict(report.excluded)
-    assert reasons["dtype/float32@TND"] == "dtype float32 is none of float16"  # in the layout that it has
-    assert reasons["layout/BSND"] == "dtype float32 is none of float16; layout BSND is none of TND; N = 5 > 4"
-    assert "layout SBH is none of TND" in reasons["algebra/neutral-element-float16"]
+    assert reasons["dtype/float32@TND"] == "dtype float32 is not one of float16"  # in the layout that it has
+    assert reasons["layout/BSND"] == "dtype float32 is not one of float16; layout BSND is not one of TND; N = 5 > 4"
+    assert "layout SBH is not one of TND" in reasons["algebra/neutral-element-float16"]
     assert "calls/several-threads-at-once" in report.succeeded
     assert "excluded: " in str(report) and " more" in str(report)
 
@@ -301,7 +301,7 @@ def test_expected_failures():
 @pytest.mark.parametrize(
     ("expected", "failures"),
     [
-        ({"a/1": "why"}, [("a/1", "expected to fail (why), and passes: take it off the list")]),
+        ({"a/1": "why"}, [("a/1", "expected to fail (why), but passes: take it off the list")]),
         ({"z/*": "why"}, [("z/*", "an expected failure that matches no check")]),
     ],
 )

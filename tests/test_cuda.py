@@ -79,7 +79,7 @@ REGISTER = (
         ("sys.modules['triton'] = None", r"triton is missing .* pip install 'ring-attention-update\[cuda\]'"),
         ("import triton; triton.__version__ = '3.3.1'", r"triton 3\.3\.1 does not compile the kernel; expected 3\.4 or newer"),
         ("import triton; triton.__version__ = '3.4.0+git1'", r"torch \S+ finds no CUDA device"),
-        ("", r"torch \S+ finds no CUDA device: (check the driver|it was built for the CPU alone)"),
+        ("", r"torch \S+ finds no CUDA device: (check the driver|it was built for CPUs only)"),
     ],
     ids=["torch", "triton", "old-triton", "triton-3.4", "device"],
 )
@@ -102,7 +102,7 @@ def test_tensors_on_a_gpu_choose_it():
         found = on_a_gpu()
         assert (found.selected, found.origin) == ("cuda", "automatic")
         assert on_a_gpu(backend="torch").selected == "torch"
-        assert "device cuda:0 is none of cpu" in on_a_gpu(backend="cython").failure
+        assert "device cuda:0 is not one of cpu" in on_a_gpu(backend="cython").failure
 
 
 def test_without_it_they_choose_torch():

@@ -406,7 +406,7 @@ def broken(folder):
     write(folder / "integers.npz", [tnd[0]._replace(softmax_sum=np.ones((40, 3, 8), int)), tnd[1]], seen, layout="TND")
     return {
         "missing": "No such file", "text": "not a .npz file", "objects": "allow_pickle", "cut": "not a .npz file",
-        "empty": "no input states", "unobserved": "nothing was observed", "layout": "'BSH' is none of",
+        "empty": "no input states", "unobserved": "nothing was observed", "layout": "'BSH' is not one of",
         "rank": "do not fit layout 'TND'", "order": "softmax_layout = 'packed'", "lengths": "it starts at 2",
         "floats": "float64", "no-lengths": "packed statistics expect the cumulative", "integers": "int64",
     }  # fmt: skip

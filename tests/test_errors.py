@@ -63,11 +63,11 @@ def test_all_that_is_wrong_is_in_one_error():
   [softmax-layout] softmax_layout = 'BSH'; expected one of "TND", "SBH". "TND" is token-major; \
 "SBH" is packed per sequence, as the vendor's kernels emit.
   [check] check = 'none'; expected one of "metadata", "values", "document".
-  [dtype-match] cur_attn_out has dtype float16 and prev_attn_out float32; expected the same dtype. A 16-bit state is \
-merged into a float32 one by profile="portable".
+  [dtype-match] cur_attn_out has dtype float16 and prev_attn_out float32; expected the same dtype. profile="portable" \
+merges a 16-bit state into a float32 one.
   [dtype-stats] cur_softmax_max has dtype float64; expected float32. Pass softmax_max.astype(numpy.float32): weights are off by up to \
 abs(softmax_max) * 2**-25.
-  [shape-stats] cur_softmax_sum has shape (7, 43, 8); for prev_attn_out of shape (8, 43, 129) and N = 43 heads \
+  [shape-stats] cur_softmax_sum has shape (7, 43, 8); for prev_attn_out of shape (8, 43, 129) and N = 43 heads, \
 layout "TND" expects (T, N, 8) = (8, 43, 8).
   [tnd-head-dim-64] the last axis of prev_attn_out is D = 129; layout "TND" takes multiples of 64. {CHIP}
   [tnd-unified-buffer] prev_attn_out with N = 43, D = 129, float32 needs AlignUp(N*D, 64) * (4*6 + 8) \
@@ -98,10 +98,10 @@ def test_what_needs_no_shapes_is_judged_without_them():
 
 
 STATES = (
-    "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or one of arrays that are "
-    "stacked along a new first axis"
+    "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or a single one whose arrays "
+    "are stacked along a new first axis"
 )
-FROM_LSE = "A pair (out, lse) becomes a state by AttentionState.from_lse(out, lse, base=...)."
+FROM_LSE = "AttentionState.from_lse(out, lse, base=...) makes a state from a pair (out, lse)."
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ FROM_LSE = "A pair (out, lse) becomes a state by AttentionState.from_lse(out, ls
         ([sbh(dtype="float16"), sbh()], ["dtype-match"],
          "states[1].attn_out has dtype float32 and states[0].attn_out float16; expected the same dtype."),
         ([sbh(), sbh(dtype="float16"), sbh()], ["dtype-match"],
-         "states[2].attn_out has dtype float32 and states[1].attn_out float16; expected the later states alike."),
+         "states[2].attn_out has dtype float32 and states[1].attn_out float16; expected one dtype for all later states."),
         ([sbh(dtype="float64"), sbh()], ["dtype-match", "dtype-stats", "dtype-stats"], None),
     ],
 )  # fmt: skip

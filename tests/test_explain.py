@@ -46,14 +46,14 @@ def verdict(name, **given):
 def test_limits_are_judged_apart_from_arrays_and_device():
     registry.register(Chip)
     found = verdict("chip", **arguments())
-    assert found.limits == ["N = 3 > 2", "D = 8 is no multiple of 16"]
-    assert found.arrays == ["numpy:ndarray is none of chip:Tensor", "device cpu is none of chip"]
+    assert found.limits == ["N = 3 > 2", "D = 8 is not a multiple of 16"]
+    assert found.arrays == ["numpy:ndarray is not one of chip:Tensor", "device cpu is not one of chip"]
     assert found.unavailable == "it takes arrays of chip, which is not installed"
     assert rau.explain(**arguments(), backend="chip").selected is None  # named, it is tried
     found = verdict("chip", **arguments())
     assert str(found) == (
-        "chip: N = 3 > 2; D = 8 is no multiple of 16; numpy:ndarray is none of chip:Tensor; "
-        "device cpu is none of chip; not available: OSError: no chip here"
+        "chip: N = 3 > 2; D = 8 is not a multiple of 16; numpy:ndarray is not one of chip:Tensor; "
+        "device cpu is not one of chip; not available: OSError: no chip here"
     )
     found = verdict("chip", **arguments(N=2, D=16))
     assert found.limits == []
@@ -64,14 +64,14 @@ def test_limits_are_judged_apart_from_arrays_and_device():
     ("given", "limits"),
     [
         (lambda: arguments(N=1, D=16, dtype="float64") | {"profile": "portable"},
-         ["dtype float64 is none of float16, float32"]),
+         ["dtype float64 is not one of float16, float32"]),
         (lambda: arguments(N=1, D=16) | {"cur_attn_out": np.zeros((4, 2, 16), "f2"), "profile": "portable"},
          ["it does not merge float16 into float32"]),
-        (lambda: arguments(N=1, D=16, lanes=1) | {"profile": "portable"}, ["1 lanes, of 8"]),
+        (lambda: arguments(N=1, D=16, lanes=1) | {"profile": "portable"}, ["the number of lanes is 1, not 8"]),
         (lambda: dict.fromkeys(NAMES, np.ones((2, 1, 8, 16), "f4")[..., :8]) | {NAMES[0]: np.ones((2, 1, 8, 16), "f4"),
          NAMES[3]: np.ones((2, 1, 8, 16), "f4"), "layout": "BNSD", "profile": "portable"},
-         ["layout BNSD is none of SBH, TND"]),
-        (lambda: arguments(tnd) | {"layout": "TND", "actual_seq_qlen": [0, 8]}, ["softmax_layout TND is none of SBH"]),
+         ["layout BNSD is not one of SBH, TND"]),
+        (lambda: arguments(tnd) | {"layout": "TND", "actual_seq_qlen": [0, 8]}, ["softmax_layout TND is not one of SBH"]),
         (lambda: (lambda a: a | {"out": [a[name] for name in NAMES[:3]]})(arguments(N=1, D=16)),
          ["it does not write over its inputs"]),
     ],
@@ -151,10 +151,10 @@ def test_nobody_makes_an_instance_to_explain_or_to_word_an_error():
     registry.register(Takes)
     registry.register(Refuses)
     assert str(verdict("takes", **arguments())) == "takes: within its limits; takes these arrays; not tried yet"
-    with pytest.raises(UnsupportedError, match=r"refuses: layout SBH is none of TND\n  takes: takes it \(not tried yet\)"):
+    with pytest.raises(UnsupportedError, match=r"refuses: layout SBH is not one of TND\n  takes: takes it \(not tried yet\)"):
         rau.ring_attention_update(**arguments(), backend="refuses")
     assert made == ["refuses"]  # which was named
-    with pytest.raises(UnknownBackendError, match="known are .*takes"):
+    with pytest.raises(UnknownBackendError, match="the known ones are .*takes"):
         rau.ring_attention_update(**arguments(), backend="tales")
     assert made == ["refuses"]
     registry.status()  # asks for all of them
@@ -177,7 +177,7 @@ for options in {"backend": "refuses"}, {"backend": "thorch"}, {"layout": "TND"}:
         rau.ring_attention_update(*state, *state, **options)
     except rau.RauError as error:
         said += str(error)
-assert "torch: " in said and "layout SBH is none of TND" in said and "Did you mean" in said and "(T, N, 8)" in said, said
+assert "torch: " in said and "layout SBH is not one of TND" in said and "Did you mean" in said and "(T, N, 8)" in said, said
 assert not {"torch", "triton", "mindspore"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -59,7 +59,7 @@ def test_every_case_is_described_and_our_own_answers_pass(tmp_path):
     small = [case for case in named() if not case.id.startswith("large/")]
     cases = [*small, *generated(0, 30)]
     left_out = export_cases(tmp_path / "cases", cases)
-    assert {item.message for item in left_out} == {"it is about places in memory, of which files know nothing"}
+    assert {item.message for item in left_out} == {"it is about places in memory, which files do not record"}
     index = index_of(tmp_path / "cases")
     assert len(index) + len(left_out) == len(cases) and len(index) > 200
     for entry in index:
@@ -130,7 +130,7 @@ def test_files_that_are_none(answered):
     whole = path.read_bytes()
     for content in (b"", b"no array", whole[:-4], pickle.dumps({"attn_out": 1})):
         path.write_bytes(content)
-        assert "out.attn_out.npy is no .npy file that can be read without pickle" in judged(answered, "layout/SBH")
+        assert "out.attn_out.npy is not a .npy file that can be read without pickle" in judged(answered, "layout/SBH")
     np.save(path, np.array([{}]), allow_pickle=True)
     assert "without pickle" in judged(answered, "layout/SBH")
 
@@ -171,7 +171,7 @@ def test_folders_that_do_not_do(answered, tmp_path):
 @pytest.mark.parametrize("id", ["../x", "/x", "a//b", "a b", ".hidden", ""])
 def test_ids_that_make_no_folder_are_left_out(tmp_path, id):
     (left,) = export_cases(tmp_path / "cases", [Case(id=id)])
-    assert left.message == "its id makes no folder name" and index_of(tmp_path / "cases") == []
+    assert left.message == "its id cannot be used as a folder name" and index_of(tmp_path / "cases") == []
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -147,7 +147,7 @@ def test_a_padded_buffer_is_a_sequence_more(real):
         states.append((out, *(rau.reorder_softmax(part, whole, to="SBH") for part in stats)))
     text = refusal(lambda: rau.merge_states(states, real, **packed))
     assert "lengths themselves" not in text
-    advice = re.search(r"padding\? As a sequence of its own: (.*)\.$", text)[1]
+    advice = re.search(r"pass it as a sequence of its own: (.*)\.$", text)[1]
     followed = eval(advice, {"numpy": np, "actual_seq_qlen": real})
     merged = rau.merge_states(states, followed, **packed)
     expected = rau.merge_states([tuple(part[: real[-1]] for part in state) for state in token_major], layout="TND")
@@ -233,12 +233,12 @@ def test_a_kernel_that_reuses_its_buffers(base):
     states = [AttentionState.from_lse(*kernel(part), **how) for part in range(3)]
     rau.merge_states(states, layout="TND")  # whether it was meant, no shape tells
     assert refusal(lambda: rau.merge_states(states, layout="TND", check="values")) == (
-        "merge_states: [value-memory] states[1..2].attn_out lies where states[0].attn_out does, and some rows have seen keys in "
-        "both states; expected memory of its own for each. A kernel that writes into one buffer has overwritten the earlier state: "
-        "copy that before the next call."
+        "merge_states: [value-memory] states[1..2].attn_out is in the same memory as states[0].attn_out, and some rows have seen "
+        "keys in both states; expected separate memory for each. A kernel that writes into one buffer has overwritten the earlier "
+        "state: copy that before the next call."
     )
     assert refusal(lambda: rau.ring_attention_update(*states[0], *states[1], layout="TND", profile="portable", check="values")) \
-        .startswith("ring_attention_update: [value-memory] cur_attn_out lies where prev_attn_out does, and")  # fmt: skip
+        .startswith("ring_attention_update: [value-memory] cur_attn_out is in the same memory as prev_attn_out, and")  # fmt: skip
     followed = [AttentionState.from_lse(*map(np.copy, kernel(part)), **how) for part in range(3)]
     merged = rau.merge_states(followed, layout="TND", check="values")
     ring = rau.StreamingMerge("TND", check="values")  # which is done with a state before the next one comes
@@ -250,7 +250,7 @@ def test_a_kernel_that_reuses_its_buffers(base):
 def test_one_state_twice_is_the_same_mistake():
     state = [part[0].swapaxes(0, 1) for part in parts(1)[0]]
     text = refusal(lambda: rau.merge_states([state, state], layout="TND", check="values"))
-    assert "[value-memory] states[1].attn_out lies where states[0].attn_out does" in text
+    assert "[value-memory] states[1].attn_out is in the same memory as states[0].attn_out" in text
 
 
 def test_what_may_lie_in_one_place():

@@ -397,12 +397,12 @@ def test_our_names_cannot_be_taken(installed, monkeypatch, fresh_registry):
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: [stranger, *[ours] * installed])
     registry.refresh()
     found = {status.name: status for status in registry.standings()}
-    assert "declared by stranger too, in vain" in found["cython"].reason
+    assert "also declared by stranger, which is ignored" in found["cython"].reason
     if installed:
-        assert found["torch"].origin == "ring-attention-update" and "declared by stranger too, in vain" in found["torch"].reason
+        assert found["torch"].origin == "ring-attention-update" and "also declared by stranger, which is ignored" in found["torch"].reason
     else:
         assert found["torch"].state == "unavailable"
-        assert "stranger declares it, in vain: the name is kept for ring-attention-update" in found["torch"].reason
+        assert "declared by stranger, which is ignored: the name is kept for ring-attention-update" in found["torch"].reason
     assert found["own"].origin == "stranger"
 
 

@@ -93,11 +93,11 @@ def test_a_plugin_is_not_imported_for_numpy_arrays(site):
 
 
 def test_a_plugin_takes_no_arrays_of_others(loopback):
-    with pytest.raises(rau.UnsupportedError, match=r"numpy:ndarray is none of rau_loopback:Array") as caught:
+    with pytest.raises(rau.UnsupportedError, match=r"numpy:ndarray is not one of rau_loopback:Array") as caught:
         rau.ring_attention_update(**arguments(), backend="loopback")
     assert "\n  numpy: takes it" in str(caught.value)
     wrapped = {name: loopback.Array(array) for name, array in arguments().items()}
-    with pytest.raises(rau.UnsupportedError, match="rau_loopback:Array is none of numpy:ndarray"):
+    with pytest.raises(rau.UnsupportedError, match="rau_loopback:Array is not one of numpy:ndarray"):
         rau.ring_attention_update(**wrapped, backend="numpy")
 
 
@@ -121,7 +121,7 @@ def test_kinds_and_devices_do_not_mix(loopback):
     with pytest.raises(rau.ConstraintError) as caught:
         rau.ring_attention_update(**wrapped, out=[*out, elsewhere])
     assert caught.value.rules == ("array-kind", "array-kind", "array-device")
-    with pytest.raises(rau.DTypeError, match="softmax_max is a rau_loopback:Array array; expected a NumPy one"):
+    with pytest.raises(rau.DTypeError, match="softmax_max is a rau_loopback:Array array; expected a NumPy array"):
         rau.AttentionState(None, *list(wrapped.values())[1:3]).lse(base="e")
 
 
@@ -152,7 +152,7 @@ def test_values_that_numpy_cannot_read(loopback):
     with pytest.raises(rau.DTypeError) as caught:
         rau.ring_attention_update(**wrapped, **options, check="values")
     assert str(caught.value) == (
-        "[array] NumPy cannot read the values of a rau_loopback:Array array, as checking them takes; "
+        "[array] NumPy cannot read the values of a rau_loopback:Array array, which are to be checked; "
         'expected it to have __array__. Leave check at "metadata", and pass actual_seq_qlen as a list.'
     )
     with pytest.raises(rau.DTypeError, match="NumPy cannot read the values"):
@@ -277,7 +277,7 @@ def test_a_broken_plugin_disturbs_nobody(site, how):
 
 def test_a_taken_name(site):
     install(site, "greedy-plugin", {"numpy": "rau_loopback:LoopbackBackend"}, rau_loopback=LOOPBACK)
-    note = "declared by greedy-plugin too, in vain: the name was taken"
+    note = "also declared by greedy-plugin, which is ignored: the name was taken"
     assert status_of("numpy") == ("numpy", True, "available", note, "built in")
     verdict = next(one for one in rau.explain(**arguments()).verdicts if one.name == "numpy")
     assert str(verdict) == "numpy: within its limits; takes these arrays"

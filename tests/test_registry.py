@@ -14,7 +14,7 @@ from rau import registry
 from rau.backends import Backend, Capabilities
 
 HINT = (
-    "A third party's backend is found once its distribution is installed beside ring-attention-update "
+    "A third-party backend is found once its distribution is installed alongside ring-attention-update "
     '(entry-point group "rau.backends"), or after rau.registry.register(...).'
 )
 BEST = next(status.name for status in registry.status() if status.available)  # "cython" where the core is compiled
@@ -86,18 +86,19 @@ def test_the_built_in_ones():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("cythn", f"no backend is called 'cythn'; known are cython, numpy. Did you mean \"cython\"? {HINT}"),
-        ("flash", f"no backend is called 'flash'; known are cython, numpy. {HINT}"),
-        ("", f"no backend is called ''; known are cython, numpy. {HINT}"),
-        (None, f"no backend is called None; known are cython, numpy. {HINT}"),
-        (["numpy"], f"no backend is called ['numpy']; known are cython, numpy. {HINT}"),
+        ("cythn", f"no backend is called 'cythn'; the known ones are cython, numpy. Did you mean \"cython\"? {HINT}"),
+        ("flash", f"no backend is called 'flash'; the known ones are cython, numpy. {HINT}"),
+        ("", f"no backend is called ''; the known ones are cython, numpy. {HINT}"),
+        (None, f"no backend is called None; the known ones are cython, numpy. {HINT}"),
+        (["numpy"], f"no backend is called ['numpy']; the known ones are cython, numpy. {HINT}"),
     ],
 )
 def test_unknown_names(name, says):
     def error(call):
         with pytest.raises(rau.UnknownBackendError) as caught:
             call()
-        return str(caught.value).replace("known are " + ", ".join(registry.names()), "known are cython, numpy")
+        names = ", ".join(registry.names())
+        return str(caught.value).replace(f"the known ones are {names}.", "the known ones are cython, numpy.")
 
     assert error(lambda: registry.get(name)) == says
     by = "(asked for by use_backend)"
@@ -110,7 +111,7 @@ def test_unknown_names(name, says):
 @pytest.mark.parametrize("backend", [3, True, object(), ["numpy"], np.zeros(2), Echo], ids=["int", "bool", "object", "list", "array", "class"])
 def test_what_is_no_backend(backend):
     with pytest.raises(
-        rau.UnknownBackendError, match=r"^backend=.* is no backend: .*; expected a name or an instance\.$"
+        rau.UnknownBackendError, match=r"^backend=.* is not a backend: .*; expected a name or an instance\.$"
     ):
         rau.ring_attention_update(**arguments(), backend=backend)
 
@@ -185,8 +186,8 @@ class Idle:
     [
         (Nameless, "has no name; expected a class attribute `name`, a str."),
         (3, "has no name; expected a class attribute `name`, a str."),
-        (Vague, "is no backend: it has no attribute `capabilities`, a rau.backends.Capabilities."),
-        (Idle(), "is no backend: it has no method `update`."),
+        (Vague, "is not a backend: it has no attribute `capabilities`, a rau.backends.Capabilities."),
+        (Idle(), "is not a backend: it has no method `update`."),
     ],
 )
 def test_register_what_is_no_backend(given, says):
@@ -275,8 +276,8 @@ def test_one_line_a_call(caplog, merge):
 def test_a_request_is_strict(monkeypatch):
     registry.register(Picky)
     reasons = (
-        "dtype float32 is none of float16; layout SBH is none of TND; 8 lanes, of 1; N = 3 > 2; D = 8 > 4; "
-        "D = 8 is no multiple of 3"
+        "dtype float32 is not one of float16; layout SBH is not one of TND; the number of lanes is 8, not 1; N = 3 > 2; D = 8 > 4; "
+        "D = 8 is not a multiple of 3"
     )
     problem = "Problem(layout='SBH', B=2, S=4, T=8, N=3, D=8, lanes=8, float32, K=2, kind='numpy', device='cpu', "
     problem += "profile='mindspore')"
@@ -349,7 +350,7 @@ for one in told:
     else:
         assert count == "1"
         assert lines[0].startswith(
-            "RuntimeWarning <string> rau runs on NumPy, several times slower with the same bits: the compiled core "
+            "RuntimeWarning <string> rau runs on NumPy, several times slower but with the same bits: the compiled core "
             "rau._core is missing"
         )
 

@@ -69,42 +69,42 @@ CASES = [
      "attn_out has H = 4 and lse N = 3 heads (shape (1, 3, 2), read as (B, N, S)); expected H = N * D."
      ' It looks like (B, S, N): pass lse_layout="BSN".'),
     (from_lse(np.zeros((1, 3, 2, 4), "f4"), np.zeros((1, 3, 2), "f4"), layout="BSND"), rau.ShapeError, ["shape-stats"],
-     'lse has shape (1, 3, 2); for attn_out of shape (1, 3, 2, 4) layout "BSND" expects (B, N, S) = (1, 2, 3).'
+     'lse has shape (1, 3, 2); for attn_out of shape (1, 3, 2, 4), layout "BSND" expects (B, N, S) = (1, 2, 3).'
      ' It looks like (B, S, N): pass lse_layout="BSN".'),
     (from_lse(np.zeros((1, 3, 2, 4), "f4"), np.zeros((1, 2, 3), "f4"), layout="BSND", lse_layout="BSN"), rau.ShapeError,
      ["shape-stats"],
-     'lse has shape (1, 2, 3); for attn_out of shape (1, 3, 2, 4) layout "BSND" expects (B, S, N) = (1, 3, 2).'
+     'lse has shape (1, 2, 3); for attn_out of shape (1, 3, 2, 4), layout "BSND" expects (B, S, N) = (1, 3, 2).'
      ' It looks like (B, N, S): pass lse_layout="BNS".'),
     (from_lse(lse=LSE[..., None]), rau.ShapeError, ["rank"],
      'lse has shape (1, 1, 2, 1); lse_layout "BNS" expects (B, N, S). Drop its last axis: lse[..., 0].'),
     (from_lse(lse=np.zeros((1, 1, 3), "f4")), rau.ShapeError, ["shape-stats"],
-     'lse has shape (1, 1, 3); for attn_out of shape (2, 1, 4) layout "SBH" expects (B, N, S) = (1, 1, 2).'
+     'lse has shape (1, 1, 3); for attn_out of shape (2, 1, 4), layout "SBH" expects (B, N, S) = (1, 1, 2).'
      " Some kernels pad it: pass lse[..., :2]."),
     (from_lse(TND_OUT, np.zeros((2, 3), "f4"), **TND), rau.ShapeError, ["shape-stats"],
-     'lse has shape (2, 3); for attn_out of shape (3, 2, 4) layout "TND" expects (T, N) = (3, 2). '
+     'lse has shape (2, 3); for attn_out of shape (3, 2, 4), layout "TND" expects (T, N) = (3, 2). '
      'It looks like (N, T): pass lse_layout="NT".'),
     (from_lse(TND_OUT, np.zeros((3, 2), "f4"), layout="TND", lse_layout="NT"), rau.ShapeError, ["shape-stats"],
-     'lse has shape (3, 2); for attn_out of shape (3, 2, 4) layout "TND" expects (N, T) = (2, 3). '
+     'lse has shape (3, 2); for attn_out of shape (3, 2, 4), layout "TND" expects (N, T) = (2, 3). '
      'It looks like (T, N): pass lse_layout="TN".'),
     (from_lse(TND_OUT, np.zeros((2, 2, 2), "f4"), **TND), rau.ShapeError, ["rank"],
-     'lse has shape (2, 2, 2); lse_layout "TN" expects (T, N). Padded, (sequences, N, longest)? Join what is real of it: '
-     'concatenate([lse[i, :, :length] for i, length in enumerate(lengths)], 1), which is lse_layout "NT".'),
+     'lse has shape (2, 2, 2); lse_layout "TN" expects (T, N). If it is padded, (sequences, N, longest), join '
+     'its valid parts: concatenate([lse[i, :, :length] for i, length in enumerate(lengths)], 1), which is lse_layout "NT".'),
     (from_lse(heads="2"), rau.ShapeError, ["heads"], "heads = '2'; expected the number N of query heads, an int."),
     (from_lse(heads=True), rau.ShapeError, ["heads"], None),
     (from_lse(heads=-1), rau.ShapeError, ["heads"], None),
     (from_lse(np.zeros((2, 1, 8), "f4"), heads=4), rau.ShapeError, ["shape-stats"],
-     'lse has shape (1, 1, 2); for attn_out of shape (2, 1, 8) and heads = 4 layout "SBH" expects (B, N, S) = (1, 4, 2). Its 1 '
+     'lse has shape (1, 1, 2); for attn_out of shape (2, 1, 8) and heads = 4, layout "SBH" expects (B, N, S) = (1, 4, 2). Its 1 '
      "heads seem to be the key heads of grouped-query attention: pass one number for each query head."),
     (from_lse(heads=3), rau.ShapeError, ["heads-divide-hidden"], "attn_out has H = 4 and heads = 3; expected H = N * D."),
     (from_lse(lse=np.zeros((1, 2, 2), "f4"), heads=1), rau.ShapeError, ["shape-stats"],
-     'lse has shape (1, 2, 2); for attn_out of shape (2, 1, 4) and heads = 1 layout "SBH" expects (B, N, S) = (1, 1, 2).'),
+     'lse has shape (1, 2, 2); for attn_out of shape (2, 1, 4) and heads = 1, layout "SBH" expects (B, N, S) = (1, 1, 2).'),
     (from_lse(np.zeros((3, 1, 8), "f4"), np.zeros((1, 3, 2), "f4"), heads=2), rau.ShapeError, ["shape-stats"],
-     'lse has shape (1, 3, 2); for attn_out of shape (3, 1, 8) and heads = 2 layout "SBH" expects (B, N, S) = (1, 2, 3).'
+     'lse has shape (1, 3, 2); for attn_out of shape (3, 1, 8) and heads = 2, layout "SBH" expects (B, N, S) = (1, 2, 3).'
      ' It looks like (B, S, N): pass lse_layout="BSN".'),
     (from_lse(TND_OUT, np.zeros((3, 2), "f4"), **TND, heads=4), rau.ShapeError, ["heads"],
      'attn_out has N = 2 heads (shape (3, 2, 4), in layout "TND"); expected heads = 4.'),
     (from_lse(np.zeros((3, 4, 4), "f4"), np.zeros((3, 2), "f4"), **TND), rau.ShapeError, ["shape-stats"],
-     'lse has shape (3, 2); for attn_out of shape (3, 4, 4) layout "TND" expects (T, N) = (3, 4). Its 2 heads seem to be the key '
+     'lse has shape (3, 2); for attn_out of shape (3, 4, 4), layout "TND" expects (T, N) = (3, 4). Its 2 heads seem to be the key '
      "heads of grouped-query attention: pass one number for each query head."),
     (from_lse(heads=[]), rau.ShapeError, ["heads"], None),
     (lse_of(sbh(), "ln"), rau.OptionError, ["base"], f"base = 'ln'; {BASES}"),

@@ -127,7 +127,7 @@ def test_a_backend_that_takes_neither_halves_nor_a_batch_says_so():
     backend = only_update(layouts=("TND",))
     ring = rau.StreamingMerge("TND", actual_seq_qlen=[0, 4], backend=backend)
     ring.update(*laid_out(partial(1, 4, 2, 8), "TND"))
-    refused = "takes no halves of TND sequences .Capabilities.halves., and there is no layout with a batch"
+    refused = "does not take halves of TND sequences .Capabilities.halves., and it takes no layout with a batch"
     with pytest.raises(rau.UnsupportedError, match=refused):
         ring.update(*laid_out(partial(1, 2, 2, 8), "TND"), tokens="front")
 
@@ -154,6 +154,6 @@ def test_a_first_update_that_is_refused_leaves_no_state():
 
 def test_a_backend_that_refuses_says_so_before_there_is_a_state():
     ring = rau.StreamingMerge(backend=only_update(dtypes=("float16",)))
-    with pytest.raises(rau.UnsupportedError, match="dtype float32 is none of float16"):
+    with pytest.raises(rau.UnsupportedError, match="dtype float32 is not one of float16"):
         ring.update(*laid_out(partial(1, 4, 2, 8, "float16"), "SBH"))
     assert ring.running is None

@@ -216,8 +216,8 @@ def test_an_out_that_requires_grad_is_refused_while_grad_mode_is_on(states, leaf
         call()
     assert str(caught.value) == (
         f"{rau.AttentionState._fields[field]} of the arrays to write into requires grad, and grad mode is on; a graph that "
-        "goes on from it would have the gradient of what it held before. Leave out=None, or give tensors that require no "
-        "grad: a leaf's .detach() is the same memory."
+        "continues from it would have the gradient of what it held before. Leave out=None, or give tensors that do not "
+        "require grad: a leaf's .detach() is the same memory."
     )
     assert all(map(torch.equal, out, kept)) and [part._version for part in out] == versions
     # As advised, and as torch's own functions do under no_grad.

@@ -113,7 +113,7 @@ ARRAYS = {
         rau.DTypeError,
         {name: lambda a: a.astype("float64") for name in (NAMES[0], NAMES[3])} | {"out": None},
         says="prev_attn_out has dtype float64; expected one of float16, bfloat16, float32. "
-        'float64 is taken by profile="portable".',
+        'profile="portable" takes float64.',
     ),
     "all big-endian": Wrong(
         ("dtype-attn", *["dtype-stats"] * 4), rau.DTypeError, dict.fromkeys(NAMES, big_endian) | {"out": None}
@@ -129,7 +129,7 @@ ARRAYS = {
         rau.DTypeError,
         {"cur_attn_out": lambda a: a.astype("float16")},
         says="cur_attn_out has dtype float16 and prev_attn_out float32; expected the same dtype. "
-        'A 16-bit state is merged into a float32 one by profile="portable".',
+        'profile="portable" merges a 16-bit state into a float32 one.',
     ),
     "float32 into float16": Wrong(
         ("dtype-match",),
@@ -209,14 +209,14 @@ SHAPES = {
         rau.ShapeError,
         {"prev_softmax_sum": lambda a: a[:, :, :-1]},
         says="prev_softmax_sum has shape (2, 3, 3, 8); for prev_attn_out of shape (4, 2, 24) and N = 3 heads (read off "
-        'prev_softmax_max) layout "SBH" expects (B, N, S, 8) = (2, 3, 4, 8).',
+        'prev_softmax_max), layout "SBH" expects (B, N, S, 8) = (2, 3, 4, 8).',
     ),
     "statistics of other heads, TND": Wrong(
         ("shape-stats",),
         rau.ShapeError,
         {"prev_softmax_max": lambda a: a[:, :-1]},
         "TND",
-        says="prev_softmax_max has shape (8, 1, 8); for prev_attn_out of shape (8, 2, 64) and N = 2 heads "
+        says="prev_softmax_max has shape (8, 1, 8); for prev_attn_out of shape (8, 2, 64) and N = 2 heads, "
         'layout "TND" expects (T, N, 8) = (8, 2, 8).',
     ),
     "7 lanes": Wrong(
@@ -253,7 +253,7 @@ SHAPES = {
         {"prev_softmax_max": lambda a: np.repeat(a, 2, axis=1)[:, :2], "softmax_layout": "SBH"},
         "TND",
         says="prev_softmax_max has strides (32, 8, 1) (in elements) for shape (8, 2, 8); packed statistics must be "
-        "contiguous, since (T, N) only names their flat order. Slice them in token-major order: "
+        "contiguous, since (T, N) is only a label for their flat order. Slice them in token-major order: "
         'rau.reorder_softmax(..., to="TND").',
     ),
 }

@@ -7,7 +7,7 @@ import rau
 
 CHIP = 'This is a limit of the Ascend chip; profile="portable" lifts it.'
 SUMS = "pass numpy.concatenate([[0], numpy.cumsum(lengths)])"
-PADDED = "The buffer is longer than the last length: padding? As a sequence of its own:"
+PADDED = "The buffer is longer than the last length: if the rest is padding, pass it as a sequence of its own:"
 TO_T = "expected a non-decreasing sequence from 0 to T = 8."
 LENGTHS = {
     "missing": Wrong(
@@ -157,7 +157,7 @@ LENGTHS = {
         rau.DTypeError,
         {"actual_seq_qlen": [0, 2**63]},
         "TND",
-        says="actual_seq_qlen holds a number beyond int64.",
+        says="actual_seq_qlen holds a number that does not fit into int64.",
     ),
     "2-D": Wrong(
         ("qlen-rank",),
@@ -341,7 +341,7 @@ OUTPUTS = {
         rau.ShapeError,
         {"out": replace(attn_out=lambda a: np.lib.stride_tricks.as_strided(a, strides=(0, 96, 4)))},
         says="out.attn_out has strides (0, 24, 1) (in elements) for shape (4, 2, 24) and overlaps itself; expected "
-        "memory of its own for each element. Pass a copy.",
+        "separate memory for each element. Pass a copy.",
     ),
     "broadcast lanes": Wrong(
         ("out-writable", "out-strides", "out-overlap"),

@@ -84,7 +84,7 @@ class ForeignKind:
         except Exception as error:
             cause = error
         raise DTypeError(
-            f"[array] NumPy cannot read the values of a {self.name} array, as checking them takes; expected it to have "
+            f"[array] NumPy cannot read the values of a {self.name} array, which are to be checked; expected it to have "
             '__array__. Leave check at "metadata", and pass actual_seq_qlen as a list.',
             ("array",),
         ) from cause

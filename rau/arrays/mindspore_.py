@@ -117,7 +117,7 @@ def settled(array: Any) -> Any:
         # A tensor that was differentiated once says so for ever; whether that goes on now, the executor knows.
         if sys.modules["mindspore"].common.api._pynative_executor.requires_grad():
             raise UnsupportedError(
-                "a MindSpore tensor takes part in differentiation, and the merge of MindSpore tensors has no gradient; "
+                "a MindSpore tensor takes part in differentiation, but the merge of MindSpore tensors has no gradient; "
                 "pass mindspore.ops.stop_gradient(...) of it, or use torch tensors"
             )
     if not array.data_ptr():

@@ -108,7 +108,7 @@ class NumPyKind:
                 import ml_dtypes
             except ImportError as error:
                 raise DTypeError(
-                    "[dtype-attn] NumPy has bfloat16 by ml_dtypes alone: pip install ml_dtypes", ("dtype-attn",)
+                    "[dtype-attn] NumPy has bfloat16 only through ml_dtypes: pip install ml_dtypes", ("dtype-attn",)
                 ) from error
             dtype = ml_dtypes.bfloat16
         with np.errstate(all="ignore"):

@@ -138,9 +138,9 @@ class TorchKind:
         if (out[0].requires_grad or out[1].requires_grad or out[2].requires_grad) and torch.is_grad_enabled():
             field = next(name for name, array in zip(out._fields, out, strict=True) if array.requires_grad)
             raise UnsupportedError(
-                f"{field} of the arrays to write into requires grad, and grad mode is on; a graph that goes on from it would "
-                "have the gradient of what it held before. Leave out=None, or give tensors that require no grad: a leaf's "
-                ".detach() is the same memory."
+                f"{field} of the arrays to write into requires grad, and grad mode is on; a graph that continues from it "
+                "would have the gradient of what it held before. Leave out=None, or give tensors that do not require grad: "
+                "a leaf's .detach() is the same memory."
             )
         # A graph that has kept one, or a view of one, is to notice. Inference tensors have no version, and are passed over.
         torch.autograd.graph.increment_version(out)

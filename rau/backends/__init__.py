@@ -1,7 +1,7 @@
 """The plugin contract: what a backend is. This page is all of it.
 
 A backend is one class with a ``name``, class-level ``capabilities``, a constructor without arguments that
-acquires its framework or device (and raises with the reason where it cannot), and one required method,
+acquires its framework or device (and raises with the reason if it cannot), and one required method,
 ``update``. Its module is cheap to import and imports no framework. It is found through the entry-point
 group ``rau.backends``, or passed to :func:`rau.registry.register`.
 """
@@ -32,31 +32,31 @@ class Capabilities:
     array_types : tuple of str
         Types it takes, as "module:qualname", compared with the names of an array's type and its bases.
     devices : tuple of str or None
-        Kinds of device, such as "cpu" or "cuda"; None: any.
+        Kinds of device, such as "cpu" or "cuda"; None means any.
     dtypes : tuple of str
         Dtypes of attn_out.
     mixed : bool
-        It merges 16-bit states into a float32 one.
+        Whether it merges 16-bit states into a float32 one.
     layouts, softmax_layouts : tuple of str
     lanes : tuple of int
     in_place : bool
-        The result may be written over an input.
+        Whether the result may be written over an input.
     halves : bool
-        It takes problems with a `half`, as any that walks ``problem.blocks`` does. Of others StreamingMerge makes several
-        calls without.
+        Whether it takes problems with a `half`, as any backend that walks ``problem.blocks`` does. For the others,
+        StreamingMerge makes several calls without one.
     float64 : bool
-        It computes in torch's float64, so that a device has to have that.
+        Whether it computes in torch's float64, which a device then has to have.
     differentiable : bool
     deterministic : bool
-        The same bits at every run and for any number of threads.
+        Whether it gives the same bits at every run and for any number of threads.
     max_heads, max_head_dim : int or None
     head_dim_multiple : int
     limits : callable or None
-        Further reasons against a :class:`Problem`, a list of str, for what the fields above cannot say: a limit of one
-        layout alone, or one on a product. It looks at sizes and dtypes, never at where the arrays are.
+        Given a :class:`Problem`, returns further reasons against it, a list of str, for what the fields above cannot say: a
+        limit of only one layout, or one on a product. It looks at sizes and dtypes, never at where the arrays are.
     tolerance : float
         Multiple of the contract's bound that its arithmetic keeps: 1 for that of rau, larger for a kernel
-        that computes its rows in float32. A result is rounded to 16 bits as well as any, whatever it is.
+        that computes its rows in float32. Whatever it is, results are rounded to 16 bits as well as any backend's.
     """
 
     array_types: tuple[str, ...]
@@ -104,29 +104,29 @@ class Capabilities:
         Returns
         -------
         list of str
-            Each with the computed value and the limit; empty where the backend takes the problem.
+            Each with the computed value and the limit; empty if the backend takes the problem.
         """
         reasons = []
         if problem.dtype not in self.dtypes:
-            reasons.append(f"dtype {problem.dtype} is none of {', '.join(self.dtypes)}")
+            reasons.append(f"dtype {problem.dtype} is not one of {', '.join(self.dtypes)}")
         if problem.cur_dtype != problem.dtype and not self.mixed:
             reasons.append(f"it does not merge {problem.cur_dtype} into {problem.dtype}")
         if problem.layout not in self.layouts:
-            reasons.append(f"layout {problem.layout} is none of {', '.join(self.layouts)}")
+            reasons.append(f"layout {problem.layout} is not one of {', '.join(self.layouts)}")
         if problem.layout == "TND" and problem.softmax_layout not in self.softmax_layouts:
-            reasons.append(f"softmax_layout {problem.softmax_layout} is none of {', '.join(self.softmax_layouts)}")
+            reasons.append(f"softmax_layout {problem.softmax_layout} is not one of {', '.join(self.softmax_layouts)}")
         if problem.lanes not in self.lanes:
-            reasons.append(f"{problem.lanes} lanes, of {' or '.join(map(str, self.lanes))}")
+            reasons.append(f"the number of lanes is {problem.lanes}, not {' or '.join(map(str, self.lanes))}")
         if problem.in_place and not self.in_place:
             reasons.append("it does not write over its inputs")
         if problem.half is not None and not self.halves:
-            reasons.append("it takes no halves of sequences")
+            reasons.append("it does not take halves of sequences")
         if self.max_heads is not None and problem.N > self.max_heads:
             reasons.append(f"N = {problem.N} > {self.max_heads}")
         if self.max_head_dim is not None and problem.D > self.max_head_dim:
             reasons.append(f"D = {problem.D} > {self.max_head_dim}")
         if problem.D % self.head_dim_multiple:
-            reasons.append(f"D = {problem.D} is no multiple of {self.head_dim_multiple}")
+            reasons.append(f"D = {problem.D} is not a multiple of {self.head_dim_multiple}")
         return reasons + self._own_limits(problem)
 
     def _own_limits(self, problem: Problem) -> list[str]:
@@ -145,12 +145,12 @@ class Capabilities:
         Parameters
         ----------
         dtype : str
-            Of the first state's output.
+            Dtype of the first state's output.
 
         Returns
         -------
         str
-            "float32" for 16 bits, where that is one of `dtypes`.
+            "float32" for 16 bits, if that is one of `dtypes`; otherwise `dtype`.
         """
         return "float32" if dtype in ("float16", "bfloat16") and "float32" in self.dtypes else dtype
 
@@ -170,9 +170,9 @@ class Capabilities:
             if name in self.array_types:
                 break
         else:
-            reasons.append(f"{problem.array_types[0]} is none of {', '.join(self.array_types)}")
+            reasons.append(f"{problem.array_types[0]} is not one of {', '.join(self.array_types)}")
         if self.devices is not None and problem.device.partition(":")[0] not in self.devices:
-            reasons.append(f"device {problem.device} is none of {', '.join(self.devices)}")
+            reasons.append(f"device {problem.device} is not one of {', '.join(self.devices)}")
         if self.float64 and problem.kind == "torch":
             if not has_float64(problem.device):
                 reasons.append(f"device {problem.device} has no float64, in which it computes rows: pass .cpu() of each tensor")
@@ -193,12 +193,12 @@ class Backend:
         Parameters
         ----------
         problem : Problem
-            Validated: nothing needs checking again.
+            Already validated: nothing needs to be checked again.
         prev, cur : AttentionState
             The arrays, of the types in `capabilities`.
         out : AttentionState or None
-            Arrays to fill, those of `prev` or `cur` themselves where the call is in place; None: allocate. Torch has been
-            told that its tensors will be written.
+            Arrays to fill, those of `prev` or `cur` themselves where the call is in place; None means to allocate. Torch has
+            been told that its tensors will be written.
 
         Returns
         -------
@@ -223,8 +223,9 @@ class Backend:
         Notes
         -----
         Each update rounds a weight, a product, a sum and the row's sum that it stores, so that an element may be four times
-        as far off as the bound of one merge of all allows; and what a weight that vanishes in two steps leaves out, a sum that
-        overflows on the way does not. 16 bits are rounded once: a running float32 state goes by way of `to_numpy`.
+        as far off as the bound of one merge of all states allows; and that bound does not cover a weight that vanishes in
+        two steps though it is large enough in one, or a sum that overflows on the way. 16 bits are rounded once: a running
+        float32 state goes through `to_numpy`.
         """
         if len(states) == 2:
             return self.update(problem, states[0], states[1], out)

@@ -26,7 +26,7 @@ def chip_limits(problem: Problem) -> list[str]:
     """Limits of the operator that would run a problem, each with the computed value. Layout SBH has none but on D = 0."""
     reasons = []
     if not problem.D and problem.T and problem.N:
-        reasons.append("D = 0: the operator takes no empty output")
+        reasons.append("D = 0: the operator does not take an empty output")
     if problem.layout == "TND":
         report = Violations("ascend")
         PROFILES[_entry(problem)].limits(report, "attn_out", problem.N, problem.D, problem.dtype)

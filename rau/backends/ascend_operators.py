@@ -17,14 +17,14 @@ from rau.backends import AttentionState, Problem
 from rau.errors import BackendUnavailableError
 
 TORCH_NPU = (
-    "torch_npu is not installed: on a machine with an Ascend NPU install Huawei's CANN toolkit, then the torch_npu "
-    "that goes with it and with torch (https://github.com/Ascend/pytorch)"
+    "torch_npu is not installed: on a machine with an Ascend NPU, install Huawei's CANN toolkit, then the torch_npu "
+    "that matches it and torch (https://github.com/Ascend/pytorch)"
 )
 MINDSPEED = (
-    "this torch_npu has no npu_ring_attention_update (newer ones have it), and neither is there MindSpeed's: install "
-    "MindSpeed from https://github.com/Ascend/MindSpeed (the mindspeed of the package index is another project)"
+    "this torch_npu has no npu_ring_attention_update (newer ones have it), and MindSpeed's is missing too: install "
+    "MindSpeed from https://github.com/Ascend/MindSpeed (the mindspeed on the package index is another project)"
 )
-MINDSPORE = "MindSpore is not installed: on a machine with an Ascend NPU, https://www.mindspore.cn/install tells how"
+MINDSPORE = "MindSpore is not installed: on a machine with an Ascend NPU, see https://www.mindspore.cn/install"
 
 
 class OnTorch:
@@ -42,7 +42,7 @@ class OnTorch:
         except Exception as error:  # such as CANN missing
             raise BackendUnavailableError(f"torch_npu does not load: {error}") from error
         if not torch_npu.npu.is_available():
-            raise BackendUnavailableError("torch_npu is installed, and finds no NPU")
+            raise BackendUnavailableError("torch_npu is installed, but finds no NPU")
         self._torch, self._npu = torch, torch_npu.npu
         self._newer = getattr(torch_npu, "npu_ring_attention_update", None)
         if self._newer is None:

@@ -47,12 +47,12 @@ class CudaBackend(TorchBackend):
             from rau.backends import cuda_kernel
         except ImportError as error:
             raise BackendUnavailableError(
-                f"triton is missing ({error}); torch's CUDA and ROCm builds bring it along: {HINT}"
+                f"triton is missing ({error}); torch's CUDA and ROCm builds include it: {HINT}"
             ) from error
         if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
             raise BackendUnavailableError(
-                f"triton {triton.__version__} does not compile the kernel; expected 3.4 or newer, as torch's builds bring it along "
-                "since 2.8"
+                f"triton {triton.__version__} does not compile the kernel; expected 3.4 or newer, which torch's builds "
+                "include since 2.8"
             )
         torch = self._torch
         if not INTERPRETED:
@@ -62,7 +62,7 @@ class CudaBackend(TorchBackend):
             if not found:
                 advice = str(said[0].message) if said else "check the driver and CUDA_VISIBLE_DEVICES"
                 if not (torch.version.cuda or torch.version.hip):
-                    advice = "it was built for the CPU alone; https://pytorch.org/get-started/locally has CUDA builds"
+                    advice = "it was built for CPUs only; https://pytorch.org/get-started/locally has CUDA builds"
                 raise BackendUnavailableError(f"torch {torch.__version__} finds no CUDA device: {advice}")
             try:
                 triton.runtime.driver.active  # noqa: B018 - the first time, Triton compiles its own part here
@@ -131,8 +131,8 @@ class CudaBackend(TorchBackend):
             return torch.tensor(lengths)
         if torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
-                "actual_seq_qlen is on the host, whence a CUDA graph would not copy it again at each replay; pass it "
-                f"as a tensor of int64 on {problem.device}"
+                "actual_seq_qlen is on the host, from where a CUDA graph would not copy it again at each replay; pass it "
+                f"as an int64 tensor on {problem.device}"
             )
         return torch.tensor(lengths, pin_memory=True).to(problem.device, non_blocking=True)
 

@@ -1,4 +1,4 @@
-"""Which cases a command works on, and how it words them."""
+"""Which cases a command works on, and how it describes them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_beside(option: str, arguments: argparse.Namespace, **others: Any) -> None:
-    """Refuse to select cases, and `others` with their defaults, beside an option that says itself what is run."""
+    """Refuse to select cases, and `others` with their defaults, along with an option that itself says what is run."""
     for name, default in (_ALL | others).items():
         if getattr(arguments, name) != default:
-            raise UsageError(f"--{name} has no place beside {option}, which takes all that it finds there")
+            raise UsageError(f"--{name} cannot be combined with {option}, which takes everything that it finds there")
 
 
 def dtype_of(case: Case) -> str:
@@ -87,7 +87,7 @@ def generated_cases(options: argparse.Namespace, count: int = sys.maxsize) -> It
 
 
 def describe(case: Case) -> str:
-    """Word a case in a line: its geometry, its numbers, and where its arrays lie."""
+    """Describe a case in one line: its geometry, its numbers, and where its arrays lie."""
     sizes = f"B {case.batch}, S {case.tokens}"
     layout = case.layout
     if case.layout == "TND":

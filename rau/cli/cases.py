@@ -1,4 +1,4 @@
-"""``python -m rau cases``: a list of the cases, the cases as data for programs in any language, a judge of the answers."""
+"""``python -m rau cases``: list the cases, export them as data for programs in any language, judge the answers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "cases",
         help="list the test cases, export them as plain files, judge what a program made of them",
-        description="List the cases that difftest runs and check adds to; or write them as .npy files and one JSON, "
-        "for a kernel that no Python can call; or judge the outputs that it wrote beside them.",
+        description="List the cases that difftest runs and check adds to; or write them as .npy files and one JSON "
+        "file, for a kernel that Python cannot call; or judge the outputs that it wrote beside them.",
         epilog="Exit status: 0 good, 1 an output is wrong or missing, 2 wrong usage.",
     )
     what = parser.add_mutually_exclusive_group()
@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     case_options.add_options(parser)
     text = "add N generated cases (default: none)"
     parser.add_argument("--generated", type=session.whole(0), default=0, metavar="N", help=text)
-    text = "with --verify: how many times the bound is still right (default: 1)"
+    text = "with --verify: how many times the bound still counts as right (default: 1)"
     parser.add_argument("--tolerance", type=session.positive, metavar="X", help=text)
     return parser
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         case_options.refuse_beside("--verify", arguments, generated=0)
         return _verify(arguments)
     if arguments.tolerance is not None:
-        raise session.UsageError("--tolerance has a meaning with --verify only")
+        raise session.UsageError("--tolerance only makes sense with --verify")
     cases = case_options.named_cases(arguments)
     cases += case_options.generated_cases(arguments, arguments.generated)
     if not cases:
@@ -77,7 +77,7 @@ def _export(arguments: argparse.Namespace, cases: list[Case]) -> None:
     print(f"{folder / INDEX} describes them, {folder / HOW_TO} says what to do.")
     for reason, ids in session.by_reason(left_out):
         print(f"left out: {session.counted(len(ids), 'case')}, {ids[0]} first: {reason}")
-    print(f"When the outputs are there: python -m rau cases --verify {folder}")
+    print(f"Once the outputs are there: python -m rau cases --verify {folder}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:

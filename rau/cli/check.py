@@ -20,13 +20,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Declare the command."""
     parser = subparsers.add_parser(
         "check",
-        help="hold a backend to the contract, a kernel under development too",
+        help="hold a backend to the contract, including a kernel under development",
         description="Check a backend: values against the oracle, dtypes, shapes, lanes, memory, repeated runs, and the "
-        "laws of merging. What its capabilities exclude is listed, not skipped in silence.",
+        "laws of merging. What its capabilities exclude is listed, not silently skipped.",
         epilog=session.EXIT_STATUS,
     )
     parser.add_argument("backend", metavar="NAME", help=session.BACKEND)
-    text = "a check, or a pattern of checks, that is known to fail; it fails the run when it passes or matches nothing"
+    text = "a check, or a pattern of checks, known to fail; if it passes or matches nothing, the run fails"
     parser.add_argument("--expect-failure", type=_expectation, action="append", default=[], metavar="ID=REASON", help=text)
     text = "only checks whose id matches, such as 'tnd/*' or 'algebra/*'"
     parser.add_argument("--select", default="*", metavar="GLOB", help=text)
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _declared(capabilities: Any) -> str:
-    """What a backend says of itself."""
+    """What a backend says about itself."""
     parts = [
         f"dtypes {', '.join(capabilities.dtypes)}{' and 16-bit into float32' if capabilities.mixed else ''}",
         f"layouts {', '.join(capabilities.layouts)}",
@@ -110,7 +110,7 @@ def _verdict(report: Report, total: int, interrupted: bool, seconds: float) -> s
         counts += [f"{len(items):,} {word}"] * bool(items)
     tally = f"{', '.join(counts)} ({seconds:.1f} s)"
     if interrupted:
-        return f"INTERRUPTED: {report.backend}, of {session.counted(total, 'check')}: {tally}"
+        return f"INTERRUPTED: {report.backend}: of {session.counted(total, 'check')}, {tally}"
     if report.passed or report.failures:
         return f"{'PASSED' if report.passed else 'FAILED'}: {report.backend}: {tally}"
     return f"FAILED: {report.backend}: nothing that was selected could be checked: {tally}"

@@ -1,4 +1,4 @@
-"""``python -m rau diagnose``: is an output that was observed elsewhere right, and if not, which mistake made it?"""
+"""``python -m rau diagnose``: is an output that was observed elsewhere right, and if not, which mistake caused it?"""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 _FILE = """\
 FILE is NumPy's .npz, without pickle:
   prev_attn_out prev_softmax_max prev_softmax_sum and cur_... (or states.0.attn_out and so on): the inputs
-  attn_out softmax_max softmax_sum: what came out
+  attn_out softmax_max softmax_sum: the output
   layout, softmax_layout: strings, "SBH" and "TND" if absent; actual_seq_qlen: cumulative lengths, for TND
 bfloat16 is stored as uint16. numpy.savez(FILE, prev_attn_out=..., ...) writes it.
 
-Exit status: 0 right, 1 wrong, recognised or not, 2 no such file, or one that cannot be used."""
+Exit status: 0 right, 1 wrong (recognised or not), 2 no such file, or one that cannot be used."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -26,13 +26,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "diagnose",
         help="judge an output from elsewhere, and name the known mistake that reproduces it",
-        description="Compare an output that any implementation gave with the oracle, and if it is wrong with known "
+        description="Compare the output of any implementation with the oracle and, if it is wrong, with known "
         "mistakes: the order of TND statistics, the base of logarithms, sums left out, rows in 16 bits, and more.",
         epilog=_FILE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE", help="inputs and output, see below")
-    text = "how many times the bound is still right, for a kernel with rows in float32 (default: 1)"
+    text = "how many times the bound still counts as right, for a kernel with rows in float32 (default: 1)"
     parser.add_argument("--tolerance", type=session.positive, default=1.0, metavar="X", help=text)
     return parser
 

@@ -1,4 +1,4 @@
-"""``python -m rau difftest``: backends against one another and against the oracle, on thousands of cases."""
+"""``python -m rau difftest``: compare backends with one another and with the oracle, on thousands of cases."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "difftest",
         help="compare backends bit for bit with one another, and with the oracle",
-        description="Run the named cases, and generated ones, on every backend. Of each backend and pair that goes "
+        description="Run the named cases, and generated ones, on every backend. For each backend or pair that goes "
         "wrong, the smallest failing case is written to a file, with the command that replays it.",
         epilog=session.EXIT_STATUS,
     )
-    text = f"separated by commas (default: all that are available); each {session.BACKEND}"
+    text = f"backends separated by commas (default: all that are available); each {session.BACKEND}"
     parser.add_argument("--backends", type=_names, metavar="A,B", help=text)
     length = parser.add_mutually_exclusive_group()
     text = f"how many generated cases to add to the named ones (default: {_GENERATED})"
     length.add_argument("--cases", type=session.whole(0), metavar="N", help=text)
-    text = "generate cases for so long instead, such as 0.5"
+    text = "instead, generate cases for M minutes, such as 0.5"
     length.add_argument("--minutes", type=session.positive, metavar="M", help=text)
-    text = "run one recorded call again instead, and compare what was recorded too; an output that was recorded wrong "
-    text += "fails the run, unless --backends says whose is asked about"
+    text = "instead, run one recorded call again, and compare the recorded output too; a recorded output that is wrong "
+    text += "fails the run, unless --backends names the backends in question"
     length.add_argument("--replay", metavar="FILE", help=text)
     case_options.add_options(parser)
-    text = f"write an HTML page there, DIR/index.html, and failing cases beside it (else to ./{_FOLDER}); needs rich: "
+    text = f"write an HTML page, DIR/index.html, and failing cases beside it (otherwise to ./{_FOLDER}); needs rich: "
     text += "pip install 'ring-attention-update[cli]'"
     parser.add_argument("--report", metavar="DIR", help=text)
     return parser
@@ -68,7 +68,7 @@ def _names(text: str) -> list[str]:
 
 @dataclass
 class DifftestRun:
-    """One run: what was asked for, and what came of it."""
+    """One run: what was asked for, and the outcome."""
 
     report: Differential
     tolerances: dict[str, float]  # that the backends declare, by their names
@@ -91,7 +91,7 @@ class DifftestRun:
 
     @property
     def verdict(self) -> str:
-        """All of it in a line."""
+        """The outcome in one line."""
         report = self.report
         tally = f"{session.counted(report.cases, 'case')} in {self.seconds:.0f} s"
         if report.wrong:
@@ -177,7 +177,7 @@ def _folder(report: str | None) -> Path:
     try:
         Path(report).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        told = f"--report: got {report!r}; expected a folder, there or to be made: {error.strerror}"
+        told = f"--report: got {report!r}; expected a folder that exists or can be made: {error.strerror}"
         raise session.UsageError(told) from error
     return Path(report)
 
@@ -306,7 +306,7 @@ def _histograms(this: DifftestRun) -> list[str]:
         [share, *(f"{count:13,} {'#' * round(2 * math.log10(count) + 1) if count else '':15}" for count in counts)]
         for share, counts in zip(shares, zip(*tenths.values(), strict=True), strict=True)
     ]
-    legend = "elements of attn_out by their error, those that are exact in the first row; bars are logarithmic"
+    legend = "number of elements of attn_out by error; exact ones are in the first row; bars are logarithmic"
     return [*table(["of the bound", *tenths], rows), "", legend, ""]
 
 

@@ -1,4 +1,4 @@
-"""``python -m rau info``: what is installed, what is missing, and who runs a call."""
+"""``python -m rau info``: what is installed, what is missing, and which backend runs a call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rau.config import collect, render
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Declare the command."""
-    return subparsers.add_parser("info", help="versions, compiled core, backends with their reasons, settings")
+    return subparsers.add_parser("info", help="show versions, the compiled core, backends with their reasons, settings")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What the commands share: types of arguments, whom they test, how they begin, what they print and how they end."""
+"""What the commands share: types of arguments, the backends they test, how they begin, what they print and how they end."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rau.errors import RauError
 
 INTERRUPTED = 130  # as a shell has it for a process ended by Ctrl-C
 EXIT_STATUS = (
-    "Exit status: 0 passed, 1 failed, 2 wrong usage or a named backend missing, "
-    "130 stopped by Ctrl-C before anything was found wrong (1 after)."
+    "Exit status: 0 passed, 1 failed, 2 wrong usage or a named backend is missing, "
+    "130 stopped by Ctrl-C before anything was found wrong (1 if after)."
 )
 LEGEND = (
-    "attn_out, softmax_sum: largest error against the oracle, as a share of the bound: 1 is the limit, or the "
-    "backend's tolerance, which does not widen the rounding to 16 bits; inf: a bit was not kept, or NaN stands where it "
-    "must not"
+    "attn_out, softmax_sum: largest error against the oracle, as a share of the bound; the limit is 1, or the "
+    "backend's tolerance, which does not widen the rounding to 16 bits; inf: a bit was not kept, or there is a NaN where "
+    "there must not be"
 )
-BACKEND = "a registered backend, or module:Class for a class in a module of the current folder, not installed"
+BACKEND = "a registered backend, or module:Class for a class in a module of the current folder, which need not be installed"
 
 
 class UsageError(RauError, ValueError):
-    """Options that each have a value that can be, and cannot be followed."""
+    """Options whose values are each possible, but which cannot be followed."""
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -79,7 +79,7 @@ def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
 
 
 def heading(configuration: dict[str, Any]) -> str:
-    """Word what a report begins with: versions, the machine, the core, and every RAU_* variable."""
+    """Write what a report begins with: versions, the machine, the core, and every RAU_* variable."""
     lines = [", ".join(f"{name} {version}" for name, version in configuration["versions"].items())]
     lines += [configuration["platform"], _core(configuration)]
     variables = configuration["environment"]

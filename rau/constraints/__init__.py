@@ -74,22 +74,22 @@ def bind(
     states : sequence of triples of arrays
         attn_out, softmax_max, softmax_sum of each input state.
     names : callable
-        Gives the caller's name of array `field` of state `state`.
+        Gives the caller's name for array `field` of state `state`.
     actual_seq_qlen, layout, softmax_layout, out, profile, check
         As in :func:`rau.ring_attention_update`.
     half : {"front", "back"}, optional
-        As in :class:`Problem`; here the first state and `out` are of the later state's shape all the same.
+        As in :class:`Problem`; here the first state and `out` nevertheless have the later state's shape.
 
     Returns
     -------
     problem : Problem
     states : sequence of triples of arrays
-        The same arrays; copies of those whose last axis is not contiguous, which no kernel can stream.
+        The same arrays, except that those whose last axis is not contiguous, which no kernel can stream, are copied.
 
     Raises
     ------
     ConstraintError
-        With everything that is wrong with the call.
+        Its message says everything that is wrong with the call.
     """
     report = Violations(call)
     layout, limits = check_options(report, layout, softmax_layout, profile, check)
@@ -164,18 +164,18 @@ def _check_dtypes(
     """Check the dtypes; return those of the first output, of the later ones, and of the statistics."""
     dtype = kind.dtype(states[0][0])
     if dtype not in limits.dtypes:
-        hint = ' float64 is taken by profile="portable".' if dtype == "float64" else swapped(dtype)
+        hint = ' profile="portable" takes float64.' if dtype == "float64" else swapped(dtype)
         report.add("dtype-attn", f"{names(0, 0)} has dtype {dtype}; expected one of {', '.join(limits.dtypes)}.{hint}")
     cur_dtype = kind.dtype(states[1][0]) if len(states) > 1 else dtype
     for k in range(1, len(states)):
         its = kind.dtype(states[k][0])
         if its != cur_dtype:
             report.add("dtype-match", f"{names(k, 0)} has dtype {its} and {names(1, 0)} {cur_dtype}; "
-                       f"expected the later states alike.{swapped(its)}")  # fmt: skip
+                       f"expected one dtype for all later states.{swapped(its)}")  # fmt: skip
         elif its != dtype:
             mixed = dtype == "float32" and its in ("float16", "bfloat16")
             if not mixed or limits.vendor:
-                hint = ' A 16-bit state is merged into a float32 one by profile="portable".' if mixed else swapped(its)
+                hint = ' profile="portable" merges a 16-bit state into a float32 one.' if mixed else swapped(its)
                 report.add("dtype-match", f"{names(k, 0)} has dtype {its} and {names(0, 0)} {dtype}; "
                            f"expected the same dtype.{hint}")  # fmt: skip
     wide = dtype == "float64" and "float64" in limits.dtypes
@@ -234,7 +234,7 @@ def _check_shapes(
             if state[field] not in (stats, None):
                 source = f" (read off {names(0, 1)})" if axes.attn_head is None else ""
                 report.add("shape-stats", f"{names(k, field)} has shape {tuple(states[k][field].shape)}; for "
-                           f'{names(0, 0)} of shape {attn_shape} and N = {N} heads{source} layout "{layout}" expects '
+                           f'{names(0, 0)} of shape {attn_shape} and N = {N} heads{source}, layout "{layout}" expects '
                            f"{axes.stats.format(lanes=lanes)} = {stats}.")  # fmt: skip
     return expected
 
@@ -264,8 +264,8 @@ def _regular_inputs(
                 kept[field] = kind.regular_copy(array)
             elif packed and field and len(strides) == 3 and packed_row_stride(array.shape, strides) is None:
                 report.add("packed-regular", f"{names(k, field)} has strides {strides} (in elements) for shape "
-                           f"{tuple(array.shape)}; packed statistics must be contiguous, since (T, N) only names "
-                           "their flat order. Slice them in token-major order: "
+                           f"{tuple(array.shape)}; packed statistics must be contiguous, since (T, N) is only a label "
+                           "for their flat order. Slice them in token-major order: "
                            'rau.reorder_softmax(..., to="TND").')  # fmt: skip
         regular.append(kept)
     return regular

@@ -76,7 +76,7 @@ def _from_list(report: Violations, value: list[Any] | tuple[Any, ...]) -> np.nda
     try:
         return np.array(value, dtype=np.int64)
     except OverflowError:
-        report.add("qlen-dtype", f"{NAME} holds a number beyond int64.")
+        report.add("qlen-dtype", f"{NAME} holds a number that does not fit into int64.")
         return None
 
 
@@ -100,7 +100,8 @@ def _check_cumulative(
     if first == 0 and not falling:  # cumulative, even where it also adds up to T
         if tokens is not None and last < tokens:
             whole = [*lengths.tolist(), tokens] if len(lengths) <= 8 else f"numpy.append({NAME}, {tokens})"
-            hint = f" The buffer is longer than the last length: padding? As a sequence of its own: {whole}."
+            hint = " The buffer is longer than the last length: if the rest is padding, pass it as a sequence of its own: "
+            hint += f"{whole}."
     elif (lengths >= 0).all() and int(lengths.sum(dtype=object)) == tokens:
         hint = " It looks like the lengths themselves: pass numpy.concatenate([[0], numpy.cumsum(lengths)])"
         if len(lengths) <= 8:

@@ -33,10 +33,10 @@ def check_base(report: Violations, base: object) -> None:
 
 
 def check_layouts(report: Violations, layout: object, lse_layout: object) -> str:
-    """Check the names of a layout of attention and of one of its log-sum-exp, which is returned; empty where they are wrong.
+    """Check the names of an attention layout and of its log-sum-exp layout; return the latter, empty where they are wrong.
 
-    None stands for "BNS", save in layout "TND", which has no default: both orders are common there, no shape tells
-    them apart where T = N, and taken for one another they give wrong numbers without a word.
+    None stands for "BNS", except in layout "TND", which has no default: both orders are common there, no shape tells
+    them apart where T = N, and mistaking one for the other silently gives wrong numbers.
     """
     known = check_layout(report, layout)
     names = lse_layouts(str(layout)) if known else tuple(LSE_LAYOUTS)
@@ -76,7 +76,8 @@ def check_array(report: Violations, name: str, array: Any, rule: str, dtypes: tu
             return None
         if kind.name != "numpy":
             how = f"{name}.asnumpy()" if kind.name == "mindspore" else f"numpy.asarray({name})"
-            report.add("array", f"{name} is a {kind.name} array; expected a NumPy one or a torch tensor. Convert it: {how}.")
+            report.add("array", f"{name} is a {kind.name} array; expected a NumPy array or a torch tensor. "
+                       f"Convert it: {how}.")  # fmt: skip
             return None
         its = Described("numpy", kind.dtype(array), kind.device(array))
     if dtypes and its.dtype not in dtypes:
@@ -102,8 +103,8 @@ def check_float64(report: Violations, name: str, array: Any, its: Described) -> 
     if its.kind == "torch":
 
         if not has_float64(array.device):
-            report.add("array-device", f"{name} is on {its.device}, which has no float64, in which log-sum-exps are computed; "
-                       f"expected a device that has it. Pass {name}.cpu().")  # fmt: skip
+            report.add("array-device", f"{name} is on {its.device}, a device that has no float64, in which log-sum-exps are "
+                       f"computed; expected one that has it. Pass {name}.cpu().")  # fmt: skip
 
 
 def check_lengths_here(report: Violations, lengths: Any, name: str, stats: Any) -> None:
@@ -130,8 +131,8 @@ def check_shapes(report: Violations, attn_out: Any, lse: Any, layout: str, lse_l
     elif len(given) != len(lse_layout):
         hint = " Drop its last axis: lse[..., 0]." if given == (*given[: len(lse_layout)], 1) else ""
         if layout == "TND" and len(given) == 3 and not hint:
-            hint = (" Padded, (sequences, N, longest)? Join what is real of it: concatenate([lse[i, :, :length] for i, length in "
-                    'enumerate(lengths)], 1), which is lse_layout "NT".')  # fmt: skip
+            hint = (" If it is padded, (sequences, N, longest), join its valid parts: concatenate([lse[i, :, :length] "
+                    'for i, length in enumerate(lengths)], 1), which is lse_layout "NT".')  # fmt: skip
         report.add("rank", f'lse has shape {given}; lse_layout "{lse_layout}" expects {LSE_LAYOUTS[lse_layout]}.{hint}')
     else:
         if heads is not None and axes.attn_head is not None and shape[axes.attn_head] != heads:
@@ -186,5 +187,5 @@ def _say_shapes(
     if not hint and name == "BNS" and given[:-1] == wanted[:-1] and given[-1] > wanted[-1]:
         hint = f" Some kernels pad it: pass lse[..., :{wanted[-1]}]."
     known = "" if heads is None else f" and heads = {heads}"
-    report.add("shape-stats", f'lse has shape {given}; for attn_out of shape {shape}{known} layout "{layout}" expects '
+    report.add("shape-stats", f'lse has shape {given}; for attn_out of shape {shape}{known}, layout "{layout}" expects '
                f"{LSE_LAYOUTS[name]} = {wanted}.{hint}")  # fmt: skip

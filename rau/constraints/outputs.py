@@ -78,7 +78,7 @@ def _check_strides(report: Violations, kind: Kind, name: str, array: Any, packed
                    "must be contiguous. Pass such an array and assign from it.")  # fmt: skip
     if kind.memory(array).overlaps_itself():
         report.add("out-overlap", f"{name} has strides {strides} (in elements) for shape {shape} and overlaps itself; "
-                   "expected memory of its own for each element. Pass a copy.")  # fmt: skip
+                   "expected separate memory for each element. Pass a copy.")  # fmt: skip
 
 
 def _check_overlap(
@@ -122,6 +122,6 @@ def _check_overlap(
                     in_place = True
                 else:
                     report.add("out-overlap", f"out.{FIELDS[field]} shares memory with {names(k, role)}; expected "
-                               f"separate memory, or in place exactly an input's {FIELDS[field]}: the same address, "
-                               "shape and strides.")  # fmt: skip
+                               f"separate memory or, to work in place, exactly an input's {FIELDS[field]}: the same "
+                               "address, shape and strides.")  # fmt: skip
     return in_place

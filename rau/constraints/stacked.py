@@ -14,8 +14,8 @@ from rau.layouts import FIELDS, LAYOUTS
 _MOST = 1 << 16  # states; each costs some microseconds before anything is merged
 _FEWER = f"expected at most {_MOST}. Merge groups of them, and then the results"
 _EXPECTED = (
-    "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or one of arrays that are "
-    "stacked along a new first axis"
+    "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or a single one whose arrays "
+    "are stacked along a new first axis"
 )
 
 
@@ -35,7 +35,7 @@ def as_states(states: Any, layout: Any) -> Sequence[Sequence[Any]]:
             got = f"has {len(state)} items" if several else f"is {described(state)}"
             hint = ""
             if several and len(state) == 2:
-                hint = " A pair (out, lse) becomes a state by AttentionState.from_lse(out, lse, base=...)."
+                hint = " AttentionState.from_lse(out, lse, base=...) makes a state from a pair (out, lse)."
             raise _error(f"states[{k}] {got}; {_EXPECTED}.{hint}", "")
     return states
 
@@ -52,7 +52,7 @@ def _unstacked(stacked: Sequence[Any], layout: Any) -> Sequence[Sequence[Any]]:
         raise _error(f"is one AttentionState; {_EXPECTED}: pass [state].")
     if ranks != wanted or not shapes[0][0] == shapes[1][0] == shapes[2][0] >= 1:
         forms = ", ".join(f"(K, {form.format(lanes=8)[1:]}" for form in (axes.attn, axes.stats, axes.stats))
-        raise _error(f'is one triple of arrays of shapes {", ".join(map(str, shapes))}; stacked, layout "{layout}" expects '
+        raise _error(f'is one triple of arrays of shapes {", ".join(map(str, shapes))}; if stacked, layout "{layout}" expects '
                      f"{forms} with K >= 1.")  # fmt: skip
     if shapes[0][0] > _MOST:
         raise _error(f"has K = {shapes[0][0]} states; {_FEWER}.")

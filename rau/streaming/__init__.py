@@ -47,20 +47,21 @@ class StreamingMerge:
     layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
         Layout of the attention outputs, as in :func:`ring_attention_update`.
     actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
-        Cumulative sequence lengths in layout "TND": of all tokens, also where parts of them are updated. Required there,
-        save for token-major statistics in profile "portable", where None is one sequence. Copied, if on the host.
+        Cumulative sequence lengths in layout "TND", always those of all tokens, even where parts of them are updated.
+        Required there, except for token-major statistics in profile "portable", where None means one sequence. Copied, if
+        on the host.
     softmax_layout : {"TND", "SBH"}, default "TND"
         Order of the statistics in layout "TND": token-major, or packed per sequence.
     like : AttentionState, optional
-        A state of the full shape, where the first update will cover a part only. Its shapes, dtypes, array kind and
-        device are taken, and none of its values.
+        A state of the full shape, for when the first update covers only a part. Its shapes, dtypes, array kind and
+        device are used, and none of its values.
     backend : str or Backend, optional
-        Who computes, chosen anew at each update. Default: `use_backend`, then the environment variable
-        ``RAU_BACKEND``, then the best at hand.
+        The backend that computes, chosen anew at each update. Default: `use_backend`, then the environment variable
+        ``RAU_BACKEND``, then the best one available.
     profile : {"portable", "mindspore", "cann-v2"}, default "portable"
         Which limits each partial state has to keep. The running state is float32 in all of them.
     check : {"metadata", "values", "document"}, default "metadata"
-        What is checked of each partial state, as in :func:`ring_attention_update`.
+        What is checked in each partial state, as in :func:`ring_attention_update`.
 
     Raises
     ------
@@ -69,10 +70,10 @@ class StreamingMerge:
 
     Notes
     -----
-    The running state is of the kind and on the device of the first partial state's arrays: float32, or float64 where
-    they are. The first step allocates it. No later one allocates anything of its size or copies any of it, `tokens` or
-    not: the backend is given views and writes in place. What it needs for itself is its own affair: `cython` and `cuda`
-    need nothing, `numpy` and `torch` compute in temporaries. For a backend that does not merge 16 bits into float32,
+    The running state has the kind and device of the first partial state's arrays: it is float32, or float64 where they
+    are. The first step allocates it. No later step allocates anything of its size or copies any of it, with or without
+    `tokens`: the backend is given views and writes in place. What memory a backend itself needs is up to it: `cython` and
+    `cuda` need none, `numpy` and `torch` compute in temporaries. For a backend that does not merge 16 bits into float32,
     partial states are widened; for one that does not write in place, results are copied.
 
     The float32 state has the bits of a chain of :func:`ring_attention_update` with ``out=`` the running state, on every
@@ -82,9 +83,9 @@ class StreamingMerge:
     in float64 within 7.43 * (n - 1) * v * S + 2**-507 * n * M + 2**-1073 * n, where all sums, the running one's too, are in
     [2**-256, 2**256]. proofs/README.md has the proofs.
 
-    A whole ring can be captured into a CUDA graph, from the making of the StreamingMerge to its result; a replay starts
-    from the empty state then. `actual_seq_qlen` has to be on the device for that. Nobody reads it there: with sequences of
-    odd lengths, halves are undefined, though nothing outside the arrays is touched.
+    A whole ring can be captured into a CUDA graph, from the creation of the StreamingMerge to its result; a replay then
+    starts from the empty state. `actual_seq_qlen` has to be on the device for that. There it is not read, and so not
+    checked: with sequences of odd lengths, halves are undefined, though nothing outside the arrays is touched.
 
     Examples
     --------
@@ -138,9 +139,9 @@ class StreamingMerge:
 
     @property
     def running(self) -> AttentionState | None:
-        """The running state itself, which later updates change (and tell torch so); None before there is one.
+        """The running state itself, which later updates change (and tell torch that they do); None before there is one.
 
-        :meth:`result` copies.
+        :meth:`result` returns a copy.
         """
         return None if self._running is None else self._running.state
 
@@ -153,21 +154,21 @@ class StreamingMerge:
             Attention output over some keys, in the layout; float64 where the first one was. It need not be contiguous
             and is not kept.
         softmax_max, softmax_sum : array, float32 (float64 with a float64 output)
-            Its statistics: (B, N, S, 8), or (T, N, 8) in "TND"; or 1 lane, as the first ones.
+            Its statistics: (B, N, S, 8), or (T, N, 8) in "TND"; with 1 lane instead, if the first ones had 1.
         tokens : slice or {"front", "back"}, optional
-            Which tokens the partial state is about; all by default. A slice along the token axis, in the layouts SBH,
+            Which tokens the partial state covers; all by default. A slice along the token axis, in the layouts SBH,
             BSND and BNSD. "front" and "back" are the first and the second half of every sequence, in all layouts and both
-            orders of the statistics: a partial state of T / 2 tokens, its sequences half as long, one after another.
+            orders of the statistics: the partial state then has T / 2 tokens, its sequences half as long, one after another.
 
         Raises
         ------
         ConstraintError
-            If something does not fit, before anything is written. ShapeError for a first update that does not cover all
+            If something does not fit; nothing has been written then. ShapeError for a first update that does not cover all
             tokens where `like` was not given, for a half of a sequence of odd length, for arrays of other shapes, and for
             a partial state that shares memory with the running one.
         UnsupportedError
-            If an input requires grad or is traced by torch, or somebody made the running state require grad; if the
-            backend asked for cannot run this.
+            If an input requires grad or is traced by torch, or the running state was made to require grad; if the backend
+            asked for cannot run this.
 
         Notes
         -----
@@ -175,8 +176,8 @@ class StreamingMerge:
         and `cuda` write all or nothing; `numpy` and `torch` in pieces): it refuses further updates and results.
 
         Tokens that no partial state has covered are empty rows: output 0, max -inf, sum 0. `cython`, `numpy` and `cuda`
-        merge the halves of any number of sequences in one call. Other backends are given views of runs of sequences that
-        are as long as each other, in a layout with a batch axis; parts of a plugin's own arrays go by way of the host.
+        merge the halves of any number of sequences in one call. Other backends are given views of runs of equally long
+        sequences, in a layout with a batch axis; parts of a plugin's own arrays go through the host.
         """
         partial = AttentionState(attn_out, softmax_max, softmax_sum)
         _refuse_gradients(UPDATE, partial)
@@ -187,7 +188,7 @@ class StreamingMerge:
         running = self._running
         if running is None:
             if tokens is not None:
-                raise _broken(UPDATE, "first-update", f"tokens = {shown(tokens)} in the first update, which tells the shape of the "
+                raise _broken(UPDATE, "first-update", f"tokens = {shown(tokens)} in the first update, which sets the shape of the "
                               "whole; expected an update of all tokens. Or give StreamingMerge(like=...) a state of the "
                               "full shape.")  # fmt: skip
             running = self._start(UPDATE, partial, _of_partial, self._check)
@@ -225,18 +226,18 @@ class StreamingMerge:
         Returns
         -------
         AttentionState
-            New arrays, which later updates do not change; the statistics in float32 (float64).
+            New arrays, which later updates do not change; the statistics are float32 (or float64).
 
         Raises
         ------
         ShapeError
-            Before the first update, where `like` was not given. With `like` the state is empty then.
+            Before the first update, where `like` was not given. With `like`, the state is then empty.
         DTypeError
             For any other dtype.
         """
         running = self._running
         if running is None:
-            raise _broken(_RESULT, "first-update", "there is no state yet; expected an update before. Or give "
+            raise _broken(_RESULT, "first-update", "there is no state yet; expected an update first. Or give "
                           "StreamingMerge(like=...) a state of the full shape, for an empty result.")  # fmt: skip
         running.refuse_broken(_RESULT)
         own = running.asked.dtype
@@ -265,7 +266,7 @@ class StreamingMerge:
         """
         if kind.name == "mindspore":
             raise UnsupportedError(f"{UPDATE}: tokens = {shown(tokens)} with MindSpore tensors, whose slices may be copies; "
-                                   "expected NumPy arrays, torch tensors or arrays of a plugin's own.")  # fmt: skip
+                                   "expected NumPy arrays, torch tensors or a plugin's own arrays.")  # fmt: skip
         lengths, length = self._lengths, whole.attn_out.shape[LAYOUTS[self._layout].attn_token]
         on_device = lengths is not None and not isinstance(lengths, np.ndarray)  # and not read: no odd length is noticed
         where = part_of(UPDATE, tokens, self._layout, length, np.zeros(1, np.int64) if on_device else lengths)
@@ -289,8 +290,8 @@ def _refuse_gradients(call: str, partial: Any) -> None:
     if torch_op.wanted((partial,)):
         raise UnsupportedError(
             f"{call}: an input requires grad, or torch traces or transforms the call (compile, export, functorch), or a "
-            "tensor is of a type of its own; a state that is written in place has no gradient and no place in a graph. Use "
-            "rau.merge_states, which has both, or call under torch.no_grad() outside of tracing."
+            "tensor is of a type other than torch's own two; a state that is written in place has no gradient and no place "
+            "in a graph. Use rau.merge_states, which has both, or call under torch.no_grad() outside of tracing."
         )
 
 

@@ -77,7 +77,7 @@ class RunningState:
                 its.memory(array).overlaps(its.memory(mine)) for mine in self.state
             ):
                 report = Violations(UPDATE)
-                report.add("out-overlap", f"{name} shares memory with the running state; expected memory of its own. Pass a "
+                report.add("out-overlap", f"{name} shares memory with the running state; expected separate memory. Pass a "
                            "copy, or StreamingMerge.result().")  # fmt: skip
                 raise report.error()
 
@@ -140,12 +140,12 @@ class RunningState:
         pieces = iter([(places, cur)])
         if half is not None and (on_host or not (takes.halves and takes.in_place)):
             layout = next((name for name in ("BSND", "SBH", "BNSD") if name in takes.layouts), "")
-            missing = "" if layout else "layout with a batch axis, as which they could be given to it"
+            missing = "" if layout else "it takes no layout with a batch axis, in which they could be passed to it"
             if not isinstance(lengths, np.ndarray):
-                missing = "lengths on the host, by which they could be given to it one by one"
+                missing = "the lengths are not on the host, so they cannot be passed to it one by one"
             if missing:
-                raise UnsupportedError(f'{UPDATE}: backend "{chosen.name}" takes no halves of TND sequences '
-                                       f"(Capabilities.halves), and there is no {missing}.")  # fmt: skip
+                raise UnsupportedError(f'{UPDATE}: backend "{chosen.name}" does not take halves of TND sequences '
+                                       f"(Capabilities.halves), and {missing}.")  # fmt: skip
             pieces, lengths, half = halves(whole, cur, 2 * lengths, half, problem.packed, layout), None, None
         calls = []
         for places, cur in pieces:

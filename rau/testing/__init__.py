@@ -1,6 +1,6 @@
-"""What proves that a backend is right: an oracle, cases, comparisons, the conformance kit and the differential harness.
+"""What shows that a backend is right: an oracle, cases, comparisons, the conformance kit and the differential harness.
 
-Everything is loaded on first use, and nothing here needs more than NumPy, save :mod:`rau.testing.strategies`
+Everything is loaded on first use, and nothing here needs more than NumPy, except :mod:`rau.testing.strategies`
 (Hypothesis) and the pytest side of :class:`BackendConformance`.
 """
 

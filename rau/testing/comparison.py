@@ -1,4 +1,4 @@
-"""Two results, or one and the oracle's: the same bits, or how far apart as a share of the error that is allowed.
+"""Compare two results, or one with the oracle's: the same bits, or how far apart as a share of the error that is allowed.
 
 The rule of this room: it sees numbers, and neither the case nor the backend that they came from.
 """
@@ -27,10 +27,10 @@ class Comparison:
     passed : bool
         Whether nothing is wrong.
     attn_share, sum_share : float
-        Largest error of attn_out and softmax_sum as a share of its bound; 1.0 is the limit. Infinity where a
-        bit was to be kept and was not, NaN or infinity stands in the wrong place, or shape or dtype is wrong.
+        Largest error of attn_out and softmax_sum as a share of its bound; 1.0 is the limit. Infinity where a bit
+        was not kept that had to be, NaN or infinity is in the wrong place, or shape or dtype is wrong.
     problems : tuple of str
-        What is wrong, a sentence each: where it is worst, what was expected, and what came.
+        What is wrong, one sentence each: where it is worst, what was found, and what was expected.
     """
 
     passed: bool
@@ -53,7 +53,7 @@ def compare(actual: Sequence[Any], expected: Expected, *, tolerance: float = 1.0
     expected : Expected
         What :func:`rau.testing.oracle` says of the same states.
     tolerance : float, default 1.0
-        How many times the bound is still right, for a kernel that declares that it is less accurate. The half unit of
+        How many times the bound still counts as right, for a kernel that declares itself less accurate. The half unit of
         storing in 16 bits is not multiplied.
 
     Returns
@@ -63,9 +63,9 @@ def compare(actual: Sequence[Any], expected: Expected, *, tolerance: float = 1.0
 
     Notes
     -----
-    softmax_max must be equal, where zeros of either sign are. NaN must stand where NaN is expected and
+    softmax_max must be equal; zeros of either sign count as equal. NaN must appear where NaN is expected and
     nowhere else. An infinity is right where it is expected, and where the exact value, or one within the
-    bound of it, lies beyond the format. The lanes of a statistic must be equal bit for bit.
+    bound of it, lies beyond the format's range. The lanes of a statistic must be equal bit for bit.
 
     Examples
     --------
@@ -196,7 +196,7 @@ def same_bits(one: Sequence[Any], other: Sequence[Any]) -> list[str]:
     Returns
     -------
     list of str
-        What differs, the first element of each array; empty where nothing does. Any NaN equals any NaN, and a
+        What differs: the first differing element of each array; empty if nothing differs. Any NaN equals any NaN, and a
         maximum of zero may have either sign.
 
     Examples

@@ -1,7 +1,7 @@
-"""Conformance as data: cases in plain files, for kernels that no Python can call, and a judge of their answers.
+"""Conformance as data: cases in plain files, for kernels that Python cannot call, and a judge of their answers.
 
-The rule of this room: a folder explains itself. What is written can be read with a .npy reader and a JSON parser alone, and
-bounds are computed afresh before they judge, so that a changed file is found.
+The rule of this room: a folder explains itself. What is written can be read with just a .npy reader and a JSON parser, and
+bounds are computed afresh before they judge, so that a changed file is noticed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Conformance cases for ring_attention_update: merging partial attention states
 What to do. cases.json lists the cases. For each one read the inputs, merge them, and write the files named under
 "write" into the case's folder. Then run:  python -m rau cases --verify THIS_FOLDER
 
-Files. All are NumPy .npy files: little-endian, C order, never pickled. bfloat16 is stored as uint16, its bits.
+Files. All are NumPy .npy files: little-endian, C order, never pickled. bfloat16 is stored as its bits, in uint16.
 
   in.K.attn_out.npy, in.K.softmax_max.npy, in.K.softmax_sum.npy    input state K = 0, 1, ...
   in.actual_seq_qlen.npy               int64: 0, then where each sequence ends; layout TND only
-  out.attn_out.npy and so on           yours to write, with the dtypes and shapes that cases.json gives
+  out.attn_out.npy and so on           for you to write, with the dtypes and shapes that cases.json gives
   expected.attn_out.npy, ...           the exact result, rounded to float64 only
   bound.attn_out.npy, ...              float64: largest error allowed, element by element
   rau.attn_out.npy, ...                what rau itself returns, in the output's dtype
@@ -53,16 +53,16 @@ others are live. Only live states count:
 and m is softmax_max, l softmax_sum, o attn_out. In this order of precedence:
 
   1. no live state: o = 0, m = -inf, l = 0
-  2. one live state: it comes back bit for bit, whatever it holds; nothing of the empty ones is read into the result
+  2. one live state: it comes back bit for bit, whatever it holds; nothing from the empty ones enters the result
   3. a max is NaN: o, m and l are NaN            4. a sum is NaN: o and l are NaN
   5. a max is +inf: m = +inf, o and l are NaN    6. a sum is +inf: o is NaN, l by the formula (NaN where 0 * inf)
   7. a weight a_i / l that rounds to 0 in float32 (in cases of dtype float64: in float64): that product is left
      out, so that NaN or infinity in a state whose weight is 0 does not matter
-  8. the new sum exceeds float32: stored as +inf; o is right all the same. So compute the rows in float64.
+  8. the new sum exceeds float32: stored as +inf, but o is right nevertheless. So compute the rows in float64.
      A negative sum takes the formula, whatever that gives. exp(x) may be 0 below x = -708.
 
 Verdict. An output is right within its bound; bound 0 means bit for bit (any NaN for NaN), bound inf means that any
-value will do. softmax_max must be equal, zeros of either sign are.
+value will do. softmax_max must be equal; zeros of either sign count as equal.
 
 Layouts. S, B, T: sequence length, batch, all tokens; N, D: heads, head dimension.
 
@@ -71,7 +71,7 @@ Layouts. S, B, T: sequence length, batch, all tokens; N, D: heads, head dimensio
   BNSD  attn_out (B, N, S, D)     statistics (B, N, S, lanes)
   TND   attn_out (T, N, D)        statistics (T, N, lanes), in one of two orders, "softmax_layout":
         "TND" token-major: those of token t, head n are at [t, n];
-        "SBH" packed: sequence i, of the tokens t0 to t1, owns the rows t0*N to t1*N of the flattened (T*N, lanes)
+        "SBH" packed: sequence i, with tokens t0 to t1, owns the rows t0*N to t1*N of the flattened (T*N, lanes)
         array, laid out as (N, t1 - t0).
 
 Lanes. The last axis of the statistics holds one number, 8 times or once. Read lane 0; write all of them.
@@ -98,7 +98,7 @@ def export_cases(
     Parameters
     ----------
     folder : path
-        A new one, or an empty one.
+        A new or an empty folder.
     cases : iterable of Case
     progress : callable, optional
         Called with the id of each case.
@@ -111,7 +111,7 @@ def export_cases(
     Raises
     ------
     ExportError
-        If the folder holds something already: answers to older cases could be taken for new ones.
+        If the folder already holds something: answers to older cases could be taken for new ones.
     """
     folder = Path(folder)
     try:
@@ -147,9 +147,9 @@ def verify_outputs(
     ----------
     folder : path
     tolerance : float, default 1.0
-        How many times the bound is still right.
+        How many times the bound still counts as right.
     progress : callable, optional
-        Called with (id, how many cases are done, how many there are) before each.
+        Called with (id, how many cases are done, how many there are) before each case.
 
     Returns
     -------
@@ -158,7 +158,7 @@ def verify_outputs(
     Raises
     ------
     ExportError
-        If the folder holds no exported cases, or in a format of another version.
+        If the folder holds no exported cases, or cases in the format of another version.
     ImportError
         If there are bfloat16 cases, and ml_dtypes is not installed.
     """
@@ -187,10 +187,10 @@ def verify_outputs(
 
 def _reason_against(case: Case) -> str:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", case.id):
-        return "its id makes no folder name"
+        return "its id cannot be used as a folder name"
     placements = {case.attn_placement, case.stats_placement, case.out_placement}
     if placements != {"contiguous"} and not case.id.startswith("generated/"):
-        return "it is about places in memory, of which files know nothing"
+        return "it is about places in memory, which files do not record"
     try:
         named_dtype(case.dtype), named_dtype(case.cur_dtype or case.dtype)
     except ImportError as error:
@@ -327,7 +327,7 @@ def _load(folder: Path, spec: dict[str, Any], problems: list[str] | None = None)
         if not isinstance(array, np.ndarray):
             raise ValueError("several arrays")
     except Exception as error:  # of NumPy's, zipfile's, tokenize's own: whoever wrote the file chooses
-        raise ValueError(f"{spec['file']} is no .npy file that can be read without pickle: {error}") from error
+        raise ValueError(f"{spec['file']} is not a .npy file that can be read without pickle: {error}") from error
     if spec["dtype"] == "bfloat16" and array.dtype == np.dtype("V2"):  # as NumPy saves ml_dtypes' bfloat16
         array = array.view(np.uint16)
     wrong = []

@@ -1,6 +1,6 @@
-"""Hypothesis strategies: calls with hostile numbers, for the tests of whoever writes a backend. Needs Hypothesis.
+"""Hypothesis strategies: calls with hostile numbers, for testing a backend of your own. Needs Hypothesis.
 
-The rule of this room: which calls there are is said in :mod:`rau.testing.cases.space`; here they, and numbers, are drawn.
+The rule of this room: :mod:`rau.testing.cases.space` says which calls there are; here they, and their numbers, are drawn.
 
 A test of a backend is then a few lines::
 
@@ -16,7 +16,7 @@ A test of a backend is then a few lines::
         problems, _ = check_case(backend, case, numbers=numbers)
         assert not problems
 
-What fails shrinks to what is simplest: one token, one head, float32, fresh outputs, plain numbers.
+A failure shrinks to the simplest call: one token, one head, float32, fresh outputs, plain numbers.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _HOSTILE_SUMS = (0.0, -0.0, np.inf, np.nan, 2.0**-149, 2.0**-126, 2.0**127, -1.0
 
 
 def cumulative_lengths(tokens: int | None = None, *, max_sequences: int = 6) -> st.SearchStrategy[list[int]]:
-    """Draw cumulative sequence lengths, as `actual_seq_qlen` has them; empty sequences included.
+    """Draw cumulative sequence lengths for `actual_seq_qlen`; empty sequences included.
 
     Parameters
     ----------
     tokens : int, optional
-        T, the last of them; any small number by default.
+        T, the last length; any small number by default.
     max_sequences : int, default 6
 
     Returns
@@ -73,12 +73,12 @@ def cases(draw: st.DrawFn, capabilities: Capabilities = EVERYTHING) -> Case:
     Parameters
     ----------
     capabilities : Capabilities, optional
-        Of the backend that is to run it: what it excludes is not drawn. Everything by default.
+        Those of the backend that will run it: what they exclude is not drawn. Everything by default.
 
     Returns
     -------
     Case
-        Its own numbers depend on nothing but the case; :func:`states` draws others.
+        Its own numbers depend only on the case; :func:`states` draws others.
 
     Examples
     --------
@@ -122,7 +122,7 @@ def states(case: Case) -> st.SearchStrategy[list[AttentionState]]:
     Parameters
     ----------
     case : Case
-        Its kinds of numbers do not matter.
+        Its own kinds of numbers do not matter.
 
     Returns
     -------
@@ -175,7 +175,7 @@ def calls(draw: st.DrawFn, capabilities: Capabilities = EVERYTHING) -> tuple[Cas
     Parameters
     ----------
     capabilities : Capabilities, optional
-        As :func:`cases` takes them.
+        As in :func:`cases`.
 
     Returns
     -------

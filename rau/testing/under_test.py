@@ -20,7 +20,7 @@ from rau.state import AttentionState
 
 
 def load(backend: Any) -> Any:
-    """Find a backend by name, by "module:Class" (here first, then installed), by class, or take an instance as it is."""
+    """Find a backend by name, by "module:Class" (here first, then installed) or by class, or take an instance as it is."""
     if isinstance(backend, str) and ":" in backend:
         module_name, _, class_name = backend.partition(":")
         if "" not in sys.path:

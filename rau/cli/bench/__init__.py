@@ -1,4 +1,4 @@
-"""``python -m rau bench``: how fast a merge is on this machine, beside how fast it could be."""
+"""``python -m rau bench``: how fast a merge is on this machine, compared with how fast it could be."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from rau.cli.bench.survey import Group, Row
 
 _LEGEND = """\
-time       median of the rounds, in which everything runs in turn; +- is half the distance of the quartiles
-GB/s       bytes that the call has to move (two states read, one written) by the median time
-of roof    time of the roof by the call's, for as many bytes: the median of the rounds. A triad (to = a + b / 2) with
-           the same threads; for calls in place one in place. Fresh outputs pay for new pages, which no roof contains
+time       median of the rounds, in which everything runs in turn; +- is half the interquartile range
+GB/s       bytes that the call has to move (two states read, one written), divided by the median time
+of roof    time of the roof divided by the call's, for as many bytes: the median of the rounds. The roof is a triad
+           (to = a + b / 2) with the same threads, in place for calls in place. Fresh outputs pay for new pages, which
+           no roof includes
 out=       the call writes into arrays that were used before; fresh: it allocates; in place: it writes over prev"""
 
 
@@ -27,21 +28,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "bench",
         help="time, bandwidth and share of the roof of every backend on this machine",
-        description="Measure how fast this machine copies and adds arrays, and each backend beside it, in some ten "
-        "seconds. Speed is no verdict: the exit status is 0 whatever was measured, 2 for wrong usage or a named "
-        "backend that is missing.",
+        description="Measure how fast this machine copies and adds arrays, and how fast each backend is in comparison, in "
+        "about ten seconds. Speed never counts as a failure: the exit status is 0 whatever was measured, 2 for wrong usage "
+        "or a named backend that is missing.",
     )
     session.add_backend(parser)
     add_scale(parser)
-    text = "beside them torch composites, eager and compiled, where torch is installed; takes a minute more"
+    text = "also measure torch composites, eager and compiled, where torch is installed; takes a minute more"
     parser.add_argument("--peers", action="store_true", help=text)
     return parser
 
 
 def add_scale(parser: argparse.ArgumentParser) -> None:
-    """Declare how much is measured, and by how many threads."""
+    """Declare how much is measured, and with how many threads."""
     parser.add_argument("--threads", type=session.whole(1), metavar="N", help="threads of the roof, of rau and of torch")
-    text = "tiny sizes, few rounds: shows that it works, not how fast it is"
+    text = "tiny sizes and few rounds: shows that it works, not how fast it is"
     parser.add_argument("--quick", action="store_true", help=text)
 
 
@@ -117,7 +118,7 @@ def _print_group(group: Group) -> None:
         ways = list(group.peers[0].slower or {})
         columns = [*numbers, *(f"by {how}" for how in ways)]
         rows = [[*_cells(row), *(f"{(row.slower or {})[how]:.2f}x" for how in ways)] for row in group.peers]
-        print(f"composites, and their time by that of {group.reference}:")
+        print(f"composites, and their time divided by that of {group.reference}:")
         print("", *table(["", "", *columns], rows, right=columns), "", sep="\n")
     for name, reason in group.not_run.items():
         print(f"not run: {name} ({reason})")

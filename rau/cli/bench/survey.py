@@ -113,7 +113,7 @@ def measure(
         dtype=dtype,
         bytes=3 * bytes_,
         roof={name: row((name, ""), roof.moved(name)) for name in roof.calls} if roof else {},
-        roof_by=roof.origin if roof else "none: such a call costs more than its bytes",
+        roof_by=roof.origin if roof else "none: a call this small costs more than its bytes",
         rows=[row(key, 3 * bytes_) for key in limits if key not in others],
         peers=[row(key, 3 * bytes_)._replace(slower=slower(key)) for key in others],
         reference=reference,
@@ -126,7 +126,7 @@ def _peers(size: Size, host: list[AttentionState], peers: Peers | None, not_run:
     if peers is None:
         return {}
     if size.softmax_layout == "SBH":
-        not_run["torch composites"] = "none is known for packed statistics that runs on a CPU"
+        not_run["torch composites"] = "none that runs on a CPU is known for packed statistics"
         return {}
     found = {}
     for name, call in peers.calls(size, *map(peers.tensors, host[:2])).items():

@@ -1,4 +1,4 @@
-"""``python -m rau demo``: the main job on real attention, timed and judged."""
+"""``python -m rau demo``: merges of real attention, timed and judged."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 _LEGEND = """\
 one merge    merge_states of all the partials
-updates      ring_attention_update of a running state, in place, partial after partial
+updates      ring_attention_update of a running state, in place, one partial after another
 merge, sum   largest error of attn_out and softmax_sum against the oracle on the same inputs,
              as a share of what the contract allows: 1.00 is the limit
 attention    largest difference from exact softmax attention in float64
-partials     as much of it as the rounding of the partials alone explains
+partials     how much of that the rounding of the partials alone explains
 """
 _PROBLEM = ("tokens", "heads", "head_dim", "ranks", "dtype", "layout", "softmax_layout", "causal", "seed")
 
@@ -39,10 +39,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def add_problem(parser: argparse.ArgumentParser, tokens: int, ranks: int, dtypes: tuple[str, ...]) -> None:
     """Declare what the attention is over, with these defaults; the first of `dtypes` is one too."""
     for option, least, default, text in (
-        ("--tokens", 1, tokens, "tokens in all"),
+        ("--tokens", 1, tokens, "total number of tokens"),
         ("--heads", 1, 16, "attention heads"),
         ("--head-dim", 1, 64, "dimension of a head"),
-        ("--ranks", 1, ranks, "ranks of the ring: the keys are split into so many parts"),
+        ("--ranks", 1, ranks, "ranks of the ring: the keys are split into this many parts"),
         ("--seed", 0, 0, "seed of the random numbers"),
     ):
         text = f"{text} (default: {default})"
@@ -67,7 +67,7 @@ def problem(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def heading(arguments: argparse.Namespace) -> str:
-    """Word the problem."""
+    """Describe the problem."""
     what = "Causal attention" if arguments.causal else "Attention"
     layout = arguments.layout
     if layout == "TND":
@@ -141,8 +141,8 @@ def _verdict(work: Work, results: list[Result]) -> str:
     return (
         f"Right: every merge by {names} keeps within the error that the contract allows, {share:.0%} of it\n"
         f"at worst{'; all give the same bits' if several and _agree(results) else ''}. "
-        f"From exact attention they differ by at most {max(result.attention_error for result in results):.1e},\n"
-        f"of which the rounding of the partials alone makes {work.rounding:.1e}."
+        f"They differ from exact attention by at most {max(result.attention_error for result in results):.1e},\n"
+        f"of which the rounding of the partials alone accounts for {work.rounding:.1e}."
     )
 
 

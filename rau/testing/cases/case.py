@@ -1,4 +1,4 @@
-"""One case: a call to try a backend on, described by a few words and numbers; its arrays are made on demand."""
+"""One case: a call to try on a backend, described by a few words and numbers; its arrays are made on demand."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ class Case:
         How the cumulative lengths are passed.
     lanes : {8, 1}
     dtype, cur_dtype : str
-        Of the first state and the result; of the later states.
+        Dtype of the first state and the result; dtype of the later states.
     states : int
-        2 calls ring_attention_update, anything else merge_states.
+        Number of states: with 2 the call is ring_attention_update, with any other number merge_states.
     statistics, outputs : str
-        Kinds of numbers: keys of `rau.testing.cases.numbers.STATISTICS` and `OUTPUTS`. Statistics "attention" and "flash":
-        the states are real partial attention, outputs included; "flash" is torch's FlashAttention on the CPU, with its
-        log-sum-exp.
+        Kinds of numbers: keys of `rau.testing.cases.numbers.STATISTICS` and `OUTPUTS`. With statistics "attention" or
+        "flash" the states are real partial attention, outputs included; "flash" is torch's FlashAttention on the CPU, with
+        its log-sum-exp.
     attn_placement, stats_placement, out_placement : str
         How inputs and result lie in memory, see `rau.testing.cases.placements`.
     out : {"fresh", "given", "prev", "cur"}
-        Where the result goes: allocated, into given arrays, or in place.
+        Where the result goes: into fresh arrays, into given arrays, or in place.
     read_only : bool
-        Inputs that are not written to are read-only.
+        Whether inputs that are not written to are read-only.
     aliased : bool
-        The states are one and the same.
+        Whether all states are one and the same.
     unequal_lanes : bool
-        Lanes 1 to 7 of the inputs hold other numbers than lane 0, which is the one to read.
+        Whether lanes 1 to 7 of the inputs hold other numbers than lane 0, which is the one to read.
     """
 
     id: str
@@ -83,7 +83,7 @@ class Case:
 
     @property
     def dtypes(self) -> list[str]:
-        """Dtype of each state's output; of one alone where they are aliased."""
+        """Dtype of each state's output; just one if the states are aliased."""
         return [self.dtype, *[self.cur_dtype or self.dtype] * (0 if self.aliased else self.states - 1)]
 
     @property
@@ -100,14 +100,14 @@ class Case:
         return self.statistics in hostile or (self.statistics == "huge-gaps" and self.outputs != "ordinary")
 
     def lengths_argument(self) -> Any:
-        """What is passed as actual_seq_qlen."""
+        """Return what is passed as actual_seq_qlen."""
         if self.layout != "TND" or self.qlen == "none":
             return None
         ends = numbers.cumulative(self.lengths)
         return {"array": ends, "int32": ends.astype(np.int32), "list": ends.tolist()}[self.qlen]
 
     def call(self, states: Any, out: Any, backend: Any) -> AttentionState:
-        """Make the public call that this case stands for, on any arrays: states, and a triple or None to write to."""
+        """Make the public call that this case describes, on any arrays: states, and a triple to write to, or None."""
         options: dict[str, Any] = {
             "actual_seq_qlen": self.lengths_argument(), "layout": self.layout, "softmax_layout": self.softmax_layout,
             "profile": self.profile, "backend": backend, "out": out,
@@ -117,7 +117,7 @@ class Case:
         return merge_states(states, **options)
 
     def fill(self) -> list[AttentionState]:
-        """Make the numbers: `states` C-contiguous states, one where they are aliased."""
+        """Make the numbers: `states` C-contiguous states, or one if they are aliased."""
         rng = np.random.default_rng(zlib.crc32(self.id.encode()))
         shape, stats_shape = self.shapes
         if self.statistics == "attention":
@@ -136,7 +136,7 @@ class Case:
         return states
 
     def blank(self) -> list[AttentionState]:
-        """Make zeros for numbers, as :meth:`fill` has them, for those who only ask what call it is."""
+        """Make zeros in place of the numbers of :meth:`fill`, for when only the form of the call matters."""
         shape, stats_shape = self.shapes
         stats = np.zeros(stats_shape, self.stats_dtype)
         return [AttentionState(np.zeros(shape, named_dtype(dtype)), stats, stats) for dtype in self.dtypes]
@@ -149,7 +149,7 @@ class Case:
         return lanes
 
     def make(self, states: list[AttentionState] | None = None) -> CaseCall:
-        """Lay numbers, those of :meth:`fill` by default, out in memory, fresh at every call."""
+        """Lay out numbers in memory, those of :meth:`fill` by default, afresh at every call."""
         attn_axis, stats_axis = LAYOUTS[self.layout].attn_token, LAYOUTS[self.layout].stats_token
 
         def placed_state(state: AttentionState, attn: str, stats: str) -> tuple[Placed, ...]:

@@ -89,7 +89,7 @@ def place(values: np.ndarray, placement: str, token_axis: int = 0) -> Placed:
     elif placement == "far":
         return Placed(_far(values, token_axis), None)
     else:
-        raise ValueError(f"placement {placement!r} is none of {', '.join(PLACEMENTS)}, far")
+        raise ValueError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}, far")
     view[...] = values
     return Placed(view, memory)
 

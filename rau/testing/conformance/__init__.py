@@ -27,7 +27,7 @@ from rau.testing.trial import check_case, excluded_by, ordinary_case, run_case
 from rau.testing.under_test import load
 from rau.update import ring_attention_update
 
-GENERATED = 400  # cases beside the named ones
+GENERATED = 400  # cases in addition to the named ones
 
 
 def check_backend(
@@ -46,16 +46,16 @@ def check_backend(
     backend : Backend or type or str
         An instance, a class, a registered name, or "module:Class".
     expected_failures : mapping of str to str, optional
-        Ids (or patterns with ``*``) of checks that are known to fail, each with the reason. Strict: one that passes, or
-        matches nothing, is a failure.
+        Ids (or patterns with ``*``) of checks that are known to fail, each with the reason. They are strict: one that
+        passes, or matches nothing, is a failure.
     cases : iterable of Case, optional
-        What to run: the named cases and some hundred generated ones by default.
+        What to run: by default the named cases and several hundred generated ones.
     select : str, default "*"
-        Pattern of the ids of the checks to run.
+        Pattern for the ids of the checks to run.
     progress : callable, optional
-        Called with (id, how many checks are done, how many there are) before each.
+        Called with (id, how many checks are done, how many there are) before each check.
     into : Report, optional
-        A report to fill, so that what was found is kept when the run is interrupted.
+        A report to fill, so that what was found is kept if the run is interrupted.
 
     Returns
     -------
@@ -65,9 +65,9 @@ def check_backend(
     Notes
     -----
     Each case checks the values against the oracle (within the bound at ``capabilities.tolerance``), dtypes and shapes,
-    equal lanes, array kind and device, that inputs are unchanged, that `out` is what comes back and nothing beside it is
-    written, and that a second run with another number of threads gives the same bits. Beside the cases stand the laws of
-    merging, a StreamingMerge over the backend in each layout, whole and in parts, what autograd learns of writes into torch
+    equal lanes, array kind and device, that inputs are unchanged, that `out` is what is returned and nothing else is
+    written, and that a second run with another number of threads gives the same bits. In addition there are the laws of
+    merging, a StreamingMerge over the backend in each layout, whole and in parts, what autograd is told of writes into torch
     tensors, a wrong call (nothing may be written), and calls from several threads at once.
 
     Examples
@@ -139,7 +139,7 @@ def _wrong_call(backend: Any) -> list[str]:
         ring_attention_update(*states[0], *short, out=tuple(out), backend=backend)
     except ShapeError:
         return same_bits(before, [np.asarray(backend.to_numpy(part)) for part in out])
-    return ["statistics of unequal shapes were taken"]
+    return ["statistics of unequal shapes were accepted"]
 
 
 def _several_threads(backend: Any, cases: list[Case]) -> list[str]:
@@ -176,7 +176,7 @@ class BackendConformance:
 
     @classmethod
     def pytest_generate_tests(cls, metafunc: Any) -> None:
-        """Make one test of each check: excluded ones are skipped with the reason, expected failures are strict."""
+        """Make a test from each check: excluded ones are skipped with the reason, expected failures are strict."""
         import pytest  # only this class is for it
 
         if "check" not in metafunc.fixturenames:
@@ -196,13 +196,13 @@ class BackendConformance:
         metafunc.parametrize(("check", "instance"), parameters)
 
     def test_conformance(self, check: Check, instance: Any) -> None:
-        """One check."""
+        """Run one check."""
         with registry.provisionally(instance):
             problems = check.problems()
         assert not problems, "\n".join(problems)
 
     def test_expected_failures_match_something(self) -> None:
-        """An expectation that matches no check is a mistake."""
+        """Fail if an expectation matches no check, which is a mistake."""
         ids = [check.id for check in checks(load(self.backend))]
         idle = [pattern for pattern in self.expected_failures if not any(fnmatchcase(id, pattern) for id in ids)]
         assert not idle, f"expected failures that match no check: {idle}"

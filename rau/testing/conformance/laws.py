@@ -158,5 +158,5 @@ def laws(backend: Any) -> Iterator[Check]:
             if not reasons and name == "commutativity" and takes.tolerance != 1:
                 reasons = [f"tolerance {takes.tolerance:g}: the same bits are not promised"]
             elif not reasons and name == "permutations" and "BSND" not in takes.layouts:
-                reasons = ["layout BSND is none of its layouts"]
+                reasons = ["layout BSND is not one of its layouts"]
             yield Check(f"algebra/{name}-{dtype}", partial(law, backend, dtype), reasons)

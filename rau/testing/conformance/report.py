@@ -32,7 +32,7 @@ class Failure(NamedTuple):
 
 
 class Report:
-    """What came of checking one backend.
+    """The outcome of checking one backend.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Report:
     expected : list of Failure
         The checks that failed as expected.
     excluded : list of Failure
-        What the backend's capabilities exclude, with the reasons. It was not run.
+        The checks that the backend's capabilities exclude, with the reasons. They were not run.
     """
 
     def __init__(self, backend: str) -> None:
@@ -57,11 +57,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed that was not expected to, and something was checked at all."""
+        """Whether nothing failed unexpectedly, and something was checked at all."""
         return not self.failures and bool(self.succeeded)
 
     def record(self, id: str, problems: list[str]) -> None:
-        """Note the outcome of one check: no problems where it passed."""
+        """Note the outcome of one check: no problems if it passed."""
         if problems:
             self.failures.append(Failure(id, "; ".join(problems)))
         else:
@@ -86,7 +86,7 @@ class Report:
                         self.failures.remove(failure)
                         self.expected.append(Failure(id, f"{failure.message} (expected: {reason})"))
                 elif id in self.succeeded:
-                    self.failures.append(Failure(id, f"expected to fail ({reason}), and passes: take it off the list"))
+                    self.failures.append(Failure(id, f"expected to fail ({reason}), but passes: take it off the list"))
 
     def __str__(self) -> str:
         lines = [

@@ -1,7 +1,7 @@
 """Is an output that was observed elsewhere right, and if not, which known mistake reproduces it?
 
 The rule of this room: no backend is run. A mistake is a right merge in plain steps with one step replaced, and it is named
-only where it accounts for what is wrong and leaves right what is right.
+only if it accounts for what is wrong and leaves right what is right.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Candidate:
     ----------
     mistake : Mistake
     same_bits : bool
-        All three arrays have the same bits.
+        Whether all three arrays have the same bits.
     explained : float
-        Of the elements that are wrong, the share that fit the mistake: they are what it makes of them, up to rounding.
+        The share of the wrong elements that fit the mistake: they are what it makes of them, up to rounding.
     spoiled : float
-        Of the elements that are right, the share that do not fit it.
+        The share of the right elements that do not fit it.
     misfit : float
-        The elements of both kinds that do not fit it, by those that are wrong, which do not fit the truth. 0: it accounts
-        for all that was observed; 1: no better than no mistake does.
+        The number of elements, wrong or right, that do not fit it, divided by the number of wrong ones, which do not fit the
+        truth. 0: it accounts for everything observed; 1: it does no better than no mistake at all.
     off : float
         How far the explained elements are from it at most, in shares of the bound.
     everything : bool
-        It accounts for the statistics as well as for attn_out.
+        Whether it accounts for the statistics as well as for attn_out.
     """
 
     mistake: Mistake
@@ -80,11 +80,11 @@ class Diagnosis:
     comparison : Comparison
         What the oracle says.
     candidates : tuple of Candidate
-        The mistakes that fit better than none, best first; empty where it is right.
+        The mistakes that fit better than none, best first; empty if the output is right.
     invisible : tuple of str
         Mistakes that make no difference on these inputs, so that nothing can be said about them.
     slight : bool
-        It is wrong, by no more than another arithmetic might be.
+        Whether the output is wrong, but by no more than another arithmetic might be.
     """
 
     comparison: Comparison
@@ -94,7 +94,7 @@ class Diagnosis:
 
     @property
     def right(self) -> bool:
-        """Whether it is what the contract asks for."""
+        """Whether the output is what the contract asks for."""
         return self.comparison.passed
 
     @property
@@ -121,8 +121,8 @@ class Diagnosis:
                 lines.append(f"  Nearest: {'; '.join(map(str, nearest))}.")
             if self.slight:
                 lines.append(
-                    "  It is wrong by little: rows computed in float32, as the vendors' kernels do, come this far. "
-                    "A backend that means it declares it: Capabilities(tolerance=...)."
+                    "  It is only slightly wrong: rows computed in float32, as in the vendors' kernels, come this far. "
+                    "A backend for which this is intended declares it: Capabilities(tolerance=...)."
                 )
         if self.invisible:
             lines.append(f"These inputs cannot show: {', '.join(self.invisible)}.")
@@ -137,7 +137,7 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     record : Record
         As :func:`rau.testing.differential.record.read_record` reads it.
     tolerance : float, default 1.0
-        How many times the bound is still right.
+        How many times the bound still counts as right.
 
     Returns
     -------
@@ -148,7 +148,7 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     RecordError
         If nothing was observed.
     ConstraintError
-        If the inputs are no valid call.
+        If the inputs do not make a valid call.
 
     Examples
     --------

@@ -39,7 +39,7 @@ class Mistake(NamedTuple):
 
 
 MISTAKES: dict[str, Mistake] = {}
-_LANE_0 = "Read lane 0; and find out who wrote statistics whose lanes differ."
+_LANE_0 = "Read lane 0, and find out what wrote statistics whose lanes differ."
 _STATISTICS = "Keep softmax_max and softmax_sum in float32, whatever the dtype of the outputs."
 _WEIGHTS = "Keep the weights in float32 and round the output once, at the end."
 _WRITTEN = "See whether the result is written, and read, where it is expected."
@@ -82,7 +82,7 @@ def token_major_read_as_packed(rows: Steps) -> AttentionState | None:
 
 
 @_known(
-    "Natural statistics were taken to base 2: exp2 stands where exp should.",
+    "Natural statistics were taken to be in base 2: there is exp2 where exp should be.",
     "exp(x) is exp2(x * log2(e)). If the statistics are logarithms to base 2 (FlashInfer's are), convert them first: "
     'AttentionState.from_lse(..., base="2").',
 )
@@ -99,7 +99,7 @@ def base_e_converted_twice(rows: Steps) -> AttentionState | None:
 
 
 @_known(
-    "The output is right; instead of max and sum its log-sum-exp came back, with a sum of 1.",
+    "The output is right; instead of max and sum, its log-sum-exp was returned, with a sum of 1.",
     "It is the same state. Return m = max(m_prev, m_cur) and l, or compare m + log(l).",
 )
 def log_sum_exp_instead_of_max_and_sum(rows: Steps) -> AttentionState | None:
@@ -109,7 +109,7 @@ def log_sum_exp_instead_of_max_and_sum(rows: Steps) -> AttentionState | None:
 
 
 @_known(
-    "The sums are left out as in a widespread copy of the formula: l_cur out of l, and both out of the output.",
+    "The sums are left out, as in a widespread copy of the formula: l_cur from l, and both from the output.",
     "l = l_prev * exp(m_prev - m) + l_cur * exp(m_cur - m); each output's weight is its own term of that sum, over l.",
 )
 def sums_left_out(rows: Steps) -> AttentionState | None:
@@ -292,7 +292,7 @@ def no_max_subtraction(rows: Steps) -> AttentionState | None:
 
 
 @_known(
-    "The maximum is stale: prev's is kept, also where cur's is larger.",
+    "The maximum is stale: prev's is kept, even where cur's is larger.",
     "m = max(m_prev, m_cur), in both exponentials and in the result.",
 )
 def stale_max(rows: Steps) -> AttentionState | None:
@@ -329,9 +329,9 @@ def last_token_zero(rows: Steps) -> AttentionState | None:
 
 
 @_known(
-    "What stands behind an empty side leaks: 0 * NaN, -inf - (-inf) and 0 / 0 are NaN, and -0.0 + 0 has lost its sign.",
-    "A side with sum 0 or max -inf is empty: return the other one as it is, and 0, -inf, 0 where both are. Leave products "
-    "of a weight of 0 out.",
+    "What an empty side holds leaks: 0 * NaN, -inf - (-inf) and 0 / 0 are NaN, and -0.0 + 0 has lost its sign.",
+    "A side with sum 0 or max -inf is empty: return the other one as it is, and 0, -inf, 0 where both are. Leave out "
+    "products with a weight of 0.",
 )
 def empty_sides_not_guarded(rows: Steps) -> AttentionState | None:
     maximum, factors = _unguarded(rows)
@@ -367,7 +367,7 @@ def _all_products(rows: Steps, weights: Array) -> Array:
 
 @_known(
     "The update is o - sigmoid(lse_cur - lse) * (o - o_cur), which is NaN where both sides are empty, as -inf - (-inf) is, "
-    "and reads what stands behind an empty side: large numbers there cancel what is right.",
+    "and reads what an empty side holds: large numbers there cancel what is right.",
     "A side with sum 0 or max -inf is empty: return the other one as it is, and 0, -inf, 0 where both are. Elsewhere add "
     "the two products, o_prev * (a / l) + o_cur * (b / l).",
 )
@@ -381,12 +381,12 @@ def sigmoid_form(rows: Steps) -> AttentionState | None:
     return rows.store(output, maximum, summed(factors))
 
 
-@_known("Nothing was merged: prev came back.", _WRITTEN)
+@_known("Nothing was merged: prev was returned.", _WRITTEN)
 def prev_returned(rows: Steps) -> AttentionState | None:
     return rows.states[0] if len(rows.states) > 1 else None
 
 
-@_known("Nothing was merged: cur came back.", _WRITTEN)
+@_known("Nothing was merged: cur was returned.", _WRITTEN)
 def cur_returned(rows: Steps) -> AttentionState | None:
     if len(rows.states) == 1:
         return None

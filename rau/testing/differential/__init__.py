@@ -35,7 +35,7 @@ BINS = 20  # of the histogram of shares, over [0, 1]; one more holds what is bey
 
 @dataclass
 class Standing:
-    """What came of one backend.
+    """How one backend did.
 
     Attributes
     ----------
@@ -100,12 +100,12 @@ class Finding:
     case : Case
         As small as it could be made.
     backend : str
-        Who got it wrong, or the two that differ, as "one, other".
+        The backend that got it wrong, or the two that differ, as "one, other".
     message : str
     file : str
-        Where the case was written; empty where it was not.
+        Where the case was written; empty if it was not.
     backends : str
-        How the command line names its backends; empty where it knows all of them unasked.
+        How the command line names its backends; empty if it knows all of them unasked.
     """
 
     case: Case
@@ -179,21 +179,21 @@ def run_differential(
     progress: Callable[[Differential], None] | None = None,
     into: Differential | None = None,
 ) -> Differential:
-    """Run every case on every backend and compare all of them.
+    """Run every case on every backend and compare the results.
 
     Parameters
     ----------
     backends : sequence of Backend or type or str
-        As :func:`rau.testing.check_backend` takes them.
+        Backends as in :func:`rau.testing.check_backend`.
     cases : iterable of Case, optional
-        The named cases and a thousand generated ones by default. It may be endless, if `progress` ends it by an
+        By default the named cases and a thousand generated ones. May be endless, if `progress` ends it with an
         exception.
     folder : path, optional
         Where the smallest failing cases are written.
     progress : callable, optional
         Called with the report after each case.
     into : Differential, optional
-        A report to continue, so that what was found is kept when the run is interrupted.
+        A report to continue, so that what was found is kept if the run is interrupted.
 
     Returns
     -------
@@ -240,7 +240,7 @@ def run_differential(
 
 
 def run_recorded(recorded: Record, backends: Sequence[Any]) -> Differential:
-    """Run a recorded call again, and compare: what was recorded is one backend more, whose bits nobody promises.
+    """Run a recorded call again, and compare: the recording counts as one more backend, for whose bits nothing is promised.
 
     Parameters
     ----------
@@ -255,7 +255,7 @@ def run_recorded(recorded: Record, backends: Sequence[Any]) -> Differential:
     Raises
     ------
     ConstraintError
-        If the arrays make no valid call.
+        If the arrays do not make a valid call.
     """
     observed = [] if recorded.observed is None else [Recorded(recorded.observed)]
     report = Differential(cases=1)

@@ -145,7 +145,7 @@ def _described_case(path: Any, described: str, states: list[AttentionState], arr
         if wrong:
             raise ValueError(f"{wrong[0]} is {getattr(case, wrong[0])!r}; expected one of {', '.join(map(str, _WORDS[wrong[0]]))}")
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise RecordError(f'{path}: "case" describes no case: {error}') from error
+        raise RecordError(f'{path}: "case" does not describe a case: {error}') from error
     arrays = arrays | {"layout": np.array(case.layout), "softmax_layout": np.array(case.softmax_layout)}
     seen = _describe(path, states, arrays)
     for name in ("layout", "softmax_layout", "batch", "tokens", "heads", "head_dim", "lengths", "lanes", "dtype", "states"):
@@ -168,7 +168,7 @@ def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str) -> AttentionSt
     parts = []
     for name in FIELDS:
         if prefix + name not in arrays:
-            raise RecordError(f'{path}: "{prefix}{name}" is missing beside the other arrays of its state')
+            raise RecordError(f'{path}: "{prefix}{name}" is missing, but other arrays of its state are there')
         array = arrays[prefix + name]
         if array.dtype in (np.uint16, np.dtype("V2")):
             array = array.view(named_dtype("bfloat16"))
@@ -181,7 +181,7 @@ def _describe(path: Any, states: list[AttentionState], arrays: dict[str, np.ndar
     layout, order = _text(arrays, "layout", "SBH"), _text(arrays, "softmax_layout", "TND")
     if layout not in LAYOUTS:
         hint = meant(layout, LAYOUTS, OTHER_LAYOUTS)
-        raise RecordError(f"{path}: layout {layout!r} is none of {', '.join(LAYOUTS)}.{hint}")
+        raise RecordError(f"{path}: layout {layout!r} is not one of {', '.join(LAYOUTS)}.{hint}")
     attn, stats = states[0].attn_out.shape, states[0].softmax_max.shape
     axes = LAYOUTS[layout]
     if len(attn) != axes.attn.count(",") + 1 or len(stats) != axes.stats.count(",") + 1:

@@ -1,4 +1,4 @@
-"""Real partial attention: what FlashAttention would hand to the operator, computed slowly and exactly.
+"""Real partial attention: what FlashAttention would pass to the operator, computed slowly and exactly.
 
 Scores, softmax and output are computed in float64 and rounded once at the end.
 """
@@ -58,8 +58,8 @@ def partial_attention(
     actual_seq_kvlen : sequence of int, or ndarray of int64, shape (sequences + 1,), optional
         Layout "TND": the same for the keys. Default: `actual_seq_qlen`.
     query_positions, key_positions : ndarray of int, shape (S,) or (T,), optional
-        Position of each token within its sequence, for `causal`. Default: 0, 1, 2, ... in each sequence. They
-        make any slice of the keys possible, a ring's zig-zag included.
+        Position of each token within its sequence, for `causal`. Default: 0, 1, 2, ... in each sequence. With
+        positions, any slice of the keys is possible, including a ring's zig-zag.
     dtype : {"float32", "float16", "bfloat16", "float64"}, default "float32"
         Dtype of the output; "bfloat16" needs ml_dtypes.
 
@@ -112,7 +112,7 @@ def exact_attention(
     query_positions: Any = None,
     key_positions: Any = None,
 ) -> AttentionState:
-    """Compute attention with one softmax over all the keys, in float64: what merged partials should come to.
+    """Compute attention with one softmax over all the keys, in float64: what merged partials should amount to.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def exact_attention(
     Returns
     -------
     AttentionState
-        As that of :func:`partial_attention`, all float64.
+        As from :func:`partial_attention`, all float64.
 
     Examples
     --------

@@ -39,7 +39,7 @@ _SLAB = 2**17  # elements: a handful of float64 temporaries of this size stay in
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """What the merge of some states is, and how far from it a backend may be.
+    """The exact merge of some states, and how far from it a backend may be.
 
     Attributes
     ----------
@@ -48,9 +48,9 @@ class Expected:
     softmax_max, softmax_sum : ndarray of float64, shape of the first state's statistics
         Exact statistics, equal in all lanes.
     attn_error, sum_bound : ndarray of float64, shapes of `attn_out` and `softmax_sum`
-        Largest error allowed, of attn_out before it is stored in 16 bits: what a tolerance multiplies. 0: bit for bit,
-        the sign of a zero included; any NaN is as good as another. Infinity: the contract promises nothing here, and
-        any value will do.
+        Largest error allowed; for attn_out, before it is stored in 16 bits. This is what a tolerance multiplies. 0 means
+        bit for bit, including the sign of a zero, but any NaN is as good as another. Infinity means that the contract
+        promises nothing here, and any value will do.
     dtype, stats_dtype : str
         Names of the dtypes that the output and the statistics must have.
     """
@@ -68,7 +68,7 @@ class Expected:
 
     @property
     def attn_bound(self) -> np.ndarray:
-        """Largest error allowed of attn_out as it is stored; float64, shape of `attn_out`."""
+        """Largest error allowed for attn_out as it is stored; float64, shape of `attn_out`."""
         return once_stored(self.attn_error, self.attn_out, self.dtype)
 
 
@@ -87,7 +87,7 @@ def oracle(
     Parameters
     ----------
     states : sequence of (attn_out, softmax_max, softmax_sum)
-        One state or more, as NumPy arrays. attn_out is float16, bfloat16, float32 or float64, (S, B, N*D) in
+        One or more states, as NumPy arrays. attn_out is float16, bfloat16, float32 or float64, (S, B, N*D) in
         layout "SBH", (B, S, N, D) in "BSND", (B, N, S, D) in "BNSD", (T, N, D) in "TND"; a later state may be
         16-bit where the first is float32. The statistics are float32 (float64 with a float64 output),
         (B, N, S, lanes), in "TND" (T, N, lanes), with 8 lanes or 1; lane 0 is read.
@@ -103,14 +103,14 @@ def oracle(
 
     Notes
     -----
-    Every number is the formula's, except where the contract rules otherwise. Empty states are ignored, and a
+    Every number follows the formula, except where the contract rules otherwise. Empty states are ignored, and a
     single live state comes back bit for bit. NaN and infinite statistics give what the contract's table says.
-    The exponential is 0 below -708. A weight that rounds to 0 has its product skipped, so that neither NaN
+    The exponential is 0 below -708. If a weight rounds to 0, its product is skipped, so that neither NaN
     nor the sign of a zero leaks out of it; within 2^-20 of that threshold (2^-150), either answer is right.
-    A sum that overflows is stored as infinity, and the output is still the formula's.
+    A sum that overflows is stored as infinity, and the output still follows the formula.
 
     Where sums of mixed sign cancel so far that the new sum has no correct digits, or make the arithmetic
-    overflow on the way, nothing is promised of the output: its bound is infinite.
+    overflow on the way, nothing is promised about the output: its bound is infinite.
 
     Examples
     --------
