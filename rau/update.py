@@ -56,7 +56,8 @@ def ring_attention_update(
         "SBH" packed per sequence, as the vendor's kernels emit it. Mixing them up raises no error: read the Notes.
     out : triple of arrays, optional
         Arrays to write into, of the shapes and dtypes of the `prev` arrays; they may be the `prev` (or `cur`) arrays
-        themselves, which makes the update in place. Any other overlap is refused.
+        themselves, which makes the update in place. Any other overlap is refused. What Ctrl-C, or another thread, can do to
+        them meanwhile is in docs/reliability.md.
     backend : str or Backend, optional
         The backend that computes. Default: `use_backend`, then the environment variable ``RAU_BACKEND``, then the best one
         available.

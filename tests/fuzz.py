@@ -47,6 +47,7 @@ class Buffers:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng, self.all, self.before = rng, [], []
+        self.tensors = 0.95 if torch is not None and rng.random() < 0.7 else 0.02  # most of a call's arrays, or few
 
     def array(self, shape, dtype):
         """Make an array of random strides, alignment and content."""
@@ -83,7 +84,7 @@ class Buffers:
         self.all.append(memory)
         if rng.random() < 0.05:
             view.flags.writeable = False
-        if torch is not None and rng.random() < 0.3:
+        if torch is not None and rng.random() < self.tensors:
             view = self.tensor(view)
         return view
 
@@ -93,7 +94,7 @@ class Buffers:
             if array.dtype.name == "bfloat16":
                 return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
             return torch.from_numpy(array)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, Warning):  # negative strides, odd ones, read-only memory
             return array
 
     def remember(self):
@@ -276,7 +277,10 @@ def work(first, count, step, threads, place):
                 return
             place[:8] = number.to_bytes(8, "little")
             started = time.monotonic()
-            outcome, wrong = fuzz(number)
+            try:
+                outcome, wrong = fuzz(number)
+            except BaseException as error:  # of the fuzzer itself, or an interrupt
+                outcome, wrong = "error", f"{type(error).__name__}: {error}"
             if time.monotonic() - started > SECONDS:
                 wrong = wrong or "took more than a minute"
             with lock:
