@@ -69,7 +69,8 @@ def through_operator(
         for part in state:
             if not isinstance(part, Tensor):
                 raise DTypeError(
-                    f"{call}: [array-kind] a {type(part).__name__} among torch tensors; expected only tensors", ("array-kind",)
+                    f"{call}: [array-kind] a {type(part).__name__} among torch tensors; expected only tensors",
+                    ("array-kind",),
                 )
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedError(

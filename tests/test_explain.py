@@ -151,7 +151,8 @@ def test_nobody_makes_an_instance_to_explain_or_to_word_an_error():
     registry.register(Takes)
     registry.register(Refuses)
     assert str(verdict("takes", **arguments())) == "takes: within its limits; takes these arrays; not tried yet"
-    with pytest.raises(UnsupportedError, match=r"refuses: layout SBH is not one of TND\n  takes: takes it \(not tried yet\)"):
+    refused = r"refuses: layout SBH is not one of TND\n  takes: takes it \(not tried yet\)"
+    with pytest.raises(UnsupportedError, match=refused):
         rau.ring_attention_update(**arguments(), backend="refuses")
     assert made == ["refuses"]  # which was named
     with pytest.raises(UnknownBackendError, match="the known ones are .*takes"):

@@ -233,9 +233,9 @@ def test_a_kernel_that_reuses_its_buffers(base):
     states = [AttentionState.from_lse(*kernel(part), **how) for part in range(3)]
     rau.merge_states(states, layout="TND")  # whether it was meant, no shape tells
     assert refusal(lambda: rau.merge_states(states, layout="TND", check="values")) == (
-        "merge_states: [value-memory] states[1..2].attn_out is in the same memory as states[0].attn_out, and some rows have seen "
-        "keys in both states; expected separate memory for each. A kernel that writes into one buffer has overwritten the earlier "
-        "state: copy that before the next call."
+        "merge_states: [value-memory] states[1..2].attn_out is in the same memory as states[0].attn_out, and some rows have "
+        "seen keys in both states; expected separate memory for each. A kernel that writes into one buffer has overwritten "
+        "the earlier state: copy that before the next call."
     )
     assert refusal(lambda: rau.ring_attention_update(*states[0], *states[1], layout="TND", profile="portable", check="values")) \
         .startswith("ring_attention_update: [value-memory] cur_attn_out is in the same memory as prev_attn_out, and")  # fmt: skip

@@ -276,8 +276,8 @@ def test_one_line_a_call(caplog, merge):
 def test_a_request_is_strict(monkeypatch):
     registry.register(Picky)
     reasons = (
-        "dtype float32 is not one of float16; layout SBH is not one of TND; the number of lanes is 8, not 1; N = 3 > 2; D = 8 > 4; "
-        "D = 8 is not a multiple of 3"
+        "dtype float32 is not one of float16; layout SBH is not one of TND; the number of lanes is 8, not 1; N = 3 > 2; "
+        "D = 8 > 4; D = 8 is not a multiple of 3"
     )
     problem = "Problem(layout='SBH', B=2, S=4, T=8, N=3, D=8, lanes=8, float32, K=2, kind='numpy', device='cpu', "
     problem += "profile='mindspore')"

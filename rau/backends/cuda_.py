@@ -132,7 +132,7 @@ class CudaBackend(TorchBackend):
         if torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
                 "actual_seq_qlen is on the host, from where a CUDA graph would not copy it again at each replay; pass it "
-                f"as an int64 tensor on {problem.device}"
+                f"as a tensor of int64 on {problem.device}"
             )
         return torch.tensor(lengths, pin_memory=True).to(problem.device, non_blocking=True)
 

@@ -19,7 +19,7 @@ MISSING = (
 
 
 class CythonBackend(Backend):
-    """The fast one on every CPU: one streaming pass over the states, in threads."""
+    """The fast backend on every CPU: one streaming pass over the states, in threads."""
 
     name = "cython"
     capabilities = Capabilities(array_types=HOST_ARRAYS, halves=True)

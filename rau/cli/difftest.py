@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     length = parser.add_mutually_exclusive_group()
     text = f"how many generated cases to add to the named ones (default: {_GENERATED})"
     length.add_argument("--cases", type=session.whole(0), metavar="N", help=text)
-    text = "instead, generate cases for M minutes, such as 0.5"
+    text = "instead, generate cases until M minutes have passed, such as 0.5"
     length.add_argument("--minutes", type=session.positive, metavar="M", help=text)
     text = "instead, run one recorded call again, and compare the recorded output too; a recorded output that is wrong "
     text += "fails the run, unless --backends names the backends in question"

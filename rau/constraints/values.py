@@ -55,8 +55,8 @@ def check_memory(
         low, high = kind.extent(attn_out)
         earlier = first.setdefault((low, high) if low < high else id(attn_out), k)
         if earlier != k and bool((_live(kind, regular[earlier]) & _live(kind, regular[k])).any()):
-            report.add("value-memory", f"{names(k, 0)} is in the same memory as {names(earlier, 0)}, and some rows have seen "
-                       "keys in both states; expected separate memory for each. A kernel that writes into one buffer has "
+            report.add("value-memory", f"{names(k, 0)} is in the same memory as {names(earlier, 0)}, and some rows have "
+                       "seen keys in both states; expected separate memory for each. A kernel that writes into one buffer has "
                        "overwritten the earlier state: copy that before the next call.")  # fmt: skip
 
 

@@ -188,8 +188,8 @@ class StreamingMerge:
         running = self._running
         if running is None:
             if tokens is not None:
-                raise _broken(UPDATE, "first-update", f"tokens = {shown(tokens)} in the first update, which sets the shape of the "
-                              "whole; expected an update of all tokens. Or give StreamingMerge(like=...) a state of the "
+                raise _broken(UPDATE, "first-update", f"tokens = {shown(tokens)} in the first update, which sets the shape of "
+                              "the whole; expected an update of all tokens. Or give StreamingMerge(like=...) a state of the "
                               "full shape.")  # fmt: skip
             running = self._start(UPDATE, partial, _of_partial, self._check)
             as_wanted = True
