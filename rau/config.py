@@ -26,7 +26,7 @@ _PACKAGES = ("numpy", "ml_dtypes", "torch", "triton", "mindspore", "rich")
 
 
 def _version(distribution: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and needed here alone
 
     try:
         return version(distribution)
@@ -38,7 +38,7 @@ def _core() -> dict[str, Any]:
     try:
         from rau._core import build, forked, simd, simd_versions
     except ImportError as error:
-        from rau.backends.cython_ import MISSING
+        from rau.backends.cython_ import MISSING  # where there is no core
 
         cost = "the numpy backend runs instead: the same bits, several times slower, on one thread"
         return {"compiled": False, "missing": f"{MISSING} [{error}]", "cost": cost}

@@ -194,7 +194,7 @@ def _call(
 ) -> AttentionState:
     """Make a call here, or by its torch operator where torch traces it or wants a gradient."""
     if "torch" in sys.modules:
-        from rau import torch_op
+        from rau import torch_op  # imports torch, which is loaded by now
 
         if torch_op.wanted(states):
             options = layout, softmax_layout, profile, check

@@ -60,6 +60,7 @@ def matcher(options: argparse.Namespace) -> Callable[[Case], bool]:
 
 def named_cases(options: argparse.Namespace) -> list[Case]:
     """List the named cases that are selected."""
+    # Late, as in all commands: --help does not pay for what a run needs.
     from rau.testing.cases import named
 
     return list(filter(matcher(options), named()))

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace, cases: list[Case]) -> None:
+    # Late, as in all commands: --help does not pay for what a run needs.
     from rau.testing.export import HOW_TO, INDEX, export_cases
 
     with progress(len(cases), quiet=arguments.json) as step:

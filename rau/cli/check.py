@@ -42,6 +42,7 @@ def _expectation(text: str) -> tuple[str, str]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the checks: 0 passed, 1 failed, 130 interrupted before anything failed."""
+    # Late, as in all commands: --help does not pay for what a run needs.
     from rau.config import collect
     from rau.testing.conformance import check_backend
     from rau.testing.under_test import load

@@ -39,6 +39,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Judge a file: 0 right, 1 wrong."""
+    # Late, as in all commands: --help does not pay for what a run needs.
     from rau.testing.differential import record
     from rau.testing.diagnosis import diagnose
 

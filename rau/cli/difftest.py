@@ -140,6 +140,7 @@ class DifftestRun:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the comparison: 0 passed, 1 failed, 130 interrupted before anything was wrong."""
+    # Late, as in all commands: --help does not pay for what a run needs.
     from rau.config import collect
     from rau.testing.differential import Differential
 

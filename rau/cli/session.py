@@ -62,6 +62,7 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 
 def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
     """Load the backends that are named, or all that are available, with the reasons why others are not."""
+    # Late, as in all commands: --help does not pay for what a run needs.
     from rau import registry
     from rau.testing.under_test import load
 

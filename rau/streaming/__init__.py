@@ -285,7 +285,7 @@ def _broken(call: str, rule: str, message: str) -> ConstraintError:
 def _refuse_gradients(call: str, partial: Any) -> None:
     if "torch" not in sys.modules:
         return
-    from rau import torch_op
+    from rau import torch_op  # imports torch, which is loaded by now
 
     if torch_op.wanted((partial,)):
         raise UnsupportedError(

@@ -48,6 +48,7 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, and return 0."""
+    # Late, as in all commands: --help does not pay for what a run needs.
     from rau.cli.bench import survey
     from rau.cli.bench.timing import thread_count
     from rau.config import collect

@@ -82,6 +82,7 @@ def heading(arguments: argparse.Namespace) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge, time and judge: 0 all right, 1 a merge is wrong."""
+    # Late, as in all commands: --help does not pay for what a run needs.
     from rau.cli.demo import ring
 
     options = problem(arguments)
