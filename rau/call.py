@@ -8,7 +8,7 @@ from typing import Any
 from rau import registry
 from rau.arrays import kind_of
 from rau.constraints import checked
-from rau.errors import RauError, UnsupportedError, shown
+from rau.errors import RauError, UnsupportedError
 from rau.layouts import FIELDS
 from rau.problem import Problem
 from rau.state import AttentionState
@@ -77,7 +77,7 @@ def _check_result(backend: Any, problem: Problem, result: Any, out: AttentionSta
     shapes = problem.shape, problem.stats_shape, problem.stats_shape
     fault = ""
     if not isinstance(result, tuple) or len(result) != 3:
-        fault = f"returned {shown(result)}; expected an AttentionState"
+        fault = f"returned a {type(result).__name__}; expected an AttentionState"
     elif out is not None:
         if not (result[0] is out[0] and result[1] is out[1] and result[2] is out[2]):
             fault = "returned other arrays than those of `out`, which it was given to fill"
@@ -85,7 +85,8 @@ def _check_result(backend: Any, problem: Problem, result: Any, out: AttentionSta
         for name, array, shape in zip(FIELDS, result, shapes, strict=True):
             its = getattr(array, "shape", None)
             if its is None or tuple(its) != shape:
-                fault = f"returned {name} of shape {shown(its)}; expected {shape}"
+                got = f"is a {type(array).__name__}; expected the inputs' kind" if its is None else f"has shape {tuple(its)}; expected {shape}"
+                fault = f"returned a wrong array: {name} {got}"
                 break
     if fault:
         raise RauError(f'backend "{backend.name}" {fault}. Its update or merge has to be mended; python -m rau check holds it to this.')

@@ -78,7 +78,7 @@ def test_three_states_in_a_tuple_are_no_stack():
     ("given", "says"),
     [
         (states(1)[0], "states is one AttentionState; expected a list of AttentionStates, "),
-        (stacked(states(2))._replace(softmax_sum=states(1)[0].softmax_sum), "(2, 2, 2, 5, 8), (2, 2, 5, 8); stacked"),
+        (stacked(states(2))._replace(softmax_sum=states(1)[0].softmax_sum), "(2, 2, 2, 5, 8), (2, 2, 5, 8); if stacked"),
         (stacked(states(2))._replace(softmax_sum=stacked(states(3)).softmax_sum), SHAPES),
         (rau.AttentionState(*(part[:0] for part in stacked(states(2)))), SHAPES),
         (stacked([stacked(states(2))]), SHAPES),

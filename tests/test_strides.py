@@ -288,8 +288,8 @@ def test_a_shifted_output_is_refused(name, shift):
         rau.ring_attention_update(**given, out=out)
     field = rau.AttentionState._fields[role]
     assert str(caught.value) == (
-        f"ring_attention_update: [out-overlap] out.{field} shares memory with {name}; expected separate memory, or in "
-        f"place exactly an input's {field}: the same address, shape and strides."
+        f"ring_attention_update: [out-overlap] out.{field} shares memory with {name}; expected separate memory or, to "
+        f"work in place, exactly an input's {field}: the same address, shape and strides."
     )
     assert bits([*given.values(), *out]) == before
 
