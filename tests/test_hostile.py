@@ -29,6 +29,10 @@ from rau.backends import Backend, Capabilities
 from rau.constraints import cache
 from rau.testing import same_bits
 
+HERE = [status.name for status in registry.status() if status.available]
+HOST = [name for name in ("cython", "numpy") if name in HERE]
+needs_core = pytest.mark.skipif("cython" not in HERE, reason="no compiled core")
+
 STATE = """
 import numpy as np
 def state(S=4, N=2, D=8, layout="SBH", seed=0):
@@ -85,7 +89,7 @@ def test_lengths_are_copied_before_they_are_checked():
     assert seen == [[0, 3, 8]]
 
 
-@pytest.mark.parametrize("backend", ["cython", "numpy"])
+@pytest.mark.parametrize("backend", HOST)
 def test_a_thread_that_writes_to_the_lengths(backend):
     status, text = alone(f"""
         import threading, time, rau
@@ -139,6 +143,7 @@ def test_a_subclass_that_is_written_into_comes_back_itself():
     assert same_bits([np.asarray(part) for part in out], rau.ring_attention_update(*prev, *cur)) == []
 
 
+@needs_core
 def test_an_array_that_is_resized_after_it_was_checked():
     """By a log handler here, which runs between check and use."""
     code = """
@@ -189,7 +194,7 @@ def test_strides_of_axes_of_length_1_are_not_computed_with():
 
     rau.ring_attention_update(*far, *near, backend=Answers(look))
     assert seen[0][1] == 0 and seen[0][0] == wide.strides[0] // 4
-    for backend in ("cython", "numpy"):
+    for backend in HOST:
         found = rau.ring_attention_update(*far, *near, backend=backend)
         assert same_bits(found, [right[0][:, :1], *(s[:1] for s in right[1:])]) == []
 
@@ -310,7 +315,7 @@ def test_whatever_an_argument_does_when_it_is_asked():
             pytest.fail(name)
 
 
-@pytest.mark.parametrize("backend", ["cython", "numpy"])
+@pytest.mark.parametrize("backend", HOST)
 def test_what_the_caller_asks_of_numpy_reaches_nobody(backend):
     tiny = rau.AttentionState(*(np.full_like(part, 1e-40) for part in sbh()))
     with np.errstate(all="raise"):
@@ -463,7 +468,7 @@ def test_a_fork_while_a_plugin_is_loaded():
 
 
 @pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="the limit on processes holds for others than root")
-@pytest.mark.skipif("cython" not in [s.name for s in registry.status() if s.available], reason="no compiled core")
+@needs_core
 def test_threads_that_cannot_be_started():
     code = """
         import resource, sys, os
@@ -478,7 +483,7 @@ def test_threads_that_cannot_be_started():
     assert alone(code) == (0, "(4000, 1, 512)\n")
 
 
-@pytest.mark.skipif("cython" not in [s.name for s in registry.status() if s.available], reason="no compiled core")
+@needs_core
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a single CPU")
 @pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", "OMP_PLACES=cores", "OMP_WAIT_POLICY=passive"])
 def test_a_bound_thread_is_not_all_the_processors(variable):
