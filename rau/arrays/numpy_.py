@@ -22,7 +22,7 @@ except ImportError:  # not compiled: every call takes the validator
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _NUMPY_NAMES: dict[np.dtype, str] = {}
-_DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
+_DTYPES: dict[str, Any] = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
 LARGE = 1 << 18  # elements: a smaller array stays in the cache, where its place does not matter
 
 
@@ -93,7 +93,7 @@ class NumPyKind:
         return signature(arrays, inputs)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        own = _DTYPES.get(dtype) or np.dtype(dtype)  # bfloat16, which NumPy knows since there is an input of it
+        own = _DTYPES.get(dtype, dtype)  # bfloat16 by its name, which NumPy knows since there is an input of it
         return aligned(shape, own) if math.prod(shape) > LARGE else np.empty(shape, own)
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> np.ndarray:
