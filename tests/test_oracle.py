@@ -397,7 +397,8 @@ def test_right_arithmetic_is_within_the_bound_on_many_rows(seed, count, dtype, s
     ]  # fmt: skip
     comparison = compare(recipe(states), oracle(states))
     assert comparison.passed, comparison
-    assert comparison.attn_share > 0.1 and comparison.sum_share > 0.1  # the bounds are not idle
+    if spread < 300:  # there one state has nearly all the weight of nearly every row, and nothing is rounded
+        assert comparison.attn_share > 0.1 and comparison.sum_share > 0.1  # the bounds are not idle
 
 
 def test_bound_is_sharp():
