@@ -74,19 +74,19 @@ def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequen
 
 def _check_result(backend: Any, problem: Problem, result: Any, out: AttentionState | None) -> None:
     """Refuse what no backend may return: it would be taken for the merge."""
-    shapes = problem.shape, problem.stats_shape, problem.stats_shape
     fault = ""
     if not isinstance(result, tuple) or len(result) != 3:
         fault = f"returned a {type(result).__name__}; expected an AttentionState"
     elif out is not None:
-        if not (result[0] is out[0] and result[1] is out[1] and result[2] is out[2]):
+        if any(its is not given for its, given in zip(result, out, strict=True)):
             fault = "returned other arrays than those of `out`, which it was given to fill"
     else:
+        shapes = problem.shape, problem.stats_shape, problem.stats_shape
         for name, array, shape in zip(FIELDS, result, shapes, strict=True):
             its = getattr(array, "shape", None)
             if its is None or tuple(its) != shape:
-                got = f"is a {type(array).__name__}; expected the inputs' kind" if its is None else f"has shape {tuple(its)}; expected {shape}"
-                fault = f"returned a wrong array: {name} {got}"
+                kind = f"is a {type(array).__name__}; expected the inputs' kind"
+                fault = f"returned a wrong array: {name} {kind if its is None else f'has shape {tuple(its)}; expected {shape}'}"
                 break
     if fault:
-        raise RauError(f'backend "{backend.name}" {fault}. Its update or merge has to be mended; python -m rau check holds it to this.')
+        raise RauError(f'backend "{backend.name}" {fault}. That is a fault of the backend: python -m rau check finds it.')

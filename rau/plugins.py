@@ -115,26 +115,29 @@ def _declared(taken: dict[str, Entry]) -> dict[str, Entry]:
             continue
         for point in points:
             found.setdefault(point.name, {}).setdefault(owner, point)  # the first on the path is what is imported
-    entries = {}
+    entries: dict[str, Entry] = {}
     for name, owners in sorted(found.items()):
         ours = owners.pop(_DISTRIBUTION, None) if name in _RESERVED else None
+        others = " and ".join(sorted(owners))
         if ours is not None:
             entries[name] = Entry(_DISTRIBUTION, ours.load)
-        elif name not in taken and name not in _RESERVED and len(owners) == 1:
-            ((owner, point),) = owners.items()
-            entries[name] = Entry(owner, point.load)
-            continue
-        both = " and ".join(sorted(owners))
         if name in taken or ours is not None:
-            if both:
-                (taken.get(name) or entries[name]).notes.append(f"also declared by {both}, which is ignored: the name was taken")
-            continue
-        entries[name] = entry = Entry(both, lambda: None)
-        if name in _RESERVED:
-            entry.failure = RauError(f"declared by {both}, which is ignored: the name is kept for {_DISTRIBUTION}, which is not installed")
+            note = [f"also declared by {others}, which is ignored: the name was taken"] if others else []
+            (taken.get(name) or entries[name]).notes.extend(note)
+        elif name in _RESERVED:
+            entries[name] = _refused(others, f"declared by {others}, which is ignored: the name is kept for {_DISTRIBUTION}")
+        elif len(owners) > 1:
+            entries[name] = _refused(others, f'{others} both declare a backend "{name}"; uninstall one of them')
         else:
-            entry.failure = RauError(f'{both} both declare a backend "{name}"; uninstall one of them')
+            entries[name] = Entry(others, owners[others].load)
     return entries
+
+
+def _refused(owners: str, reason: str) -> Entry:
+    """Make the entry of a name that nobody may have."""
+    entry = Entry(owners, lambda: None)
+    entry.failure = RauError(reason)
+    return entry
 
 
 _PATIENCE = 30.0  # seconds that a fork waits for a plugin to be loaded

@@ -85,7 +85,7 @@ class Problem:
     taken_by: Any
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"a Problem describes a call, and later calls like it: {name!r} must not be written")
+        raise AttributeError(f"{name!r} of a Problem must not be written: later calls may be described by the same object")
 
     @classmethod
     def of(

@@ -389,6 +389,19 @@ def test_a_broken_plugin_is_its_own_matter(load, fresh_registry):
     rau.ring_attention_update(*prev, *cur)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("array_types", None), ("array_types", "numpy:ndarray"), ("dtypes", ["float32"]), ("layouts", (1,)), ("devices", "cpu"),
+        ("lanes", (7,)), ("lanes", 8), ("max_heads", -1), ("max_head_dim", 1.5), ("head_dim_multiple", 0),
+        ("head_dim_multiple", None), ("limits", "none"), ("tolerance", "much"), ("tolerance", 0), ("tolerance", float("nan")),
+    ],
+)  # fmt: skip
+def test_capabilities_that_cannot_be(field, value):
+    with pytest.raises(TypeError, match=f"Capabilities: .*{field}"):
+        Capabilities(**{"array_types": ("numpy:ndarray",), field: value})
+
+
 def distribution(name, points):
     """A stranger's distribution."""
     found = [importlib.metadata.EntryPoint(point, value, "rau.backends") for point, value in points.items()]
@@ -500,18 +513,33 @@ def test_the_environment_is_read_as_python_has_it(monkeypatch):
     assert registry.requested() == (None, "automatic")
 
 
-def test_a_running_state_that_was_cut_short_says_so():
+@pytest.mark.skipif(os.name != "posix", reason="C's environment is another one there")
+def test_the_environment_of_c_is_not_read():
+    """A library may set variables in a thread of its own, beside which C's getenv is not safe."""
+    code = """
+        import ctypes, rau
+        ctypes.CDLL(None).setenv(b"RAU_BACKEND", b"nobody", 1)
+        print(rau.registry.requested())
+    """
+    assert alone(code) == (0, "(None, 'automatic')\n")
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, OSError, rau.RauError, None])
+def test_a_running_state_that_was_cut_short_says_so(how):
+    """By Ctrl-C, by a fault of the backend's, or because what it returned was refused."""
     stopped = False
 
     def stop(problem, prev, cur, out):
+        if stopped and how is None:
+            return None
         if stopped:
-            raise KeyboardInterrupt
+            raise how
         return registry.get("numpy").update(problem, prev, cur, out)
 
     ring = rau.StreamingMerge(backend=Answers(stop))
     ring.update(*sbh())
     stopped = True
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(how or rau.RauError):
         ring.update(*sbh(seed=1))
     for call in (lambda: ring.update(*sbh()), ring.result):
         with pytest.raises(rau.UnsupportedError, match="an earlier update was stopped while it wrote"):

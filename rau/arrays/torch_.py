@@ -95,16 +95,16 @@ class TorchKind:
     def fault(self, array: Any) -> str:
         torch = sys.modules["torch"]
         cls = type(array)
-        if array.is_cpu and cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not cls.__module__.startswith("torch._sub"):
-            return f"computes by a dispatch of its own ({cls.__qualname__}); expected a tensor of torch's own. Pass the one inside it."
+        traced = cls.__module__.startswith("torch._subclasses")  # a compiler's, which has no memory to look at
+        if array.is_cpu and cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not traced:
+            return f"computes by a dispatch of its own ({cls.__qualname__}); expected a plain tensor. Pass the one inside it."
         if array.is_nested:
             return f'is a nested tensor; expected a tensor of numbers. Pass {_HOLDERS["NestedTensor"]}.'
         if array.layout is not torch.strided:
-            how = "" if "mkldnn" not in str(array.layout) else " (of MKL-DNN)"
-            return f"has layout {array.layout}{how}; expected a strided tensor. Pass .to_dense() of it."
+            return f"has layout {array.layout}; expected a strided tensor. Pass .to_dense() of it."
         if array.is_cpu and cls is torch.Tensor and not _has_memory(array):
-            return ("has no memory, or less than its shape and strides take (storage freed or shrunk, or zeros that are not stored); "
-                    "expected a tensor with memory of its own. Pass .clone() of one that has its values.")  # fmt: skip
+            return ("has no memory, or less than its shape and strides take (storage freed or shrunk, or zeros that are not "
+                    "stored); expected a tensor with memory of its own. Pass .clone() of one that has its values.")  # fmt: skip
         return ""
 
     def dtype(self, array: Any) -> str:

@@ -15,7 +15,7 @@ from rau.arrays.numpy_ import NumPyKind
 from rau.call import hand_over
 from rau.constraints import FIELDS
 from rau.constraints.rules import Violations
-from rau.errors import RauError, UnsupportedError
+from rau.errors import UnsupportedError
 from rau.problem import Problem
 from rau.state import AttentionState
 from rau.streaming.tokens import halves
@@ -117,7 +117,7 @@ class RunningState:
         """Remember that a write was cut short, by Ctrl-C or a fault: nobody can tell which rows are merged then."""
         try:
             yield
-        except RauError:  # said before anything was written
+        except UnsupportedError:  # said before anything is written
             raise
         except BaseException:
             self.broken = True
