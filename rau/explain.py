@@ -118,7 +118,8 @@ actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
     'numpy'
     """
     states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
-    problem, _ = bind("explain", states, NAMES["ring_attention_update"], actual_seq_qlen, layout, softmax_layout, out, profile, check)
+    names = NAMES["ring_attention_update"]
+    problem, _ = bind("explain", states, names, actual_seq_qlen, layout, softmax_layout, out, profile, check)
     failure = ""
     chosen, origin = None, registry.requested(backend)[1]
     try:

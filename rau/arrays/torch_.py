@@ -71,7 +71,8 @@ def _has_memory(array: Any) -> bool:
     reach = sum((length - 1) * step for length, step in zip(array.shape, array.stride(), strict=True))
     storage = array.untyped_storage()
     end = array.data_ptr() + (reach + 1) * array.itemsize
-    return not array.numel() or storage.data_ptr() <= array.data_ptr() and end <= storage.data_ptr() + storage.nbytes()
+    within = storage.data_ptr() <= array.data_ptr() and end <= storage.data_ptr() + storage.nbytes()
+    return within or not array.numel()
 
 
 def _aligned(array: Any) -> bool:

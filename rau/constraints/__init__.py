@@ -108,9 +108,10 @@ def bind(
             _, _, tokens, N, D = dimensions(layout, *found[:2])
             limits.limits(report, names(0, 0), N, D, dtype)
         lengths = bind_lengths(report, actual_seq_qlen, tokens, packed, limits.vendor)
-        elsewhere = lengths is not None and not isinstance(lengths, np.ndarray)
-        if elsewhere and not isinstance(kind, ForeignKind | None) and kind.readable(states[0][0]):
-            report.add("array-device", f"actual_seq_qlen is on {lengths.device} and {names(0, 0)} on "
+        elsewhere = None if lengths is None or isinstance(lengths, np.ndarray) else kind_of(lengths)
+        # A plugin's own arrays may go with lengths wherever its kernel finds them.
+        if elsewhere and kind and not isinstance(kind, ForeignKind) and kind.readable(states[0][0]):
+            report.add("array-device", f"actual_seq_qlen is on {elsewhere.device(lengths)} and {names(0, 0)} on "
                        f"{kind.device(states[0][0])}, where nobody can read it; expected one device for all. Pass "
                        "actual_seq_qlen.cpu().")  # fmt: skip
     if kind is None or found is None:

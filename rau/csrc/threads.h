@@ -59,8 +59,8 @@ static void *rau_wait(void *gate) {
 
 /* How many of `wanted` threads can run together now, this one among them. Where a thread cannot be started (a limit on processes
    or on memory), libgomp ends the process, without an exception or a word to Python. So as many are started here first, and let
-   go again: some 20 us a thread, each time that a thread makes a larger team than its last one. What others start in the
-   meantime can still take the place. */
+   go again, each time that a thread makes a larger team than its last one: what libgomp then starts, it starts a second time.
+   What others start in the meantime can still take the place. */
 static int rau_team(int wanted, size_t stack_bytes) {
 #if RAU_OPENMP && defined(__GNUC__)
     static __thread int last = 1; /* libgomp keeps the threads of a team until a smaller one runs */

@@ -127,7 +127,7 @@ class StreamingMerge:
             lengths = bind_lengths(report, actual_seq_qlen, None, self._packed, limits.vendor)
             report.raise_if_broken()
         self._layout, self._softmax_layout = layout, softmax_layout
-        self._lengths = lengths.copy() if isinstance(lengths, np.ndarray) else lengths
+        self._lengths = lengths
         self._backend, self._profile, self._check = backend, profile, check
         self._running: RunningState | None = None
         if like is not None:
