@@ -21,8 +21,8 @@ def fresh(monkeypatch):
     monkeypatch.setattr(cache, "_problems", {})
 
 
-def signature(states, out=None, layout="SBH", profile="mindspore", check="metadata"):
-    return cache.signature(UPDATE, states, layout, "TND", out, profile, check)
+def signature(states, out=None, layout="SBH", profile="mindspore", check="metadata", lengths=None):
+    return cache.signature(UPDATE, states, lengths, layout, "TND", out, profile, check)
 
 
 def described(problem):
@@ -37,8 +37,8 @@ def test_equal_signatures_are_equal_problems():
         for _ in range(2):
             call = case.make()
             out = None if call.out is None else tuple(placed.view for placed in call.out)
-            options = "TND", out, case.profile, "metadata"
-            found = cache.signature("a", call.states, case.layout, *options)
+            options = case.softmax_layout, out, case.profile, "metadata"
+            found = cache.signature("a", call.states, case.lengths_argument(), case.layout, *options)
             if found is not None:
                 problem, regular = bind("a", call.states, NAMES["merge_states"], None, case.layout, *options)
                 assert all(mine is its for state, same in zip(regular, call.states, strict=True)
@@ -138,7 +138,7 @@ def test_what_is_never_recognised():
     unaligned = np.zeros(4 * 2 * 24 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(4, 2, 24)
     for odd in (strided, states[0]._replace(attn_out=unaligned)):
         assert signature((odd, states[1])) is None
-    assert signature(states, layout="TND") is None
+    assert signature(states, layout="TND", lengths=[0, 4]) is None
     assert signature(states, layout=["SBH"]) is None and signature(states, profile=None) is None
     assert signature(states, check="values") is None
     assert signature(states, out.attn_out) is None

@@ -39,7 +39,7 @@ def checked(
 
     `out` comes back with the states: as the arrays that were checked, whatever class the caller's are of.
     """
-    signature = cache.signature(call, states, layout, softmax_layout, out, profile, check)
+    signature = cache.signature(call, states, actual_seq_qlen, layout, softmax_layout, out, profile, check)
     problem = None if signature is None else cache.recall(signature)
     if problem is not None:
         return problem, states, out

@@ -19,7 +19,14 @@ _problems: dict[tuple[Any, ...], tuple[Problem, list[Any]]] = {}
 
 
 def signature(
-    call: str, states: Sequence[Sequence[Any]], layout: Any, softmax_layout: Any, out: Any, profile: Any, check: Any
+    call: str,
+    states: Sequence[Sequence[Any]],
+    actual_seq_qlen: Any,
+    layout: Any,
+    softmax_layout: Any,
+    out: Any,
+    profile: Any,
+    check: Any,
 ) -> tuple[Any, ...] | None:
     """Describe a call by all that decides whether it is allowed: equal for calls that are alike.
 
@@ -29,7 +36,7 @@ def signature(
     if not (
         type(layout) is type(softmax_layout) is type(profile) is type(check) is str
         and check == "metadata"
-        and layout != "TND"
+        and (layout != "TND" or actual_seq_qlen is None)
     ):
         return None
     arrays = [array for state in states for array in state]

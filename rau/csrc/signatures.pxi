@@ -133,16 +133,21 @@ def tensor_signature(arrays, Py_ssize_t inputs, plain):
     if count > MOST_ARRAYS:
         return None
     described = []
+    device = None  # on the CPU
+    if type(arrays[0]) is plain and arrays[0].is_cuda:
+        device = arrays[0].device
     for i in range(count):
         array = arrays[i]
         # An object's own attributes may hide its methods; a dispatch key of torch's own makes zeros of no memory at all.
-        if type(array) is not plain or array.__dict__ or not array.is_cpu or not array.is_contiguous() or array.is_neg():
+        if type(array) is not plain or array.__dict__ or not array.is_contiguous() or array.is_neg():
+            return None
+        if not array.is_cpu if device is None else array.device != device:
             return None
         described.append(array.dtype)
         described.append(array.shape)
         low[i] = array.data_ptr()
         high[i] = low[i] + <Py_ssize_t>array.nbytes
-        if high[i] != low[i]:
+        if device is None and high[i] != low[i]:
             storage = array.untyped_storage()  # which may have been freed, or shrunk, under the tensor
             base = storage.data_ptr()
             if low[i] % <Py_ssize_t>array.itemsize or low[i] < base or high[i] > base + <Py_ssize_t>storage.nbytes():
@@ -157,4 +162,5 @@ def tensor_signature(arrays, Py_ssize_t inputs, plain):
                 return None
             in_place = True
     described.append(in_place)
+    described.append(device)
     return described
