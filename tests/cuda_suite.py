@@ -132,7 +132,7 @@ def test_autograd_hears_of_a_result_in_place():
 def convert(source, target, dtype: tl.constexpr, narrow: tl.constexpr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
     values = tl.load(source + at)
-    tl.store(target + at, cuda_kernel._narrow(values, dtype) if narrow else cuda_kernel._widen(values, dtype))
+    tl.store(target + at, cuda_kernel._narrow(values, dtype, True) if narrow else cuda_kernel._widen(values, dtype))
 
 
 def test_all_of_bfloat16_is_widened():

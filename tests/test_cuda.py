@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ else:
     torch = pytest.importorskip("torch", reason="torch is not installed and cuda was not asked for")
     triton = pytest.importorskip("triton", reason="triton is not installed and cuda was not asked for")
 from rau.backends import cuda_kernel
-from rau.backends.cuda_ import MAX_STATES, CudaBackend, row_axes
+from rau.backends.cuda_ import COMPILE, MAX_STATES, CudaBackend, row_axes
 
 HERE = Path(__file__).parent
 
@@ -36,7 +37,8 @@ def python(*arguments, **variables):
 def without_a_device():
     """An instance as it would be on a machine with a GPU."""
     backend = CudaBackend.__new__(CudaBackend)
-    backend._torch, backend._kernel, backend._rows, backend._alone = torch, cuda_kernel, 32, nullcontext
+    backend._torch, backend._kernel, backend._alone = torch, cuda_kernel, nullcontext
+    backend._rows, backend._by_integers, backend._plans, backend._compiled = 32, False, WeakKeyDictionary(), {}
     return backend
 
 
@@ -138,8 +140,8 @@ def compile_for(monkeypatch):
         cache.pop(architecture, None)
 
         def compiled(problem, arrays, lengths=None):
-            grid, arguments, options = without_a_device().launch(problem, arrays, lengths)
-            return cuda_kernel.merge.warmup(*arguments, grid=grid, **options)
+            plan, aligned, arguments = without_a_device().launch(problem, arrays, lengths)
+            return cuda_kernel.merge.warmup(*arguments, grid=plan.grid, **plan.constants[aligned], **COMPILE)
 
         return compiled, lambda: len(cache[architecture][0])
 
@@ -194,7 +196,7 @@ def test_arithmetic_and_registers(compile_for, tmp_path, architecture, dtype, cu
         assert all(re.fullmatch(r"(add|sub|mul|div)\.rn\.f(32|64)", kind) for kind in kinds), operations
         assert "fma" not in code and ".ftz" not in code
         registers, stack = resources(kernel, tmp_path)
-        assert registers <= 255 and not stack, (K, D, registers, stack)
+        assert registers <= COMPILE["maxnreg"] and not stack, (K, D, registers, stack)
         assert bool(re.search(r"ld\.global\.v[24]\.", code)) == (D == 128)
 
 
@@ -207,8 +209,7 @@ def test_packed_statistics_compile(compile_for, tmp_path):
 def test_no_size_and_no_stride_is_compiled_in(compile_for):
     compiled, count = compile_for(90)
     sizes = [
-        {"S": 1, "B": 1, "N": 1}, {"S": 16}, {"S": 17, "N": 16}, {"B": 1}, {"D": 8}, {"D": 24}, {"D": 128}, {"D": 1024},
-        {"S": 2, "N": 64}, {"layout": "TND"}, {"layout": "BSND"}, {"layout": "BNSD", "S": 33}, {"S": 4096},
+        {"S": 1, "B": 1, "N": 1}, {"S": 16}, {"S": 17, "N": 16}, {"B": 1}, {"D": 40}, {"D": 56}, {"S": 2, "N": 64}, {"layout": "TND"}, {"layout": "BSND"}, {"layout": "BNSD", "S": 33}, {"S": 4096},
     ]  # fmt: skip
     for size in sizes:
         compiled(*call(**size))
@@ -216,12 +217,15 @@ def test_no_size_and_no_stride_is_compiled_in(compile_for):
     compiled(*call(make=lambda shape, dtype: torch.zeros(shape[0], 3, *shape[1:], dtype=dtype)[:, 1]))
     compiled(*call(S=1 << 32, make=lambda shape, dtype: torch.empty(shape, dtype=dtype, device="meta")))
     assert count() == 1
-    compiled(*call(D=19))
-    compiled(*call(D=23, S=7))
-    assert count() == 2, "one more where rows are not aligned to 16 bytes"
+    for D in (72, 128, 1024):
+        compiled(*call(D=D))
+    assert count() == 2, "one more for each power of 2 that holds a row, up to 512 bytes"
+    compiled(*call(D=39))
+    compiled(*call(D=41, S=7))
+    assert count() == 3, "one more where rows are not aligned to 16 bytes"
     for lengths in ([0, 40], [0, 1, 2, 40], [0, 16, 16, 40]):
         compiled(*call("TND", qlen=lengths))
-    assert count() == 3, "one more for packed statistics"
+    assert count() == 4, "one more for packed statistics"
 
 
 def test_axes():

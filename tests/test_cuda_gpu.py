@@ -1,6 +1,7 @@
 """The cuda backend on a GPU: values, streams, graphs, waiting, sizes. `pytest -m gpu` fails without one."""
 
 import os
+import warnings
 
 import pytest
 
@@ -106,6 +107,28 @@ def test_lengths_that_nobody_looked_at(lengths):
     torch.cuda.synchronize()
 
 
+def test_every_float32_is_rounded_by_the_device_as_by_integers():
+    """The interpreter's tests round to bfloat16 by integers, a device by an instruction of its own."""
+    from triton import jit, language as tl
+
+    from rau.backends.cuda_kernel import _narrow
+
+    @jit
+    def count(first, differences, SIZE: tl.constexpr):
+        bits = (first + tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)).to(tl.uint32)
+        values = bits.to(tl.float32, bitcast=True)
+        device = _narrow(values, tl.bfloat16, False)
+        integers = _narrow(values, tl.bfloat16, True)
+        differ = device.to(tl.uint16, bitcast=True) != integers.to(tl.uint16, bitcast=True)
+        both_nan = (device.to(tl.float32) != device.to(tl.float32)) & (values != values)
+        tl.atomic_add(differences, tl.sum((differ & (both_nan == 0)).to(tl.int32)))
+
+    differences = torch.zeros(1, dtype=torch.int32, device="cuda")
+    for eighth in range(8):
+        count[(1 << 19,)](eighth << 29, differences, SIZE=1024)
+    assert int(differences) == 0
+
+
 # ---- how it runs --------------------------------------------------------------------------------------------------
 
 LENGTHS = [0, 100, 100, 300]
@@ -136,6 +159,17 @@ def test_a_graph(name):
     assert equal(result, expected)
 
 
+def test_first_use_in_a_graph():
+    """What has not been compiled yet is, while the graph is being captured."""
+    states = [state(seed, D=40, dtype=torch.float64) for seed in range(5)]
+    states = [rau.AttentionState(part[0], *(stat.double()[..., :1].contiguous() for stat in part[1:])) for part in states]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = rau.merge_states(states)
+    graph.replay()
+    assert equal(result, rau.merge_states(states, backend="torch"))
+
+
 def test_a_graph_refuses_lengths_on_the_host():
     parts = [torch.rand(300, 4, n, device="cuda") for n in (64, 8, 8)]
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -153,8 +187,9 @@ def test_nothing_waits_for_the_device(name):
 
     call = calls().get(name, on_host)
     call()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings(action="ignore"):  # "a prototype feature"
+            torch.cuda.set_sync_debug_mode("error")
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -200,3 +235,20 @@ def test_gradients():
     rau.ring_attention_update(*host).attn_out.square().sum().backward()
     for mine, its in zip(leaves, host, strict=True):
         torch.testing.assert_close(mine.grad.cpu(), its.grad)
+
+
+def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch):
+    """Which takes the host longer than all else; on another device, or across two, it is another call."""
+    from rau import constraints
+
+    prev, cur = state(0), state(1)
+    expected = rau.ring_attention_update(*prev, *cur)
+
+    def bind(*arguments, **options):
+        raise AssertionError("checked again")
+
+    monkeypatch.setattr(constraints, "bind", bind)
+    assert equal(rau.ring_attention_update(*copy(prev), *copy(cur)), expected)
+    for changed in (prev._replace(softmax_max=prev.softmax_max.cpu()), rau.AttentionState(*(part.cpu() for part in prev))):
+        with pytest.raises(AssertionError, match="checked again"):
+            rau.ring_attention_update(*changed, *cur)

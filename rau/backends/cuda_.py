@@ -7,7 +7,8 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -25,7 +26,22 @@ MAX_STATES = 8  # of more, the kernel would not have registers enough for the we
 # Triton's own switch: its interpreter runs the kernel on the CPU, slowly, and cannot read a GPU's memory.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# A program is one warp. Without the last, ptxas waits for the rows of one state after the other's, with registers to spare.
+COMPILE = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False, "maxnreg": 128}
+
 Axis = tuple[int, tuple[int, ...]]  # its length, and the stride of every array along it, in elements
+
+
+class Plan(NamedTuple):
+    """All of a launch that the addresses of the arrays do not decide."""
+
+    grid: tuple[int, int, int]
+    steps: list[tuple[int, ...]]  # of each array, along the outer, middle and inner axis: words
+    wide: list[int]  # the arrays that are read or written 16 bytes at a time where they are aligned
+    aligned: bool  # whether their strides are
+    numbers: tuple[int, ...]  # the kernel's last arguments
+    constants: tuple[dict[str, Any], dict[str, Any]]  # for addresses that are not aligned, and such that are
+    keys: tuple[tuple[Any, ...], tuple[Any, ...]]  # what is compiled, and for which device, likewise
 
 
 class CudaBackend(TorchBackend):
@@ -70,7 +86,15 @@ class CudaBackend(TorchBackend):
                 raise BackendUnavailableError(f"Triton cannot drive the device: {error}") from error
         self._kernel = cuda_kernel
         self._alone = _interpreting if INTERPRETED else nullcontext
+        self._on = torch.cuda.device_of if torch.cuda.device_count() > 1 else nullcontext
         self._rows = 64 if torch.version.hip else 32  # as many as a warp has threads; a program is one warp
+        # Triton's interpreter cuts off, and devices before sm_80 cannot; elsewhere than on NVIDIA's nobody has looked.
+        self._by_integers = INTERPRETED or bool(torch.version.hip) or any(
+            torch.cuda.get_device_capability(index) < (8, 0) for index in range(torch.cuda.device_count())
+        )
+        self._compile = {name: value for name, value in COMPILE.items() if name != "maxnreg" or not torch.version.hip}
+        self._plans: WeakKeyDictionary[Problem, Plan] = WeakKeyDictionary()
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
         if problem.K > MAX_STATES:
@@ -82,45 +106,74 @@ class CudaBackend(TorchBackend):
                 *(torch.empty(problem.stats_shape, dtype=part.dtype, device=part.device) for part in first[1:]),
             )
         if problem.T * problem.N:
-            with torch.cuda.device_of(first.attn_out), self._alone():
+            with self._on(first.attn_out), self._alone():
                 lengths = self._lengths(problem) if problem.packed or problem.half else None
                 arrays = [array for state in (*states, out) for array in state]
-                grid, arguments, options = self.launch(problem, arrays, lengths)
-                self._kernel.merge[grid](*arguments, **options)  # on the current stream
+                plan, aligned, arguments = self.launch(problem, arrays, lengths)
+                kernel = self._compiled.get(plan.keys[aligned])
+                constants = plan.constants[aligned]
+                if kernel is None:  # as always under the interpreter
+                    kernel = self._kernel.merge[plan.grid](*arguments, **constants, **self._compile)
+                    self._compiled[plan.keys[aligned]] = kernel
+                else:  # on the current stream, as there, but without finding out anew what is compiled for what
+                    kernel[plan.grid](*arguments, *constants.values())
         return out
 
     def launch(
         self, problem: Problem, arrays: Sequence[Tensor], lengths: Tensor | None
-    ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-        """Describe a call of the kernel on the arrays of inputs and result: its grid, arguments and options.
+    ) -> tuple[Plan, bool, tuple[Any, ...]]:
+        """Describe a call of the kernel on the arrays of inputs and result: plan, whether addresses are aligned, arguments.
 
-        The options alone decide what is compiled: dtypes, states, lanes, whether all rows are aligned to 16 bytes,
-        whether statistics are packed, and which half is meant. No length or stride does. `lengths` is None unless rows
-        are found by it.
+        The plan's constants alone decide what is compiled: dtypes, states, lanes, whether all rows are aligned to 16 bytes,
+        whether statistics are packed, which half is meant, and the head dimension's next power of 2. No length or stride
+        does. `lengths` is None unless rows are found by it.
         """
+        plan = self._plans.get(problem)
+        if plan is None:
+            plan = self._plans[problem] = self._plan(problem)
+        word, addresses = self._kernel.word, [array.data_ptr() for array in arrays]
+        aligned = plan.aligned and not any([addresses[index] % 16 for index in plan.wide])
+        described = [(word(address), *steps) for address, steps in zip(addresses, plan.steps, strict=True)]
+        states = tuple([tuple(described[k : k + 3]) for k in range(0, len(described), 3)])
+        sequences = 0 if lengths is None else len(lengths) - 1
+        return plan, aligned, (states, lengths, sequences, (sequences + 1).bit_length(), *plan.numbers)
+
+    def _plan(self, problem: Problem) -> Plan:
+        """Say all of a launch that the addresses of the arrays do not decide."""
         axes = row_axes(problem, self._rows)
         (outers, _), (middles, _), (inners, _) = axes
         tiles = -(-inners // self._rows)
-        described, aligned = [], problem.D % 8 == 0
-        for index, array in enumerate(arrays):
-            address, steps = array.data_ptr(), [strides[index] for _, strides in axes]
-            if index % 3 == 0 or (index >= 3 * problem.K and problem.lanes > 1):
-                aligned = aligned and not (address | (steps[0] | steps[1] | steps[2]) * array.itemsize) % 16
-            described.append(tuple([self._kernel.word(number) for number in (address, *steps)]))
-        states = tuple([tuple(described[k : k + 3]) for k in range(0, len(described), 3)])
-        sequences = 0 if lengths is None else len(lengths) - 1
-        numbers = sequences, (sequences + 1).bit_length(), middles, inners, tiles, problem.D
-        # As many bytes of a row at a time as the registers take.
-        width = 128 >> (problem.K > 2) >> (problem.K > 4) >> (0 if aligned else 2)
+        steps = [tuple([strides[index] for _, strides in axes]) for index in range(3 * (problem.K + 1))]
+        wide = [index for index in range(len(steps))
+                if index % 3 == 0 or (index >= 3 * problem.K and problem.lanes > 1)]  # fmt: skip
+        outputs = problem.dtype, *[problem.cur_dtype] * (problem.K - 1), problem.dtype
+        sizes = [ITEMSIZE[name] for output in outputs for name in (output, problem.stats_dtype, problem.stats_dtype)]
         dtypes = self._kernel.DTYPES
-        options = {
+        constants = {
             "K": problem.K, "FIRST": dtypes[problem.dtype], "LATER": dtypes[problem.cur_dtype],
-            "STATS": dtypes[problem.stats_dtype], "LANES": problem.lanes, "ALIGNED": aligned,
+            "STATS": dtypes[problem.stats_dtype], "LANES": problem.lanes, "ALIGNED": False,
             "PACKED": problem.packed, "HALF": problem.half or "",
-            "ROWS": self._rows, "BLOCK_D": width // ITEMSIZE[problem.dtype],
-            "num_warps": 1, "num_stages": 1, "enable_fp_fusion": False,
+            "ROWS": self._rows, "GROUP": 1, "BLOCK_D": 1, "BY_INTEGERS": self._by_integers,
         }  # fmt: skip
-        return (outers * middles * tiles,), (states, lengths, *numbers), options
+        tiles_of = []
+        for aligned in (False, True):
+            # Whole rows, if they have at most 512 bytes, and of few states several at a time, as registers allow; each
+            # element takes an address of its own where 16 bytes cannot be had at once.
+            bytes_ = (2048 if problem.K <= 2 else 512) >> (0 if aligned else 2)
+            block = min(1 << (problem.D - 1).bit_length(), min(512, bytes_) // sizes[0])
+            group = min(self._rows, bytes_ // (block * sizes[0]))
+            tiles_of.append(constants | {"ALIGNED": aligned, "GROUP": group, "BLOCK_D": block})
+        key = (problem.device, problem.dtype, problem.cur_dtype, problem.stats_dtype, problem.K, problem.lanes,
+               problem.packed, problem.half, tiles_of[True]["BLOCK_D"])  # fmt: skip
+        return Plan(
+            grid=(outers * middles * tiles, 1, 1),
+            steps=[tuple(map(self._kernel.word, its)) for its in steps],
+            wide=wide,
+            aligned=problem.D % 8 == 0 and not any(step * sizes[index] % 16 for index in wide for step in steps[index]),
+            numbers=(middles, inners, tiles, problem.D),
+            constants=tuple(tiles_of),
+            keys=(key, (*key, "aligned")),
+        )
 
     def _lengths(self, problem: Problem) -> Tensor:
         """Have the cumulative lengths on the device, without waiting for it."""
@@ -134,7 +187,7 @@ class CudaBackend(TorchBackend):
                 "actual_seq_qlen is on the host, from where a CUDA graph would not copy it again at each replay; pass it "
                 f"as a tensor of int64 on {problem.device}"
             )
-        return torch.tensor(lengths, pin_memory=True).to(problem.device, non_blocking=True)
+        return torch.tensor(lengths).pin_memory().to(problem.device, non_blocking=True)
 
     def asarray(self, array: np.ndarray) -> Tensor:
         host = super().asarray(array)
