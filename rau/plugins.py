@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from rau.backends import Capabilities
 from rau.errors import BackendUnavailableError, RauError, UnknownBackendError, shown
 
 GROUP = "rau.backends"
@@ -268,6 +267,8 @@ def first_told(entry: Entry) -> bool:
 
 def missing_part(backend: Any) -> str:
     """Say what a class or an instance lacks to be a backend; empty where it lacks nothing."""
+    from rau.backends import Capabilities  # a dataclass, a quarter of what `import rau` would cost
+
     if not isinstance(getattr(backend, "capabilities", None), Capabilities):
         return "it has no attribute `capabilities`, a rau.backends.Capabilities"
     if not callable(getattr(backend, "update", None)):
@@ -357,17 +358,17 @@ def standings() -> list[Status]:
             state = "available"
         elif entry.failure is not None:
             state, reason = "blocked" if name in blocked() else "unavailable", [reason_of(entry.failure)]
-        elif libraries := _missing_libraries(cls.capabilities):
+        elif libraries := _missing_libraries(cls.capabilities.array_types):
             state, reason = "unavailable", [f"it takes arrays of {' or '.join(libraries)}, which is not installed"]
         result.append(Status(name, state == "available", state, "; ".join(reason + entry.notes), entry.origin))
     return result
 
 
-def _missing_libraries(declared: Capabilities) -> list[str]:
+def _missing_libraries(array_types: tuple[str, ...]) -> list[str]:
     """Libraries of the arrays that a backend takes, where none of them is here."""
     from importlib.util import find_spec  # for messages alone
 
-    libraries = sorted({name.partition(":")[0].partition(".")[0] for name in declared.array_types})
+    libraries = sorted({name.partition(":")[0].partition(".")[0] for name in array_types})
     here = [name for name in libraries if sys.modules.get(name) or find_spec(name)]
     return [] if here else libraries
 

@@ -10,7 +10,6 @@ from contextvars import ContextVar
 from typing import Any
 
 from rau.arrays import foreign_types
-from rau.backends import Backend
 from rau.errors import UnknownBackendError, UnsupportedError, shown
 from rau.plugins import (
     Entry,
@@ -249,7 +248,7 @@ def _warn_core_missing(entry: Entry) -> None:
         )
 
 
-def log_call(call: str, backend: Backend, origin: str) -> None:
+def log_call(call: str, backend: Any, origin: str) -> None:
     """Log one DEBUG line per call, on the logger "rau"."""
     global _logger
     if _logger is None:
