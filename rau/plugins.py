@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
+from _thread import RLock  # threading's own, without the 1 ms that importing threading takes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ INSTALL_HINT = (
     f'(entry-point group "{GROUP}"), or after rau.registry.register(...).'
 )
 
-lock = threading.RLock()
+lock = RLock()
 
 
 class Entry:
@@ -156,7 +156,7 @@ def _after_in_parent() -> None:
 def _after_in_child() -> None:
     """Nobody is left who would release the lock, or finish what was being loaded all the same."""
     global lock
-    lock = threading.RLock()
+    lock = RLock()
     for entry in list(_entries.values()):
         if isinstance(entry.failure, _BeingLoaded):
             entry.failure = None
