@@ -61,6 +61,7 @@ cdef extern from "versions.h" nogil:
     size_t rau_stack_bytes()
     int rau_team(int wanted, size_t stack_bytes)
     int rau_forked
+    Py_ssize_t RAU_ITEM(int format)
     int RAU_F32, RAU_F16, RAU_BF16, RAU_F64, RAU_GROUP, RAU_OPENMP
     const char *RAU_COMPILER
     const char *RAU_COMPILE_FLAGS
@@ -96,7 +97,6 @@ cdef enum:
     WORKER_BYTES = 1 << 18   # less than this is not worth another thread
 
 _FORMATS = {"float32": RAU_F32, "float16": RAU_F16, "bfloat16": RAU_BF16, "float64": RAU_F64}
-_ITEMS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 cdef const rau_version *version = NULL
 
@@ -176,11 +176,12 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
     if tokens == 0 or heads == 0:
         return
     call.tokens, call.states, call.heads, call.head_dim, call.lanes = tokens, states, heads, head_dim, lanes
-    call.first_item, call.later_item = _ITEMS[dtype], _ITEMS[cur_dtype]
+    cdef int first = _FORMATS[dtype], later = _FORMATS[cur_dtype]
+    call.first_item, call.later_item = RAU_ITEM(first), RAU_ITEM(later)
     cdef bint wide = dtype == "float64"
     call.stats_item = weight_item = 8 if wide else 4
     call.weigh = version.weigh_f64 if wide else version.weigh_f32
-    call.rows = rau_rows_kernel(version, _FORMATS[dtype], _FORMATS[cur_dtype])
+    call.rows = rau_rows_kernel(version, first, later)
 
     rows = max(TILE_WEIGHTS // (weight_item * states), 1)
     call.tile_heads = min(heads, rows)

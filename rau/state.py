@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.arrays.numpy_ import ITEMSIZE
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.lse_arguments import (
     check_alike,
@@ -141,7 +142,7 @@ class AttentionState(NamedTuple):
         check_base(report, base)
         axes = check_layouts(report, layout, lse_layout)
         number = check_heads(report, heads)
-        out = check_array(report, "attn_out", attn_out, "dtype-attn", ("float16", "bfloat16", "float32", "float64"))
+        out = check_array(report, "attn_out", attn_out, "dtype-attn", tuple(ITEMSIZE))
         wide = out is not None and out.dtype == "float64"
         its = check_array(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
         if out is not None and its is not None:

@@ -169,9 +169,9 @@ def test_check_lists_what_is_excluded(folder, capsys):
 def test_without_ml_dtypes(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     assert main(["check", "numpy", "--select", "*/commutativity-*"]) == 0
-    assert "excluded: bfloat16 cases need ml_dtypes" in capsys.readouterr().out
+    assert "excluded: bfloat16 NumPy arrays need ml_dtypes" in capsys.readouterr().out
     assert main(["difftest", "--backends", "numpy", "--select", "dtype/*"]) == 0
-    assert re.search(r"excluded from numpy: \d cases: bfloat16 cases need ml_dtypes", capsys.readouterr().out)
+    assert re.search(r"excluded from numpy: \d cases: bfloat16 NumPy arrays need ml_dtypes", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("mode", ["wrong", "raises"])

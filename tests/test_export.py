@@ -151,7 +151,7 @@ def test_tolerance(answered):
 def test_without_ml_dtypes(answered, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     assert main(["cases", "--verify", str(answered)]) == 2
-    assert "bfloat16 cases need ml_dtypes" in capsys.readouterr().err
+    assert "bfloat16 NumPy arrays need ml_dtypes" in capsys.readouterr().err
     (left,) = export_cases(tmp_path / "more", [BY_ID["dtype/bfloat16"]])
     assert "ml_dtypes" in left.message
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rau.arrays.memory import Memory
-from rau.arrays.numpy_ import NumPyKind
+from rau.arrays.numpy_ import BITS, NumPyKind, named_dtype
 from rau.arrays.torch_ import TorchKind
 from rau.errors import UnsupportedError
 
@@ -60,27 +60,27 @@ class MindSporeKind(TorchKind):
 
     def to_numpy(self, array: Any) -> np.ndarray:
         mindspore = sys.modules["mindspore"]
-        if array.dtype == mindspore.bfloat16:
-            import ml_dtypes
-
-            return array.astype(mindspore.float32).asnumpy().astype(ml_dtypes.bfloat16)
+        name = self.dtype(array)
+        if name in BITS:
+            return array.astype(mindspore.float32).asnumpy().astype(named_dtype(name))
         return array.asnumpy()
 
     def from_numpy(self, array: np.ndarray) -> Any:
         mindspore = sys.modules["mindspore"]
-        if array.dtype.name == "bfloat16":
-            return mindspore.Tensor(array.astype("f4")).astype(mindspore.bfloat16)
+        name = array.dtype.name
+        if name in BITS:
+            return mindspore.Tensor(array.astype("f4")).astype(getattr(mindspore, name))
         return mindspore.Tensor(array)
 
     def host_view(self, array: Any) -> np.ndarray:
         # Its asnumpy copies what is strided, and knows no bfloat16.
         dtype = self.dtype(array)
-        return np.asarray(_Borrowed(array, self.memory(settled(array)), "uint16" if dtype == "bfloat16" else dtype))
+        return np.asarray(_Borrowed(array, self.memory(settled(array)), BITS.get(dtype, dtype)))
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         mindspore = sys.modules["mindspore"]
-        if dtype == "bfloat16":
-            return mindspore.Tensor.from_numpy(_HOST.empty(shape, "uint16")).view(mindspore.bfloat16)
+        if dtype in BITS:
+            return mindspore.Tensor.from_numpy(_HOST.empty(shape, BITS[dtype])).view(getattr(mindspore, dtype))
         return mindspore.Tensor.from_numpy(_HOST.empty(shape, dtype))
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:

@@ -21,9 +21,21 @@ except ImportError:  # not compiled: every call takes the validator
 
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+NARROW = tuple(name for name, size in ITEMSIZE.items() if size < 4)  # merged in float32, and rounded once more where stored
+BITS = {"bfloat16": "uint16"}  # what NumPy has only through ml_dtypes, and as which integers it is seen without
 _NUMPY_NAMES: dict[np.dtype, str] = {}
-_DTYPES: dict[str, Any] = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
+_DTYPES: dict[str, Any] = {name: np.dtype(name) for name in ITEMSIZE if name not in BITS}
 LARGE = 1 << 18  # elements: a smaller array stays in the cache, where its place does not matter
+
+
+def named_dtype(name: str) -> np.dtype[Any]:
+    """Find the NumPy dtype of a name; what NumPy lacks is ml_dtypes'."""
+    if name in BITS:
+        try:
+            import ml_dtypes  # noqa: F401 - NumPy then knows the name
+        except ImportError as error:
+            raise ImportError(f"{name} NumPy arrays need ml_dtypes: pip install ml_dtypes") from error
+    return np.dtype(name)
 
 
 class NumPyKind:
@@ -42,7 +54,7 @@ class NumPyKind:
         name = _NUMPY_NAMES.get(dtype)
         if name is None:
             name = dtype.name if dtype.isnative else f"{dtype.name} (byte-swapped)"
-            if dtype.isbuiltin or name == "bfloat16":  # of structured ones there is no end
+            if dtype.isbuiltin or name in BITS:  # of structured ones there is no end
                 _NUMPY_NAMES[dtype] = name
         return name
 
@@ -87,7 +99,8 @@ class NumPyKind:
         return array
 
     def host_view(self, array: np.ndarray) -> np.ndarray:
-        return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+        bits = BITS.get(array.dtype.name)
+        return array if bits is None else array.view(bits)
 
     def signature(self, arrays: Sequence[Any], inputs: int) -> bytes | None:
         return signature(arrays, inputs)
@@ -103,13 +116,9 @@ class NumPyKind:
         return array
 
     def cast(self, array: np.ndarray, dtype: str) -> np.ndarray:
-        if dtype == "bfloat16":
-            try:
-                import ml_dtypes
-            except ImportError as error:
-                raise DTypeError(
-                    "[dtype-attn] NumPy has bfloat16 only through ml_dtypes: pip install ml_dtypes", ("dtype-attn",)
-                ) from error
-            dtype = ml_dtypes.bfloat16
+        try:
+            own = named_dtype(dtype)
+        except ImportError as error:
+            raise DTypeError(f"[dtype-attn] {error}", ("dtype-attn",)) from error
         with np.errstate(all="ignore"):
-            return array.astype(dtype, order="C")
+            return array.astype(own, order="C")

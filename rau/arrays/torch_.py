@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rau.arrays.memory import Memory
-from rau.arrays.numpy_ import LARGE, NumPyKind
+from rau.arrays.numpy_ import BITS, LARGE, NumPyKind, named_dtype
 from rau.errors import UnsupportedError
 
 try:
@@ -165,24 +165,22 @@ class TorchKind:
 
     def to_numpy(self, array: Any) -> np.ndarray:
         array = array.detach().cpu()
-        if array.dtype == sys.modules["torch"].bfloat16:
-            import ml_dtypes
-
-            return self.host_view(array).view(ml_dtypes.bfloat16)
-        return array.numpy()
+        name = self.dtype(array)
+        return self.host_view(array).view(named_dtype(name)) if name in BITS else array.numpy()
 
     def from_numpy(self, array: np.ndarray) -> Any:
         torch = sys.modules["torch"]
         if not array.flags.writeable or any(step < 0 for step in array.strides):
             array = array.copy()  # torch knows neither
-        if array.dtype.name == "bfloat16":
-            return torch.from_numpy(array.view("u2")).view(torch.bfloat16)
+        name = array.dtype.name
+        if name in BITS:
+            return torch.from_numpy(array.view(BITS[name])).view(getattr(torch, name))
         return torch.from_numpy(array)
 
     def host_view(self, array: Any) -> np.ndarray:
         torch = sys.modules["torch"]
-        array = array.detach()
-        return (array.view(torch.uint16) if array.dtype == torch.bfloat16 else array).numpy()
+        array, bits = array.detach(), BITS.get(self.dtype(array))
+        return (array if bits is None else array.view(getattr(torch, bits))).numpy()
 
     def signature(self, arrays: Sequence[Any], inputs: int) -> Hashable | None:
         try:
@@ -197,8 +195,8 @@ class TorchKind:
             return torch.empty(shape, dtype=getattr(torch, dtype))
         # NumPy asks the system for huge pages, and torch does not: that decides what a large fresh output costs. Such a tensor's
         # storage cannot be resized.
-        if dtype == "bfloat16":
-            return torch.from_numpy(_HOST.empty(shape, "uint16")).view(torch.bfloat16)
+        if dtype in BITS:
+            return torch.from_numpy(_HOST.empty(shape, BITS[dtype])).view(getattr(torch, dtype))
         return torch.from_numpy(_HOST.empty(shape, dtype))
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from rau.arrays.numpy_ import NARROW
 from rau.arrays.torch_ import has_float64
 from rau.errors import shown
 from rau.layouts import LAYOUTS
@@ -150,9 +151,9 @@ class Capabilities:
         Returns
         -------
         str
-            "float32" for 16 bits, if that is one of `dtypes`; otherwise `dtype`.
+            "float32" for what is narrower, if that is one of `dtypes`; otherwise `dtype`.
         """
-        return "float32" if dtype in ("float16", "bfloat16") and "float32" in self.dtypes else dtype
+        return "float32" if dtype in NARROW and "float32" in self.dtypes else dtype
 
     def arrays_refused(self, problem: Problem) -> list[str]:
         """Reasons against the arrays of a problem: their type and device.

@@ -16,14 +16,14 @@ from rau.layouts import ATTN, MAX, SUM, row_index
 _ELEMENTS = 1 << 18  # elements merged at a time: their float32 copies stay in the cache
 
 
-def widen(bits: np.ndarray, dtype: str) -> np.ndarray:
+def computed(bits: np.ndarray, dtype: str) -> np.ndarray:
     """Convert elements, bfloat16 as uint16, to the type they are computed in, float32 or float64; exact."""
     if dtype == "bfloat16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.astype(np.float64 if dtype == "float64" else np.float32, copy=False)
 
 
-def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
+def stored(values: np.ndarray, dtype: str) -> np.ndarray:
     """Round elements to the type they are stored in, bfloat16 as uint16, once, to nearest even."""
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
@@ -87,8 +87,8 @@ class NumPyBackend(Backend):
                 chunk = slice(start, start + step)
                 weighed = weigh([m[chunk][:, 0] for m in maxima], [l[chunk][:, 0] for l in sums])
                 if head_dim:
-                    merged = merge_rows(weighed.weights, [widen(row[chunk], dt) for row, dt in zip(rows, dtypes, strict=True)])
-                    out_rows[chunk] = narrow(merged, problem.dtype)
+                    wide = [computed(row[chunk], dtype) for row, dtype in zip(rows, dtypes, strict=True)]
+                    out_rows[chunk] = stored(merge_rows(weighed.weights, wide), problem.dtype)
                 out_maximum[chunk] = weighed.maximum[:, None]
                 out_sum[chunk] = weighed.total[:, None]
         return out

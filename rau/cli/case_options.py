@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from rau.arrays.numpy_ import ITEMSIZE, NARROW
 from rau.cli.session import UsageError, whole
 from rau.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from rau.testing.cases import Case
 
-DTYPES = ("float32", "bfloat16", "float16", "float64", "bfloat16-into-float32", "float16-into-float32")
+DTYPES = (*ITEMSIZE, *(f"{name}-into-float32" for name in NARROW))
 
 _ALL: dict[str, Any] = {"select": "*", "dtype": None, "layout": None, "seed": 0}
 _NUMBER = r"(\d{1,100})"  # a number with more digits is no id, and Python does not read thousands of them

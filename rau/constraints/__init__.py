@@ -9,6 +9,7 @@ import numpy as np
 
 from rau.arrays import Kind, kind_of, plain
 from rau.arrays.foreign import ForeignKind
+from rau.arrays.numpy_ import NARROW
 from rau.constraints import cache
 from rau.constraints.hints import another_dtype, not_an_array, swapped
 from rau.constraints.lengths import bind_lengths
@@ -174,7 +175,7 @@ def _check_dtypes(
             report.add("dtype-match", f"{names(k, 0)} has dtype {its} and {names(1, 0)} {cur_dtype}; "
                        f"expected one dtype for all later states.{swapped(its)}")  # fmt: skip
         elif its != dtype:
-            mixed = dtype == "float32" and its in ("float16", "bfloat16")
+            mixed = dtype == "float32" and its in NARROW
             if not mixed or limits.vendor:
                 hint = ' profile="portable" merges a 16-bit state into a float32 one.' if mixed else swapped(its)
                 report.add("dtype-match", f"{names(k, 0)} has dtype {its} and {names(0, 0)} {dtype}; "

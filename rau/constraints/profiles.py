@@ -100,5 +100,5 @@ def _no_limits(report: Violations, name: str, heads: int, head_dim: int, dtype: 
 PROFILES: dict[str, Profile] = {
     "mindspore": Profile(("SBH", "TND"), _SUPPORTED, (8,), True, _mindspore_limits),
     "cann-v2": Profile(("SBH", "TND"), _SUPPORTED, (8,), True, _cann_v2_limits),
-    "portable": Profile(tuple(LAYOUTS), (*_SUPPORTED, "float64"), (8, 1), False, _no_limits),
+    "portable": Profile(tuple(LAYOUTS), tuple(ITEMSIZE), (8, 1), False, _no_limits),
 }

@@ -8,8 +8,8 @@
 static const rau_version RAU_NAME(rau_version) = {
     RAU_STRING(RAU_VERSION),
     RAU_NAME(weigh_f32), RAU_NAME(weigh_f64),
-    RAU_NAME(rows_f32), RAU_NAME(rows_f16), RAU_NAME(rows_bf16), RAU_NAME(rows_f64),
-    RAU_NAME(rows_f32_f16), RAU_NAME(rows_f32_bf16),
+    {RAU_NAME(rows_f32), RAU_NAME(rows_f16), RAU_NAME(rows_bf16), RAU_NAME(rows_f64)}, /* in the order of rau_format */
+    {RAU_NAME(rows_f32), RAU_NAME(rows_f32_f16), RAU_NAME(rows_f32_bf16)},
 };
 
 #undef CONVERT

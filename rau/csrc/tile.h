@@ -34,7 +34,8 @@
 #define RAU_PREFETCH(address) ((void)0)
 #endif
 
-enum rau_format { RAU_F32, RAU_F16, RAU_BF16, RAU_F64 };
+enum rau_format { RAU_F32, RAU_F16, RAU_BF16, RAU_F64, RAU_FORMATS };
+#define RAU_ITEM(format) ((format) == RAU_F64 ? 8 : (format) == RAU_F32 ? 4 : 2) /* bytes */
 
 /* Measured on Zen 5; docs/benchmarks.md, "What was tried and did not pay", has the figures of the other choices. */
 enum {
@@ -75,14 +76,13 @@ typedef void (*rau_kernel)(rau_tile *);
 typedef struct { /* one instruction-set version */
     const char *name;
     rau_kernel weigh_f32, weigh_f64;
-    rau_kernel rows_f32, rows_f16, rows_bf16, rows_f64;
-    rau_kernel rows_f32_f16, rows_f32_bf16; /* a float32 first state, 16-bit later ones */
+    rau_kernel rows[RAU_FORMATS];     /* all states in one format */
+    rau_kernel into_f32[RAU_FORMATS]; /* a float32 first state, later ones in another format */
 } rau_version;
 
 /* Weights of a state that a tile of some rows may take, padding included: a cache line after RAU_LONG rows or more. */
 static ptrdiff_t rau_most_weights(ptrdiff_t rows) { return rows + rows / RAU_LONG * (64 / (ptrdiff_t)sizeof(float)); }
 
-#define RAU_ITEM(format) ((format) == RAU_F32 ? 4 : 2) /* bytes; float64 has kernels of its own */
 #define RAU_STRING_(name) #name
 #define RAU_STRING(name) RAU_STRING_(name)
 #define RAU_PASTE_(a, b) a##_##b

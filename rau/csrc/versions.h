@@ -65,13 +65,7 @@ static int rau_rows_ahead(void) {
 }
 
 static rau_kernel rau_rows_kernel(const rau_version *version, int first, int later) {
-    switch (first) {
-    case RAU_F16: return version->rows_f16;
-    case RAU_BF16: return version->rows_bf16;
-    case RAU_F64: return version->rows_f64;
-    default:
-        return later == RAU_F16 ? version->rows_f32_f16 : later == RAU_BF16 ? version->rows_f32_bf16 : version->rows_f32;
-    }
+    return first == later ? version->rows[first] : version->into_f32[later];
 }
 
 /* The floating-point environment: another library may have asked for flushed subnormals, which would

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rau.arrays import Kind, plain
+from rau.arrays.numpy_ import ITEMSIZE, NARROW
 from rau.constraints import FIELDS, bind, check_options, checked
 from rau.constraints.hints import described
 from rau.constraints.lengths import bind_lengths
@@ -21,7 +22,7 @@ from rau.streaming.running_state import UPDATE, RunningState, of_part
 from rau.streaming.tokens import part, part_of
 
 _CLASS, _RESULT = "StreamingMerge", "StreamingMerge.result"
-_RESULTS = {"float32": ("float32", "float16", "bfloat16"), "float64": ("float64",)}  # of each running dtype
+_RESULTS = {"float32": ("float32", *NARROW), "float64": ("float64",)}  # of each running dtype
 
 
 def _of_like(state: int, field: int) -> str:
@@ -299,6 +300,6 @@ def _dtype_name(dtype: Any) -> str:
     """Name a dtype: torch's and MindSpore's end in their name, NumPy's and ml_dtypes' types have one."""
     try:
         name = str(dtype).rpartition(".")[2].lower()
-        return name if name in ("float16", "bfloat16", "float32", "float64") else np.dtype(dtype).name
+        return name if name in ITEMSIZE else np.dtype(dtype).name
     except Exception:  # NumPy's, or its own
         return ""

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.arrays.numpy_ import named_dtype
 from rau.backends.numpy_ import NumPyBackend
 from rau.errors import RauError
 from rau.layouts import FIELDS, LAYOUTS
 from rau.state import AttentionState
-from rau.testing.cases import Case, named_dtype
+from rau.testing.cases import Case
 from rau.testing.comparison import Comparison, compare
 from rau.testing.conformance.report import Failure, Report
 from rau.testing.reference.oracle import Expected, oracle

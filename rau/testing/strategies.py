@@ -28,9 +28,10 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from rau.arrays.numpy_ import named_dtype
 from rau.backends import Capabilities
 from rau.state import AttentionState
-from rau.testing.cases import Case, named_dtype
+from rau.testing.cases import Case
 from rau.testing.cases.space import EVERYTHING, T, choose_case
 
 _HOSTILE_MAXIMA = (0.0, -0.0, -np.inf, np.inf, np.nan, 87.0, -87.0, -104.0, 708.0, -2.0**127)

@@ -8,6 +8,7 @@ import numpy as np
 
 from rau.cli.bench.timing import Call
 from rau.arrays.memory import aligned
+from rau.arrays.numpy_ import named_dtype
 from rau.layouts import shapes
 from rau.state import AttentionState
 from rau.update import ring_attention_update
@@ -69,19 +70,16 @@ SMALLEST = Size("SBH", (16,), 8, 64)
 
 def lacking(dtype: str) -> str:
     """Say what is missing for NumPy arrays of a dtype; nothing where nothing is."""
-    if dtype == "bfloat16":
-        try:
-            import ml_dtypes  # noqa: F401
-        except ImportError:
-            return "bfloat16 NumPy arrays need ml_dtypes: pip install ml_dtypes"
+    try:
+        named_dtype(dtype)
+    except ImportError as error:
+        return str(error)
     return ""
 
 
 def states(size: Size, dtype: str, count: int) -> list[AttentionState]:
     """Make states of random numbers, as NumPy arrays, aligned to 64 bytes as those that rau allocates."""
-    if dtype == "bfloat16":
-        import ml_dtypes  # noqa: F401 - NumPy then knows the name
-    kind = np.dtype(dtype)
+    kind = named_dtype(dtype)
     random = np.random.default_rng(0)
     attn_shape, stats_shape = size.shapes
     rows = size.tokens * size.heads

@@ -5,7 +5,6 @@ The rule of this room: a case is words and numbers, and nothing here runs one or
 
 from rau.testing.cases.case import Case, CaseCall
 from rau.testing.cases.catalogue import named
-from rau.testing.cases.numbers import named_dtype
 from rau.testing.cases.space import generated
 
-__all__ = ["Case", "CaseCall", "generated", "named", "named_dtype"]
+__all__ = ["Case", "CaseCall", "generated", "named"]

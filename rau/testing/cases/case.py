@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.arrays.numpy_ import named_dtype
 from rau.layouts import LAYOUTS, shapes
 from rau.state import AttentionState
 from rau.testing.cases import numbers
-from rau.testing.cases.numbers import named_dtype
 from rau.testing.cases.placements import PACKED_PLACEMENTS, Placed, place
 from rau.update import merge_states, ring_attention_update
 

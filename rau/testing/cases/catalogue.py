@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
+from rau.arrays.numpy_ import ITEMSIZE, NARROW
+from rau.constraints import PROFILES
 from rau.testing.cases import numbers, placements
 from rau.testing.cases.case import Case
 
@@ -54,10 +57,10 @@ def _named() -> Iterator[Case]:
     yield Case(id="tnd/at-the-buffer-limit", profile="mindspore", layout="TND", tokens=3, lengths=(3,), heads=42,
                head_dim=128)  # fmt: skip
     yield Case(id="tnd/at-the-v2-limits", profile="cann-v2", layout="TND", tokens=2, lengths=(2,), heads=256, head_dim=768)
-    for dtype, cur_dtype in _DTYPES:
+    for dtype, cur_dtype in [*zip(ITEMSIZE, ITEMSIZE, strict=True), *product(("float32",), NARROW)]:
         name = dtype if dtype == cur_dtype else f"{cur_dtype}-into-{dtype}"
         common: dict[str, Any] = {"dtype": dtype, "cur_dtype": cur_dtype}
-        profile = "mindspore" if dtype == cur_dtype != "float64" else "portable"
+        profile = "mindspore" if dtype == cur_dtype and dtype in PROFILES["mindspore"].dtypes else "portable"
         yield Case(id=f"dtype/{name}", tokens=130, heads=3, head_dim=64, profile=profile, **common)
         yield Case(id=f"dtype/{name}-attention", tokens=20, heads=3, head_dim=64, statistics="attention", **common)
         for outputs in numbers.OUTPUTS:
@@ -107,9 +110,3 @@ def _named() -> Iterator[Case]:
     yield Case(id="states/133", tokens=20, heads=2, head_dim=16, states=133, statistics="empty", dtype="bfloat16")
     yield Case(id="large/streamed", tokens=3000, heads=8, head_dim=128, statistics="empty", out="given")
     yield Case(id="large/heads", tokens=2, heads=20000, head_dim=3, statistics="empty")
-
-
-_DTYPES = (
-    ("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float64", "float64"),
-    ("float32", "bfloat16"), ("float32", "float16"),
-)  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rau.arrays.numpy_ import named_dtype
 from rau.layouts import LAYOUTS
 from rau.state import AttentionState
 from rau.testing.reference.attention import partial_attention
@@ -178,16 +179,3 @@ def flash(rng: Generator, shape: tuple[int, ...], dtypes: Sequence[str], lanes: 
 def cumulative(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Where sequences end, from 0 on: int64, (sequences + 1,)."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-
-
-def named_dtype(name: str) -> np.dtype[Any]:
-    """Find the NumPy dtype of a name; bfloat16 is ml_dtypes'."""
-    if name != "bfloat16":
-        return np.dtype(name)
-    try:
-        import ml_dtypes  # the one format that NumPy lacks
-    except ImportError as error:
-        raise ImportError(
-            "bfloat16 cases need ml_dtypes: pip install 'ring-attention-update[test]', or pip install ml_dtypes"
-        ) from error
-    return np.dtype(ml_dtypes.bfloat16)

@@ -12,13 +12,14 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from rau.arrays.numpy_ import ITEMSIZE
 from rau.backends import Capabilities
 from rau.testing.cases.case import Case
 from rau.testing.cases.numbers import OUTPUTS, STATISTICS
 from rau.testing.cases.placements import OUT_PLACEMENTS, PACKED_PLACEMENTS, PLACEMENTS
 
 T = TypeVar("T")
-EVERYTHING = Capabilities(array_types=())
+EVERYTHING = Capabilities(array_types=(), dtypes=tuple(ITEMSIZE))
 
 
 class Chooser(Protocol):

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from rau.arrays.numpy_ import ITEMSIZE, NARROW, named_dtype
 from rau.state import AttentionState
 from rau.streaming import StreamingMerge
-from rau.testing.cases import Case, named_dtype
+from rau.testing.cases import Case
 from rau.testing.comparison import compare, same_bits
 from rau.testing.conformance.report import Check
 from rau.testing.reference.oracle import oracle
@@ -37,14 +38,14 @@ def streams(backend: Any) -> Iterator[Check]:
         ("SBH", "SBH", False), ("BSND", "BSND", False), ("BNSD", "BNSD", False),
         ("TND-token-major", "TND", False), ("TND-packed", "TND", True),
     ):  # fmt: skip
-        for dtype in ("float32", "float16", "bfloat16", "float64"):
+        for dtype in ITEMSIZE:
             cases = [_case(backend, layout, packed, each) for each in dict.fromkeys((dtype, _running(dtype)))]
             reasons = list(dict.fromkeys(reason for case in cases for reason in excluded_by(backend, case)))
             if not reasons and layout == "TND" and not takes.halves and not {"SBH", "BSND", "BNSD"} & set(takes.layouts):
                 reasons = ["it takes neither halves of TND sequences nor a layout with a batch axis"]
             yield Check(f"streaming/{name}-{dtype}", partial(check_stream, backend, layout, packed, dtype), reasons)
     stacks = hasattr(backend.asarray(np.zeros(1, np.float32)), "__getitem__")
-    for dtype in ("float32", "float16", "bfloat16", "float64"):
+    for dtype in ITEMSIZE:
         reasons = excluded_by(backend, _case(backend, takes.layouts[0], False, dtype))
         reasons = reasons if stacks else ["its arrays cannot be indexed"]
         yield Check(f"states/stacked-{dtype}", partial(check_stacked, backend, dtype), reasons)
@@ -64,7 +65,7 @@ def check_stacked(backend: Any, dtype: str) -> list[str]:
         for state in _states(backend, dtype, count):
             whole = [AttentionState(*(part[b] for part in state)) for b in range(len(lengths))]
             cut = [AttentionState(s[0][:n], s[1][:, :n], s[2][:, :n]) for s, n in zip(whole, lengths, strict=True)]
-            states.append(_laid_out(cut, layout, options.get("softmax_layout") == "SBH"))
+            states.append(_together(cut, layout, options.get("softmax_layout") == "SBH"))
         listed = merge_states([AttentionState(*map(backend.asarray, state)) for state in states], **options)
         stack = AttentionState(*(backend.asarray(np.stack(parts)) for parts in zip(*states, strict=True)))
         stacked = merge_states(stack, **options)
@@ -93,7 +94,7 @@ def check_stream(backend: Any, layout: str, packed: bool, dtype: str) -> list[st
             for b, at in enumerate(places)
         ]
         cur = [AttentionState(part[0].swapaxes(0, 1), *part[1:]) for part in cur]
-        given = _laid_out(cur, layout, packed)
+        given = _together(cur, layout, packed)
         own = [backend.asarray(part) for part in given]
         ring.update(*own, tokens=tokens)
         after = _apart(host_state(backend, ring.result()), lengths, layout, packed)
@@ -113,7 +114,7 @@ def check_stream(backend: Any, layout: str, packed: bool, dtype: str) -> list[st
     wide = host_state(backend, ring.result())
     if wide.attn_out.dtype.name != _running(dtype):
         problems.append(f"the running state is {wide.attn_out.dtype.name}; expected {_running(dtype)}")
-    elif dtype in ("float16", "bfloat16"):
+    elif dtype in NARROW:
         with np.errstate(over="ignore"):
             rounded = AttentionState(wide.attn_out.astype(named_dtype(dtype)), *wide[1:])
         narrow = host_state(backend, ring.result(dtype))
@@ -155,7 +156,7 @@ def _where(tokens: Any, length: int) -> slice:
     return slice(None) if tokens is None else tokens if isinstance(tokens, slice) else halves[tokens]
 
 
-def _laid_out(sequences: Sequences, layout: str, packed: bool) -> AttentionState:
+def _together(sequences: Sequences, layout: str, packed: bool) -> AttentionState:
     """Put sequences into a layout."""
     attn_out, maxima, sums = (list(parts) for parts in zip(*sequences, strict=True))
     if layout == "TND":

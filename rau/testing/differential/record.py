@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.arrays.numpy_ import named_dtype
 from rau.backends import Backend, Capabilities
 from rau.constraints.hints import meant
 from rau.constraints.lengths import bind_lengths
@@ -36,7 +37,7 @@ from rau.errors import RauError
 from rau.layouts import FIELDS, LAYOUTS, OTHER_LAYOUTS
 from rau.problem import Problem
 from rau.state import AttentionState
-from rau.testing.cases import Case, named_dtype
+from rau.testing.cases import Case
 from rau.testing.cases.placements import OUT_PLACEMENTS, PLACEMENTS
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from rau.state import AttentionState
 from rau.testing.reference.oracle import widen
+from rau.testing.reference.row_weights import FORMATS
 from rau.testing.reference.sequences import (
     AXES,
-    DTYPES,
     AttentionCall,
     TokenSequence,
     positions_of,
@@ -91,8 +91,8 @@ def partial_attention(
     >>> state.attn_out.shape, state.softmax_max.shape, state.softmax_sum.dtype.name
     ((6, 1, 8), (1, 2, 6, 8), 'float32')
     """
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected the name of one of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in FORMATS:
+        raise ValueError(f"dtype is {dtype!r}; expected the name of one of {', '.join(FORMATS)}")
     lengths = actual_seq_qlen, actual_seq_kvlen
     call = AttentionCall(causal, layout, softmax_layout, *lengths, query_positions, key_positions)
     stats = np.dtype(np.float64 if dtype == "float64" else np.float32)
@@ -221,13 +221,13 @@ def _packed(stats: np.ndarray, sequences: list[TokenSequence]) -> np.ndarray:
 
 def _rounder(dtype: str) -> Any:
     """Return a function that rounds float64 once, to nearest even."""
-    if dtype != "bfloat16":
+    if hasattr(np, dtype):
         return lambda out: out.astype(dtype)
     try:
-        from ml_dtypes import bfloat16
+        import ml_dtypes
     except ImportError as error:
         raise ImportError(
-            'dtype="bfloat16" needs ml_dtypes, which gives NumPy that type: python -m pip install ml_dtypes'
+            f'dtype="{dtype}" needs ml_dtypes, which gives NumPy that type: python -m pip install ml_dtypes'
         ) from error
 
     def rounded(out: np.ndarray) -> np.ndarray:
@@ -236,6 +236,6 @@ def _rounder(dtype: str) -> Any:
         bits = single.view(np.uint32)
         bits -= np.abs(single) > np.abs(out)
         bits |= single != out
-        return single.astype(bfloat16)
+        return single.astype(getattr(ml_dtypes, dtype))
 
     return rounded

@@ -74,7 +74,7 @@ class Expected:
 
 def once_stored(error: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
     """Add what storing may to an error of the arithmetic: half a unit in the last place in 16 bits, but 0 stays."""
-    if dtype not in ("float16", "bfloat16"):  # the arithmetic's last rounding is that of storing
+    if FORMATS[dtype].precision >= FORMATS["float32"].precision:  # the arithmetic's last rounding is that of storing
         return error
     return np.where(error == 0, 0.0, error + half_ulp(np.abs(exact) + error, dtype))
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+from rau.testing.reference.row_weights import FORMATS
+
 _FORMS = {"SBH": "(S, B, N, D)", "BSND": "(B, S, N, D)", "BNSD": "(B, N, S, D)", "TND": "(T, N, D)"}
 AXES = {"SBH": (1, 2, 0, 3), "BSND": (0, 2, 1, 3), "BNSD": (0, 1, 2, 3)}  # of batch, head, token, dimension
 
@@ -105,8 +106,8 @@ def _cumulative(name: str, given: Any, tokens: int, array: str) -> list[int]:
 
 def _checked(name: str, array: Any, layout: str) -> np.ndarray:
     array = np.asarray(array)
-    if array.dtype.name not in DTYPES:
-        raise ValueError(f"{name} has dtype {array.dtype.name}; expected one of {', '.join(DTYPES)}")
+    if array.dtype.name not in FORMATS:
+        raise ValueError(f"{name} has dtype {array.dtype.name}; expected one of {', '.join(FORMATS)}")
     form = _FORMS[layout]
     if array.ndim != form.count(",") + 1:
         hint = "; split the hidden axis into heads, whose number is not passed" if layout == "SBH" else ""

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from rau import registry
+from rau.arrays.numpy_ import named_dtype
 from rau.backends import Backend
 from rau.state import AttentionState
-from rau.testing.cases import Case, named_dtype
+from rau.testing.cases import Case
 from rau.testing.comparison import Comparison, compare, same_bits
 from rau.testing.reference.oracle import Expected, oracle
 from rau.testing.under_test import host_state, own_state
