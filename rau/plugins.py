@@ -267,9 +267,8 @@ def first_told(entry: Entry) -> bool:
 
 def missing_part(backend: Any) -> str:
     """Say what a class or an instance lacks to be a backend; empty where it lacks nothing."""
-    from rau.backends import Capabilities  # a dataclass, a quarter of what `import rau` would cost
-
-    if not isinstance(getattr(backend, "capabilities", None), Capabilities):
+    contract = sys.modules.get("rau.backends")  # dear to import; where nobody has, nobody has a Capabilities
+    if contract is None or not isinstance(getattr(backend, "capabilities", None), contract.Capabilities):
         return "it has no attribute `capabilities`, a rau.backends.Capabilities"
     if not callable(getattr(backend, "update", None)):
         return "it has no method `update`"
