@@ -173,7 +173,8 @@ def widen(array: np.ndarray) -> np.ndarray:
     """Convert exactly to float64; bfloat16 by its bits, so that no library for it is needed."""
     if array.dtype.name == "bfloat16":
         array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of a signalling NaN, which is a NaN like any other
+        return array.astype(np.float64)
 
 
 def row_order(
