@@ -215,42 +215,43 @@ def load(entry: Entry, name: str) -> Entry:
         with lock:
             load_class(entry, name)
             if entry.instance is None and entry.failure is None:
-                with _attempt(entry):
-                    instance = entry.cls() if isinstance(entry.cls, type) else entry.cls
-                    if fault := missing_part(instance):
-                        raise BackendUnavailableError(f"{shown(instance)} is not a backend: {fault}")
-                    entry.instance = instance
+                _attempt(entry, "instance", lambda: entry.cls() if isinstance(entry.cls, type) else entry.cls)
     return entry
 
 
 def load_class(entry: Entry, name: str) -> Any:
-    """Import a backend's class, without making an instance; None where that fails."""
-    if entry.cls is None and entry.failure is None:
+    """Import a backend's class, without making an instance; None where that fails. Who comes second waits for the first."""
+    if entry.cls is None:
         with lock:
             if entry.origin != "built in":
                 _guard_forks()
             if entry.cls is None and entry.failure is None:
-                with _attempt(entry):
-                    if name in blocked():
-                        raise BackendUnavailableError(f"RAU_BLOCK = {os.environ['RAU_BLOCK']!r} names it")
-                    cls = entry.load()
-                    if fault := missing_part(cls):
-                        raise BackendUnavailableError(f"{shown(cls)} is not a backend: {fault}")
-                    entry.cls = cls
+                _attempt(entry, "cls", lambda: _unless_blocked(name, entry))
     return entry.cls
+
+
+def _unless_blocked(name: str, entry: Entry) -> Any:
+    if name in blocked():
+        raise BackendUnavailableError(f"RAU_BLOCK = {os.environ['RAU_BLOCK']!r} names it")
+    return entry.load()
 
 
 class _BeingLoaded(BackendUnavailableError):
     """What a backend hears that asks for itself."""
 
 
-@contextmanager
-def _attempt(entry: Entry) -> Iterator[None]:
-    """Note in the entry what goes wrong: a plugin may do anything while it is loaded."""
-    entry.failure = _BeingLoaded("it is still being loaded")
+def _attempt(entry: Entry, part: str, load: Callable[[], Any]) -> None:
+    """Load a part of an entry, and note there what goes wrong: a plugin may do anything while it is loaded.
+
+    All in one function: an interrupt on the way into or out of a context manager would leave its note behind for good.
+    """
     try:
-        yield
+        entry.failure = _BeingLoaded("it is still being loaded")
+        loaded = load()
+        if fault := missing_part(loaded):
+            raise BackendUnavailableError(f"{shown(loaded)} is not a backend: {fault}")
         entry.failure = None
+        setattr(entry, part, loaded)  # last: who sees it takes no lock
     except KeyboardInterrupt:  # the next one tries again
         entry.failure = None
         raise
