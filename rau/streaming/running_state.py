@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,8 @@ from rau.streaming.tokens import halves
 
 UPDATE = "StreamingMerge.update"
 _HOST = NumPyKind()
+# Places of the state, and what is handed over to merge into them: a problem, the two states, and where to write.
+_Call = tuple[AttentionState, Problem, AttentionState, AttentionState, "AttentionState | None"]
 
 
 def of_part(state: int, field: int) -> str:
@@ -104,24 +105,28 @@ class RunningState:
         chosen, origin = self.choose()
         registry.log_call(UPDATE, chosen, origin)
         if on_host or registry.reasons_against(chosen, problem):
-            self._merge_adapted(chosen, problem, whole, places, cur, on_host)
-            return
-        prev = places if problem.half is None else whole
-        with self._writing():
-            result = hand_over(UPDATE, chosen, problem, (prev, cur), prev)
-        if self.own_kind:
-            self.state = AttentionState(*result)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Remember that a write was cut short, by Ctrl-C or a fault: nobody can tell which rows are merged then."""
-        try:
-            yield
-        except UnsupportedError:  # said before anything is written
-            raise
-        except BaseException:
-            self.broken = True
-            raise
+            calls = self._adapted(chosen, problem, whole, places, cur, on_host)
+        else:
+            prev = places if problem.half is None else whole
+            calls = [(places, problem, prev, cur, prev)]
+        # Broken until the last line: wherever a fault or Ctrl-C stops an update once it may have written, nobody can tell which
+        # rows are merged. Marked afterwards, it would go unmarked where an interrupt comes first.
+        self.broken, written = True, False
+        for places, bound, prev, cur, out in calls:
+            try:
+                result = hand_over(UPDATE, chosen, bound, (prev, cur), out)
+            except UnsupportedError:  # said before anything is written
+                self.broken = written
+                raise
+            written = True
+            if self.own_kind and not on_host:
+                self.state = AttentionState(*result)
+            elif on_host or out is None:
+                for place, values in zip(places, self.to_host(result) if on_host else result, strict=True):
+                    place[...] = values
+        if on_host:
+            self.state = AttentionState(*map(chosen.asarray, whole))
+        self.broken = False
 
     def refuse_broken(self, call: str) -> None:
         """Refuse to go on from a state that was cut short while it was written."""
@@ -129,10 +134,10 @@ class RunningState:
             raise UnsupportedError(f"{call}: an earlier update was stopped while it wrote, and nobody can tell which rows it had "
                                    "merged; start again with a new StreamingMerge.")  # fmt: skip
 
-    def _merge_adapted(
+    def _adapted(
         self, chosen: Any, problem: Problem, whole: AttentionState, places: AttentionState, cur: AttentionState, on_host: bool
-    ) -> None:
-        """Merge by a backend that does not take the call as it is, in calls that it takes, all judged before any is made."""
+    ) -> list[_Call]:
+        """Find calls for a backend that does not take the call as it is, all judged before any is made."""
         takes, layout, lengths, half = chosen.capabilities, problem.layout, problem.actual_seq_qlen, problem.half
         if problem.cur_dtype != problem.dtype and not takes.mixed:
             wide = _HOST.cast(cur.attn_out, problem.dtype) if on_host else self.cast(cur.attn_out, problem.dtype)
@@ -147,7 +152,7 @@ class RunningState:
                 raise UnsupportedError(f'{UPDATE}: backend "{chosen.name}" does not take halves of TND sequences '
                                        f"(Capabilities.halves), and {missing}.")  # fmt: skip
             pieces, lengths, half = halves(whole, cur, 2 * lengths, half, problem.packed, layout), None, None
-        calls = []
+        calls: list[_Call] = []
         for places, cur in pieces:
             prev = places
             if on_host:
@@ -163,13 +168,4 @@ class RunningState:
                 raise UnsupportedError(f'{UPDATE}: backend "{chosen.name}" does not take {bound!r}: {"; ".join(reasons)}.')
             prev = prev if half is None else whole
             calls.append((places, bound, prev, cur, None if out is None else prev))
-        for places, bound, prev, cur, out in calls:
-            with self._writing():
-                result = hand_over(UPDATE, chosen, bound, (prev, cur), out)
-            if self.own_kind and not on_host:
-                self.state = AttentionState(*result)
-            elif on_host or out is None:
-                for place, values in zip(places, self.to_host(result) if on_host else result, strict=True):
-                    place[...] = values
-        if on_host:
-            self.state = AttentionState(*map(chosen.asarray, whole))
+        return calls
