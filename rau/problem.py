@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -20,6 +19,25 @@ def _strides(kind: Kind, array: Any) -> tuple[int, ...]:
     assert strides is not None
     # An axis of length 1 may have any stride, with which nothing is to be computed.
     return tuple(step if length > 1 else 0 for step, length in zip(strides, array.shape, strict=True))
+
+
+_Value = TypeVar("_Value")
+
+
+class _once(Generic[_Value]):  # noqa: N801 - used like a function
+    """A property that is computed once.
+
+    functools.cached_property takes a lock up to Python 3.11, one for all Problems: a child that is forked while another
+    thread holds it would wait for ever.
+    """
+
+    def __init__(self, compute: Callable[[Any], _Value]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, problem: Any, cls: Any = None) -> _Value:
+        value = vars(problem)[self._compute.__name__] = self._compute(problem)
+        return value
 
 
 class Problem:
@@ -157,18 +175,18 @@ class Problem:
         """Whether the statistics are in TND's packed order."""
         return self.layout == "TND" and self.softmax_layout == "SBH"
 
-    @cached_property
+    @_once
     def S(self) -> int | None:
         if isinstance(self.actual_seq_qlen, np.ndarray):
             return int(np.diff(self.actual_seq_qlen).max(initial=0))
         return None
 
-    @cached_property
+    @_once
     def strides(self) -> tuple[tuple[int, ...], ...]:
         stats = contiguous_strides(self.stats_shape)
         return (contiguous_strides(self.shape), stats, stats) * (self.K + 1)
 
-    @cached_property
+    @_once
     def block_terms(self) -> BlockTerms | None:
         """The block table in compact form; None where `blocks` is."""
         if (self.packed or self.half is not None) and not isinstance(self.actual_seq_qlen, np.ndarray):
@@ -178,7 +196,7 @@ class Problem:
         lengths = (self.B, tokens, self.N, self.D)
         return block_terms(self.layout, self.packed, lengths, self.actual_seq_qlen, self.strides, self.half)
 
-    @cached_property
+    @_once
     def blocks(self) -> np.ndarray | None:
         return None if self.block_terms is None else self.block_terms.table()
 
