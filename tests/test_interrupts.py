@@ -46,7 +46,8 @@ def test_a_plugin_that_is_loaded(monkeypatch):
 def test_an_update(backend, monkeypatch):
     """Checked, chosen and run anew each time; `numpy` in two pieces."""
     monkeypatch.setattr(numpy_, "_ELEMENTS", 128)
-    prev, cur, out, inputs = sbh(16, 1, 2), sbh(16, 1, 2, seed=1), sbh(16, 1, 2, seed=2), (*sbh(16, 1, 2), *sbh(16, 1, 2, seed=1))
+    prev, cur, out = (sbh(16, 1, 2, seed=seed) for seed in range(3))
+    inputs = [part.copy() for part in (*prev, *cur)]
     right, old = rau.ring_attention_update(*prev, *cur, backend=backend), [part.copy() for part in out]
 
     def before():
@@ -55,7 +56,10 @@ def test_an_update(backend, monkeypatch):
             part[...] = values
 
     found, step = Counter(), 1 if backend == "cython" else 3
-    for _ in interrupts.at_every_place(lambda: rau.ring_attention_update(*prev, *cur, out=out, backend=backend), before, step):
+    def call():
+        rau.ring_attention_update(*prev, *cur, out=out, backend=backend)
+
+    for _ in interrupts.at_every_place(call, before, step):
         assert interrupts.same((*prev, *cur), inputs)
         found["untouched" if interrupts.same(out, old) else "whole" if interrupts.same(out, right) else "mixed"] += 1
         assert interrupts.same(rau.ring_attention_update(*prev, *cur, backend=backend), right)
@@ -87,7 +91,7 @@ def test_a_running_state(backend, tokens):
 
 
 def test_signals():
-    """At random moments, of which some are inside the core, NumPy and torch; what may have become of what is judged there."""
+    """At random moments, some of them inside the core, NumPy and torch; what has become of all is judged there."""
     script = Path(interrupts.__file__)
     command = [sys.executable, "-W", "ignore", script, "--interrupts", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -109,8 +109,8 @@ class RunningState:
         else:
             prev = places if problem.half is None else whole
             calls = [(places, problem, prev, cur, prev)]
-        # Broken until the last line: wherever a fault or Ctrl-C stops an update once it may have written, nobody can tell which
-        # rows are merged. Marked afterwards, it would go unmarked where an interrupt comes first.
+        # Broken until the last line: wherever a fault or Ctrl-C stops an update once it may have written, nobody can tell
+        # which rows are merged. Marked afterwards, it would go unmarked where an interrupt comes first.
         self.broken, written = True, False
         for places, bound, prev, cur, out in calls:
             try:
