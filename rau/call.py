@@ -42,8 +42,9 @@ def run(
     )
     chosen, origin = registry.select(problem, backend)
     registry.log_call(call, chosen, origin)
+    own = None if target is out else AttentionState(*out)  # the caller's objects; once they are written, nothing may fail
     result = hand_over(call, chosen, problem, states, target)
-    return result if target is out else AttentionState(*out)  # the caller's own objects
+    return result if own is None else own
 
 
 def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> AttentionState:

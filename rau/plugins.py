@@ -214,7 +214,7 @@ def load(entry: Entry, name: str) -> Entry:
     if entry.instance is None:
         with lock:
             load_class(entry, name)
-            if entry.instance is None and entry.failure is None:
+            if entry.instance is None and entry.cls is not None and _to_be_tried(entry):
                 _attempt(entry, "instance", lambda: entry.cls() if isinstance(entry.cls, type) else entry.cls)
     return entry
 
@@ -225,9 +225,14 @@ def load_class(entry: Entry, name: str) -> Any:
         with lock:
             if entry.origin != "built in":
                 _guard_forks()
-            if entry.cls is None and entry.failure is None:
+            if entry.cls is None and _to_be_tried(entry):
                 _attempt(entry, "cls", lambda: _unless_blocked(name, entry))
     return entry.cls
+
+
+def _to_be_tried(entry: Entry) -> bool:
+    """Tell whether nothing speaks against it but that there was no memory when it was tried."""
+    return entry.failure is None or isinstance(entry.failure, MemoryError)
 
 
 def _unless_blocked(name: str, entry: Entry) -> Any:

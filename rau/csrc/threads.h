@@ -68,7 +68,8 @@ static int rau_team(int wanted, size_t stack_bytes) {
     pthread_attr_t attributes;
     pthread_t *threads;
     int started = 0, i;
-    if (wanted > last && (threads = malloc(wanted * sizeof(pthread_t))) != NULL) {
+    if (wanted > last && (threads = malloc(wanted * sizeof(pthread_t))) == NULL) wanted = last;
+    if (wanted > last) {
         pthread_attr_init(&attributes);
         if (stack_bytes) pthread_attr_setstacksize(&attributes, stack_bytes);
         pthread_mutex_lock(&gate);
