@@ -92,12 +92,13 @@ def test_each_allocation_of_pythons():
         class Core:
             name, capabilities = "core", rau.registry.get("cython").capabilities
             def update(self, problem, prev, cur, out):
-                seen[:] = [(*problem.block_terms, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, 8, False, 2)]
+                seen[:] = *problem.block_terms, arrays, "float32", "float32", problem.N, problem.D, problem.lanes, False, 2
                 return out
         rau.ring_attention_update(*prev, *cur, out=out, backend=Core())
-        before = [sys.getrefcount(one) for one in (*arrays, *seen[0][:4])]
-        print(each(lambda: _core.merge(*seen[0]), written) >= 0, each(lambda: _core.signature(arrays, 6), lambda error: True) >= 0)
-        print([sys.getrefcount(one) for one in (*arrays, *seen[0][:4])] == before)
+        before = [sys.getrefcount(one) for one in (*arrays, *seen[:4])]
+        print(each(lambda: _core.merge(*seen), written) >= 0)
+        print(each(lambda: _core.signature(arrays, 6), lambda error: True) >= 0)
+        print([sys.getrefcount(one) for one in (*arrays, *seen[:4])] == before)
     """
     assert alone(EACH, code).split() == ["True"] * 6
 
