@@ -63,7 +63,10 @@ def test_an_update(backend, monkeypatch):
         assert interrupts.same((*prev, *cur), inputs)
         found["untouched" if interrupts.same(out, old) else "whole" if interrupts.same(out, right) else "mixed"] += 1
         assert interrupts.same(rau.ring_attention_update(*prev, *cur, backend=backend), right)
-    assert found.keys() == {"untouched", "whole"} | ({"mixed"} if backend == "numpy" else set())
+    if backend == "cython":
+        assert found.keys() <= {"untouched", "whole"}
+    else:
+        assert found["mixed"]  # which is not promised, and shows that it would be seen
 
 
 class Elsewhere(Backend):
