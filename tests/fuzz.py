@@ -38,6 +38,7 @@ except ImportError:
     DTYPES = ["f4", "f2", "f8"]
 torch = None
 GUARD = 0xA5
+BESIDE = 64  # bytes of it before and after each array
 ORACLE_EVERY = 4  # of the updates and merges: more than a tenth of the results
 SECONDS = 60  # that one call may take
 
@@ -67,8 +68,8 @@ class Buffers:
         reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True) if n]
         low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + item
         odd = rng.choice([1, 2, 3]) if rng.random() < 0.06 else 0
-        memory = np.full(high - low + 128 + 8, GUARD, np.uint8)
-        start = 64 - memory.ctypes.data % 8 - low + odd
+        memory = np.full(BESIDE + high - low + odd + BESIDE, GUARD, np.uint8)  # aligned to 8 bytes by NumPy
+        start = BESIDE - low + odd
         view = np.ndarray(shape, dtype, memory, start, tuple(strides))
         values = np.random.default_rng(rng.getrandbits(32))
         with np.errstate(all="ignore"):
@@ -301,16 +302,18 @@ def work(first, count, step, threads, place):
 
 def main():
     """Fuzz: 0 without a finding, 1 with one."""
+    global BESIDE, torch
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--threads", type=int, default=1, help="that make calls at once, in each process")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     parser.add_argument("--torch", action="store_true", help="tensors too")
+    parser.add_argument("--beside", type=int, default=BESIDE, help="known bytes around each array; a sanitizer wants 0")
     parser.add_argument("--worker", nargs=2, metavar=("STEP", "FILE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    BESIDE = given.beside
     if given.torch:
-        global torch
         import torch
     if given.worker:
         with open(given.worker[1], "r+b") as file, mmap.mmap(file.fileno(), 8) as place:
@@ -325,7 +328,8 @@ def main():
             with open(file, "wb") as new:
                 new.write(bytes(8))
             command = [sys.executable, __file__, "--first", str(given.first + k), "--calls", str(len(range(k, given.calls, count)))]
-            command += ["--threads", str(given.threads), "--worker", str(count), file] + ["--torch"] * given.torch
+            command += ["--threads", str(given.threads), "--beside", str(BESIDE), "--worker", str(count), file]
+            command += ["--torch"] * given.torch
             workers.append((subprocess.Popen(command, stdout=subprocess.PIPE, text=True), file))
         for worker, file in workers:
             for line in worker.stdout:
