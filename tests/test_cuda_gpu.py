@@ -188,7 +188,8 @@ def test_nothing_waits_for_the_device(name):
     call = calls().get(name, on_host)
     call()  # compiles
     try:
-        with warnings.catch_warnings(action="ignore"):  # "a prototype feature"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "a prototype feature"
             torch.cuda.set_sync_debug_mode("error")
         call()
     finally:

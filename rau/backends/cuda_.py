@@ -151,27 +151,29 @@ class CudaBackend(TorchBackend):
         dtypes = self._kernel.DTYPES
         constants = {
             "K": problem.K, "FIRST": dtypes[problem.dtype], "LATER": dtypes[problem.cur_dtype],
-            "STATS": dtypes[problem.stats_dtype], "LANES": problem.lanes, "ALIGNED": False,
+            "STATS": dtypes[problem.stats_dtype], "LANES": problem.lanes, "ALIGNED": None,
             "PACKED": problem.packed, "HALF": problem.half or "",
-            "ROWS": self._rows, "GROUP": 1, "BLOCK_D": 1, "BY_INTEGERS": self._by_integers,
+            "ROWS": self._rows, "GROUP": None, "BLOCK_D": None, "BY_INTEGERS": self._by_integers,
         }  # fmt: skip
-        tiles_of = []
-        for aligned in (False, True):
+
+        def compiled(aligned: bool) -> dict[str, Any]:
             # Whole rows, if they have at most 512 bytes, and of few states several at a time, as registers allow; each
             # element takes an address of its own where 16 bytes cannot be had at once.
             bytes_ = (2048 if problem.K <= 2 else 512) >> (0 if aligned else 2)
             block = min(1 << (problem.D - 1).bit_length(), min(512, bytes_) // sizes[0])
             group = min(self._rows, bytes_ // (block * sizes[0]))
-            tiles_of.append(constants | {"ALIGNED": aligned, "GROUP": group, "BLOCK_D": block})
+            return constants | {"ALIGNED": aligned, "GROUP": group, "BLOCK_D": block}
+
+        both = compiled(False), compiled(True)
         key = (problem.device, problem.dtype, problem.cur_dtype, problem.stats_dtype, problem.K, problem.lanes,
-               problem.packed, problem.half, tiles_of[True]["BLOCK_D"])  # fmt: skip
+               problem.packed, problem.half, both[True]["BLOCK_D"])  # fmt: skip
         return Plan(
             grid=(outers * middles * tiles, 1, 1),
             steps=[tuple(map(self._kernel.word, its)) for its in steps],
             wide=wide,
             aligned=problem.D % 8 == 0 and not any(step * sizes[index] % 16 for index in wide for step in steps[index]),
             numbers=(middles, inners, tiles, problem.D),
-            constants=tuple(tiles_of),
+            constants=both,
             keys=(key, (*key, "aligned")),
         )
 
