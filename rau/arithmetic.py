@@ -108,27 +108,13 @@ def exp_nonpositive(x: Any, lost: Any = None) -> Any:
 
 
 class Weighed(NamedTuple):
-    """The rows of a merge of K states; arrays of float64 and one shape, unless said otherwise.
+    """The rows of a merge of K states; arrays of float64 and one shape, unless said otherwise."""
 
-    Attributes
-    ----------
-    live : list of arrays of bool
-        Which rows of each state are not empty.
-    alone : array of bool
-        Rows with a single live state.
-    exponentials : list of arrays
-        exp(m_i - m); 0 for an empty side.
-    weights : list of arrays, dtype of the statistics
-        Share of each state in the output; 0 where it is not to be read.
-    maximum, total : array
-        Merged statistics, not yet rounded.
-    """
-
-    live: list[Any]
-    alone: Any
-    exponentials: list[Any]
-    weights: list[Any]
-    maximum: Any
+    live: list[Any]  # of bool: which rows of each state are not empty
+    alone: Any  # of bool: rows with a single live state
+    exponentials: list[Any]  # exp(m_i - m); 0 for an empty side
+    weights: list[Any]  # dtype of the statistics: share of each state in the output; 0 where it is not to be read
+    maximum: Any  # merged statistics, not yet rounded
     total: Any
 
 

@@ -38,22 +38,9 @@ def _align(count: int, step: int) -> int:
 
 
 def unified_buffer_bytes(heads: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of the chip's unified buffer that one token takes in layout TND.
+    """Bytes of the chip's unified buffer that one token takes in layout TND, by the formula of the reference page.
 
-    Parameters
-    ----------
-    heads, head_dim : int
-    itemsize : int
-        Bytes of one element of attn_out.
-
-    Returns
-    -------
-    int
-        At most 192 * 1024 is accepted.
-
-    Notes
-    -----
-    The formula is the reference page's.
+    `itemsize` is that of attn_out; at most 192 * 1024 is accepted.
 
     Examples
     --------

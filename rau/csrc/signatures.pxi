@@ -51,20 +51,10 @@ cdef struct Described:
 
 
 def signature(arrays, Py_ssize_t inputs):
-    """Describe a call by all that decides whether it is allowed, apart from values; see rau.constraints.cache.
+    """Describe a call by all that decides whether it is allowed, apart from values, as bytes; see rau.constraints.cache.
 
-    Parameters
-    ----------
-    arrays : sequence of objects
-        Those of the input states, then perhaps those to write into.
-    inputs : int
-        How many of them are inputs.
-
-    Returns
-    -------
-    bytes or None
-        Equal for calls that are alike. None where that takes the validator: something is no plain array, or an output
-        meets another array otherwise than by standing exactly on an input of its own role.
+    `arrays` are those of the input states, `inputs` of them, then perhaps those to write into. None where it takes the
+    validator: one is no plain array, or an output meets another array but by standing exactly on an input of its role.
     """
     cdef Described described[MOST_ARRAYS + 1]
     cdef char *low[MOST_ARRAYS]
@@ -112,20 +102,7 @@ cdef inline bint _in_role(Py_ssize_t output, Py_ssize_t other, Py_ssize_t inputs
 
 
 def tensor_signature(arrays, Py_ssize_t inputs, plain):
-    """Describe a call on torch tensors as `signature` does one on NumPy arrays.
-
-    Parameters
-    ----------
-    arrays : sequence of objects
-    inputs : int
-    plain : type
-        torch.Tensor; not a class derived from it.
-
-    Returns
-    -------
-    list or None
-        What makes a signature.
-    """
+    """Describe a call on torch tensors, all on the CPU or on one CUDA device, as a list; `plain` is torch.Tensor."""
     cdef uintptr_t low[MOST_ARRAYS]
     cdef uintptr_t high[MOST_ARRAYS]
     cdef Py_ssize_t count = len(arrays), i, j

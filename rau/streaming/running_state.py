@@ -33,14 +33,9 @@ def of_part(state: int, field: int) -> str:
 class RunningState:
     """Three arrays that begin as the empty state, of the full shape, in the place and of the kind of a state like it.
 
-    Attributes
-    ----------
-    state : AttentionState
-        float32, or float64; arrays of a plugin's own kind may be other ones after an update.
-    asked : Problem
-        What each update asks the registry: to merge into such a state.
-    own_kind : bool
-        The arrays are of a plugin's own kind: nobody but its backend knows how to make them or what is in them.
+    `state` is float32, or float64; `asked` is the Problem of which each update asks the registry who takes it. With
+    `own_kind` the arrays are a plugin's: nobody but its backend can make them, or knows what is in them, and after an update
+    they may be other ones.
     """
 
     def __init__(self, problem: Problem, like: Any, backend: Any) -> None:
