@@ -53,9 +53,8 @@ def interleaved(
     A turn starts with a call that is not timed: each then finds in the caches what it leaves there itself, and not what the
     one before it has left, such as arrays of its own or lines that are still to be written.
 
-    A call is made some times at the start, to find how many make a turn; one that has had its equal part of `seconds` drops
-    out, after `least` rounds. `clock` takes a call and how often to repeat it, and returns the seconds of all of that. Of
-    each call come the seconds it takes, one number a round; the rounds of different calls correspond.
+    A call that has had its equal part of `seconds` drops out, after `least` rounds; `clock` takes a call and how often to
+    repeat it. Of each call come the seconds it takes, one number a round; the rounds of different calls correspond.
     """
     repeats, times, spent = {}, {name: list[float]() for name in calls}, dict.fromkeys(calls, 0.0)
     for name, call in calls.items():
