@@ -151,9 +151,8 @@ class CudaBackend(TorchBackend):
         dtypes = self._kernel.DTYPES
         constants = {
             "K": problem.K, "FIRST": dtypes[problem.dtype], "LATER": dtypes[problem.cur_dtype],
-            "STATS": dtypes[problem.stats_dtype], "LANES": problem.lanes, "ALIGNED": None,
-            "PACKED": problem.packed, "HALF": problem.half or "",
-            "ROWS": self._rows, "GROUP": None, "BLOCK_D": None, "BY_INTEGERS": self._by_integers,
+            "STATS": dtypes[problem.stats_dtype], "LANES": problem.lanes, "ALIGNED": None, "PACKED": problem.packed,
+            "HALF": problem.half or "", "ROWS": self._rows, "GROUP": None, "BLOCK_D": None, "BY_INTEGERS": self._by_integers,
         }  # fmt: skip
 
         def compiled(aligned: bool) -> dict[str, Any]:
