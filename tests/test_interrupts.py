@@ -82,7 +82,7 @@ class Elsewhere(Backend):
 HALVES = {"layout": "TND", "actual_seq_qlen": [0, 2, 6, 8]}
 
 
-@pytest.mark.parametrize("backend", [*HOST, Elsewhere()], ids=str)
+@pytest.mark.parametrize("backend", [*HOST, Elsewhere()], ids=[*HOST, "elsewhere"])
 @pytest.mark.parametrize("tokens", [None, "front"])
 def test_a_running_state(backend, tokens):
     """An update that raised has merged nothing, or the state refuses to go on."""
