@@ -59,7 +59,7 @@ RAU_INLINE RAU_TARGET WORDS RAU_NAME(to_bf16)(FLOATS x) {
 RAU_INLINE RAU_TARGET UNIT RAU_NAME(load_unit)(const char *at, const int format, const int paired) {
     UNIT unit;
     if (format == RAU_F32) {
-        memcpy(&unit.a, at, sizeof unit.a); /* one by one: gcc 12 takes both at once through the stack, and waits (0.57 for 0.91) */
+        memcpy(&unit.a, at, sizeof unit.a); /* one by one: gcc 12 takes both through the stack (0.57 of the roof for 0.91) */
         memcpy(&unit.b, at + sizeof unit.a, sizeof unit.b);
     } else if (format == RAU_F16) {
         unit.a = RAU_NAME(from_f16)(at);
