@@ -231,3 +231,29 @@ print(same_bits(call("cython"), call("numpy")))
 """
     )
     assert differing.strip() == "[]"
+
+
+@pytest.mark.parametrize("version", _core.simd_versions())
+@pytest.mark.parametrize("D", [40, 4], ids=["long rows", "rows shorter than a vector"])
+def test_a_nan_stays_one_in_bfloat16_whatever_its_payload(version, D):
+    # Rounding adds to the lower half of a number's bits: where that half of a NaN were set, it would carry into the sign.
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    payloads = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC0FFFF, 0x7F808001], np.uint32).view(np.float32)
+    rows = np.array([0x7FFF, 0xFFFF, 0x7F81, 0xFFC0], np.uint16).view(bfloat16)
+
+    def state(attn_out, total):
+        return rau.AttentionState(attn_out, np.ones((1, 1, 4, 8), np.float32), np.repeat(total, 8).reshape(1, 1, 4, 8))
+
+    plain = state(np.ones((4, 1, D), bfloat16), np.ones(4, np.float32))
+    before = _core.simd()
+    try:
+        _core.use_simd(version)
+        for other in (
+            state(np.ones((4, 1, D), bfloat16), payloads),
+            state(np.repeat(rows, D).reshape(4, 1, D), np.ones(4, np.float32)),
+        ):
+            for pair in ((plain, other), (other, plain)):
+                merged = rau.merge_states(pair, backend="cython").attn_out
+                assert np.isnan(merged.astype(np.float32)).all()
+    finally:
+        _core.use_simd(before)

@@ -41,16 +41,19 @@ RAU_INLINE RAU_TARGET SHORTS RAU_NAME(to_f16)(FLOATS x) {
 }
 #endif
 
-/* bfloat16, in the upper half of each word. */
+/* bfloat16, in the upper half of each word. A NaN stays one without a look at it: its lower half is 0, in which rounding carries
+   nothing upwards, since a NaN comes from a bfloat16 number, from a weight (weigh.h sees to it) or from an operation. */
 RAU_INLINE RAU_TARGET WORDS RAU_NAME(to_bf16)(FLOATS x) {
     const WORDS bits = RAU_NAME(words_of)(x);
-    const WORDS rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
-#if RAU_BYTES == 64
-    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
-    return (WORDS)_mm512_mask_mov_epi32((__m512i)rounded, nan, (__m512i)(bits | 0x400000u));
+    return bits + (0x7fffu + ((bits >> 16) & 1u));
+}
+
+/* The upper halves of two vectors' words: those of `low` become the lower ones. */
+RAU_INLINE RAU_TARGET WORDS RAU_NAME(upper_halves)(WORDS low, WORDS high) {
+#if RAU_BYTES == 32
+    return (WORDS)_mm256_blend_epi16((__m256i)(low >> 16), (__m256i)high, 0xaa);
 #else
-    const WORDS nan = ALL_BITS(WORDS, x != x);
-    return (nan & (bits | 0x400000u)) | (~nan & rounded);
+    return (low >> 16) | (high & 0xffff0000u);
 #endif
 }
 
@@ -84,7 +87,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(store_unit)(char *to, UNIT unit, int around,
         RAU_NAME(put)(to, &unit.a, sizeof unit.a, around);
         RAU_NAME(put)(to + sizeof unit.a, &unit.b, sizeof unit.b, around);
     } else if (format == RAU_BF16) {
-        const WORDS words = (RAU_NAME(to_bf16)(unit.a) >> 16) | (RAU_NAME(to_bf16)(unit.b) & 0xffff0000u);
+        const WORDS words = RAU_NAME(upper_halves)(RAU_NAME(to_bf16)(unit.a), RAU_NAME(to_bf16)(unit.b));
         RAU_NAME(put)(to, &words, sizeof words, around);
     } else {
 #if RAU_BYTES == 64

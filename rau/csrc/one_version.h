@@ -29,6 +29,7 @@ static const rau_version RAU_NAME(rau_version) = {
 #undef EQUAL
 #undef IS_NAN
 #undef EACH_ROW
+#undef GROUP
 #undef UNIT
 #undef UNIT_IN
 #undef ALONG

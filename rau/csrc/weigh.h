@@ -33,6 +33,13 @@ RAU_INLINE RAU_TARGET void RAU_NAME(exp_differences)(DOUBLES *m, const DOUBLES *
     }
 }
 
+/* Vectors of rows weighed at a time, of two states: the chain of one exponential is long, and other rows fill its gaps. */
+#if RAU_BYTES == 32
+#define GROUP 4
+#else
+#define GROUP 2
+#endif
+
 #if RAU_BYTES == 64
 #define EACH_ROW(of) {of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)}
 #elif RAU_BYTES == 32
@@ -62,7 +69,9 @@ RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(load_rows)(const char *at, ptrdiff_t step
         return (DOUBLES)_mm512_cvtps_pd(_mm512_castps512_ps256(pairs));
     }
 #endif
-    HALF_FLOATS rows = EACH_ROW(FLOAT_AT);
+    HALF_FLOATS rows;
+    if (step == sizeof(float) && count == DOUBLES_IN) memcpy(&rows, at, sizeof rows);
+    else rows = (HALF_FLOATS)EACH_ROW(FLOAT_AT);
     return CONVERT(DOUBLES, rows);
 #undef AT
 #undef DOUBLE_AT
@@ -93,6 +102,10 @@ RAU_INLINE RAU_TARGET void RAU_NAME(store_rows)(
         return;
     }
 #endif
+    if (step == sizeof(float) && count == DOUBLES_IN && lanes == 1) {
+        memcpy(to, &narrow, sizeof narrow);
+        return;
+    }
     float numbers[sizeof(DOUBLES) / sizeof(double)];
     memcpy(numbers, &narrow, sizeof numbers);
 #if defined(RAU_X86) && RAU_BYTES >= 32
@@ -151,8 +164,12 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
     const rau_line *lines, const ptrdiff_t states, const ptrdiff_t step, const int vectors, ptrdiff_t count, char *weights,
     ptrdiff_t gap, DOUBLES *numbers, ptrdiff_t lanes, int stream, const int wide, RAU_NAME(upcoming) *next) {
     const DOUBLES zero = {0}, infinity = ALL(INFINITY), one = ALL(1.0);
-    DOUBLES of_two[8], *shares = states == 2 ? of_two : numbers, *sums = shares + states * vectors;
-    DOUBLES max[2] = {-infinity, -infinity}, sum[2] = {zero, zero}, live[2] = {zero, zero}, alone[2] = {zero, zero};
+    DOUBLES of_two[4 * GROUP], *shares = states == 2 ? of_two : numbers, *sums = shares + states * vectors;
+    DOUBLES max[GROUP], sum[GROUP], live[GROUP], alone[GROUP];
+    for (int v = 0; v < vectors; v++) {
+        max[v] = -infinity;
+        sum[v] = live[v] = alone[v] = zero;
+    }
 #define STEP(line) (step ? step : lines[line].step)
 #define AT(line) (lines[line].at + v * DOUBLES_IN * STEP(line))
     RAU_NAME(prefetch_statistics)(next, 1);
@@ -173,7 +190,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
         }
     RAU_NAME(prefetch_statistics)(next, 2);
     if (states == 2) { /* One side is at the maximum, and the exponential of 0 is 1: one of them is enough. */
-        DOUBLES exponential[2];
+        DOUBLES exponential[GROUP];
         for (int v = 0; v < vectors; v++)
             exponential[v] = SELECT(EQUAL(shares[v], max[v]), shares[vectors + v], shares[v]);
         RAU_NAME(exp_differences)(exponential, max, vectors);
@@ -212,6 +229,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
         for (ptrdiff_t k = 0; k < states; k++, to += gap) {
             DOUBLES weight = SELECT(single, one, shares[k * vectors + v] / divisor);
             weight = SELECT(EQUAL(sums[k * vectors + v], zero), zero, weight);
+            weight = SELECT(IS_NAN(weight), ALL(NAN), weight); /* whose lower bits are 0: to_bf16 in merge.h counts on it */
             if (wide) {
                 memcpy(to, &weight, count * sizeof(double));
             } else {
@@ -254,8 +272,8 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_along)(
     RAU_NAME(weigh_rows)(lines, states, apart, vectors, count, weights, gap, numbers, lanes, stream, wide, &next); \
     next.lead -= (rows), rest -= (rows), weights += (rows) * item; \
     for (ptrdiff_t j = 0; j < 2 * states + 2; j++) lines[j].at += (rows) * (step ? step : lines[j].step)
-        while (states == 2 && rest >= 2 * DOUBLES_IN) {
-            WEIGH_ROWS(step, 2, 2 * DOUBLES_IN, DOUBLES_IN);
+        while (states == 2 && rest >= GROUP * DOUBLES_IN) {
+            WEIGH_ROWS(step, GROUP, GROUP * DOUBLES_IN, DOUBLES_IN);
         }
         while (rest >= DOUBLES_IN) {
             WEIGH_ROWS(step, 1, DOUBLES_IN, DOUBLES_IN);
@@ -293,6 +311,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh)(rau_tile *tile, const int wide) {
         outer = 1;
     }
     if (states == 2 && dense && row == 32 && !wide) RAU_NAME(weigh_along)(tile, 2, 32, along_heads, outer, inner, wide);
+    else if (states == 2 && dense && row == 4 && !wide) RAU_NAME(weigh_along)(tile, 2, 4, along_heads, outer, inner, wide);
     else if (states == 2) RAU_NAME(weigh_along)(tile, 2, 0, along_heads, outer, inner, wide);
     else RAU_NAME(weigh_along)(tile, states, 0, along_heads, outer, inner, wide);
 }
