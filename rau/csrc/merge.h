@@ -98,6 +98,9 @@ RAU_INLINE RAU_TARGET void RAU_NAME(store_unit)(char *to, UNIT unit, int around,
         const __m128i a = _mm256_cvtps_ph((__m256)unit.a, _MM_FROUND_TO_NEAREST_INT);
         const __m128i b = _mm256_cvtps_ph((__m256)unit.b, _MM_FROUND_TO_NEAREST_INT);
         const __m256i halves = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
+#elif RAU_BYTES
+        /* One vector: gcc 12 takes two halves of one through the stack. */
+        const LONGS halves = {(uint64_t)RAU_NAME(to_f16)(unit.a), (uint64_t)RAU_NAME(to_f16)(unit.b)};
 #else
         const SHORTS halves[2] = {RAU_NAME(to_f16)(unit.a), RAU_NAME(to_f16)(unit.b)};
 #endif
