@@ -96,7 +96,7 @@ class NaturalLogarithmOfABase2Sum(Base2):
 def test_a_mixed_up_base_is_named_on_nine_cases_of_ten(kernel, name):
     """Of all kinds of numbers, sizes and layouts: those on which it is wrong at all."""
     backend, wrong, found, others = kernel(), 0, 0, []
-    for case in generated(1, 60):
+    for case in generated(1, 30):
         numbers = case.fill()
         with registry.provisionally(backend):
             result, _ = run_case(backend, case, numbers)
@@ -108,7 +108,7 @@ def test_a_mixed_up_base_is_named_on_nine_cases_of_ten(kernel, name):
         found += name in names[:1]
         others += [(case.id, case.statistics, case.states, names)] * (name not in names[:1])
     print(f"{found} of {wrong}", *others, sep="\n")
-    assert wrong > 40 and found >= 0.9 * wrong
+    assert wrong > 20 and found >= 0.9 * wrong
 
 
 def test_a_file_with_log_sum_exps(tmp_path, capsys):
