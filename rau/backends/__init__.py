@@ -21,7 +21,18 @@ from rau.layouts import LAYOUTS
 from rau.problem import Problem
 from rau.state import AttentionState
 
-__all__ = ["AttentionState", "Backend", "Capabilities", "Problem"]
+__all__ = ["PROPERTIES", "AttentionState", "Backend", "Capabilities", "Problem"]
+
+# What the contract asks beyond ordinary numbers. A kernel that says which of these it does not promise is held to the rest.
+PROPERTIES = {
+    "one-empty": "a row that is empty on one side comes back as the others have it, not NaN",
+    "two-empty": "a row that is empty on all sides comes back empty, not NaN",
+    "payload": "NaN or infinity behind an empty side, or behind a weight of 0, is not read",
+    "small-weights": "a side of small weight adds a small error, however large its output",
+    "infinity": "a statistic of +inf gives NaN; it is not read as an empty side",
+    "nan": "NaN in a row's statistics gives NaN",
+    "signed-zero": "zeros keep the sign that IEEE arithmetic gives them",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,18 @@ class Capabilities:
     tolerance : float
         Multiple of the contract's bound that its arithmetic keeps: 1 for that of rau, larger for a kernel
         that computes its rows in float32. Whatever it is, results are rounded to 16 bits as well as any backend's.
+    statistics : {"max_sum", "lse"}
+        What its kernel keeps of a row: maximum and sum, or their log-sum-exp in float32. The latter is compared as one
+        number, and held to a bound of its own, :mod:`rau.testing.reference.log_sum_exp`, of which `tolerance` is a multiple.
+    lse_base : {"e", "2"}
+        Base of that logarithm; no effect with "max_sum".
+    unpromised : tuple of str
+        Keys of :data:`PROPERTIES` that its kernel does not promise. The conformance kit then asks for the rest, and tells
+        apart from that whether the kernel does it all the same.
+    max_states : int or None
+        Most states that it merges in one call.
+    contiguous : bool
+        Whether its kernel takes contiguous outputs only: the backend copies others for it, as :class:`rau.backends.lse.LSEBackend` does.
     """
 
     array_types: tuple[str, ...]
@@ -77,16 +100,21 @@ class Capabilities:
     head_dim_multiple: int = 1
     limits: Callable[[Problem], list[str]] | None = None
     tolerance: float = 1.0
+    statistics: str = "max_sum"
+    lse_base: str = "e"
+    unpromised: tuple[str, ...] = ()
+    max_states: int | None = None
+    contiguous: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("array_types", "dtypes", "layouts", "softmax_layouts", "devices"):
+        for name in ("array_types", "dtypes", "layouts", "softmax_layouts", "devices", "unpromised"):
             value = getattr(self, name)
             words = isinstance(value, tuple) and all(isinstance(word, str) for word in value)
             if not words and not (value is None and name == "devices"):
                 raise TypeError(f"Capabilities: {name} = {shown(value)}; expected a tuple of str, such as (\"float32\",).")
         if not isinstance(self.lanes, tuple) or not set(self.lanes) <= {8, 1}:
             raise TypeError(f"Capabilities: lanes = {shown(self.lanes)}; expected a tuple of 8 and 1.")
-        for name, least in (("max_heads", 0), ("max_head_dim", 0), ("head_dim_multiple", 1)):
+        for name, least in (("max_heads", 0), ("max_head_dim", 0), ("head_dim_multiple", 1), ("max_states", 2)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise TypeError(f"Capabilities: {name} = {shown(value)}; expected an int, at least {least}.")
@@ -94,6 +122,13 @@ class Capabilities:
             raise TypeError("Capabilities: expected an int as head_dim_multiple, and a callable or None as limits.")
         if not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
             raise TypeError(f"Capabilities: tolerance = {shown(self.tolerance)}; expected a positive number.")
+        choices: dict[str, tuple[Any, Any]] = {"statistics": ("max_sum", "lse"), "lse_base": ("e", "2"), "contiguous": (True, False)}
+        for name, (one, other) in choices.items():
+            value = getattr(self, name)
+            if type(value) is not type(one) or value not in (one, other):
+                raise TypeError(f"Capabilities: {name} = {shown(value)}; expected {one!r} or {other!r}.")
+        if unknown := [name for name in self.unpromised if name not in PROPERTIES]:
+            raise TypeError(f"Capabilities: unpromised names {shown(unknown[0])}; expected some of {', '.join(PROPERTIES)}.")
 
     def limits_broken(self, problem: Problem) -> list[str]:
         """Reasons against a problem that do not depend on where its arrays are.
@@ -126,6 +161,8 @@ class Capabilities:
             reasons.append(f"N = {problem.N} > {self.max_heads}")
         if self.max_head_dim is not None and problem.D > self.max_head_dim:
             reasons.append(f"D = {problem.D} > {self.max_head_dim}")
+        if self.max_states is not None and problem.K > self.max_states:
+            reasons.append(f"K = {problem.K} > {self.max_states} states")
         if problem.D % self.head_dim_multiple:
             reasons.append(f"D = {problem.D} is not a multiple of {self.head_dim_multiple}")
         return reasons + self._own_limits(problem)
@@ -240,7 +277,7 @@ class Backend:
             running = self._step(problem, running, cur, None)
         if wide != problem.dtype:
             running = self._cast(running, problem.dtype)
-        return running if out is None else self._step(problem, running, self._neutral(problem, running), out)
+        return running if out is None else self._into(problem, running, out)
 
     def _step(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
@@ -250,6 +287,9 @@ class Backend:
             in_place=out is not None and problem.in_place,
         )  # fmt: skip
         return self.update(pair, prev, cur, out)
+
+    def _into(self, problem: Problem, state: AttentionState, out: AttentionState) -> AttentionState:
+        return self._step(problem, state, self._neutral(problem, state), out)
 
     def _cast(self, state: AttentionState, dtype: str) -> AttentionState:
         with np.errstate(over="ignore"):

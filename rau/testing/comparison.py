@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rau.layouts import FIELDS
+from rau.testing.reference.log_sum_exp import state_lse
 from rau.testing.reference.oracle import Expected, once_stored, widen
 from rau.testing.reference.row_weights import FORMATS
 
@@ -27,8 +28,9 @@ class Comparison:
     passed : bool
         Whether nothing is wrong.
     attn_share, sum_share : float
-        Largest error of attn_out and softmax_sum as a share of its bound; 1.0 is the limit. Infinity where a bit
-        was not kept that had to be, NaN or infinity is in the wrong place, or shape or dtype is wrong.
+        Largest error of attn_out and softmax_sum (of the log-sum-exp, where the kernel keeps that) as a share of its bound;
+        1.0 is the limit. Infinity where a bit was not kept that had to be, NaN or infinity is in the wrong place, or shape
+        or dtype is wrong.
     problems : tuple of str
         What is wrong, one sentence each: where it is worst, what was found, and what was expected.
     """
@@ -82,16 +84,25 @@ def compare(actual: Sequence[Any], expected: Expected, *, tolerance: float = 1.0
     attn, maximum, total = (np.asarray(array) for array in actual)
     problems: list[str] = []
     attn_share = sum_share = np.inf
+    target: tuple[Any, Any, Any]
     if _fits(problems, "attn_out", attn, expected.attn_out, expected.dtype):
         target = expected.attn_out, expected._attn_low, expected.attn_error
         attn_share = _worst(problems, "attn_out", attn, target, tolerance)
-    if _fits(problems, "softmax_max", maximum, expected.softmax_max, expected.stats_dtype):
-        _check_equal(problems, maximum, expected.softmax_max)
-        _check_lanes(problems, "softmax_max", maximum)
-    if _fits(problems, "softmax_sum", total, expected.softmax_sum, expected.stats_dtype):
-        target = expected.softmax_sum, expected._sum_low, expected.sum_bound
-        sum_share = _worst(problems, "softmax_sum", total, target, tolerance)
-        _check_lanes(problems, "softmax_sum", total)
+    named = ("softmax_max", maximum, expected.softmax_max), ("softmax_sum", total, expected.softmax_sum)
+    fits = [_fits(problems, name, its, exact, expected.stats_dtype) for name, its, exact in named]
+    if expected.lse is not None:
+        if all(fits):
+            target = expected.lse, 0.0, expected.lse_bound
+            sum_share = _worst(problems, "log-sum-exp", state_lse(maximum, total), target, tolerance)
+    else:
+        if fits[0]:
+            _check_equal(problems, maximum, np.where(expected.free, maximum, expected.softmax_max))
+        if fits[1]:
+            target = expected.softmax_sum, expected._sum_low, expected.sum_bound
+            sum_share = _worst(problems, "softmax_sum", total, target, tolerance)
+    for (name, its, _), fit in zip(named, fits, strict=True):
+        if fit:
+            _check_lanes(problems, name, its)
     return Comparison(not problems, float(attn_share), float(sum_share), tuple(problems))
 
 

@@ -26,8 +26,7 @@ from rau.testing.differential.record import Record, Recorded, write_record
 from rau.testing.differential.shrink import shrink
 from rau.testing.reference.oracle import Expected, widen
 from rau.testing.trial import excluded_by, expected_of, problem_of, run_case
-from rau.testing.trial.judge import judge_values
-from rau.testing.trial.judge import promises_bits
+from rau.testing.trial.judge import held_to, judge_values, promises_bits
 from rau.testing.under_test import load
 
 BINS = 20  # of the histogram of shares, over [0, 1]; one more holds what is beyond
@@ -304,13 +303,14 @@ def run_on_all(
         with registry.provisionally(instance):
             result, problems = run_case(instance, case, numbers)
         if result is not None:
-            comparison = judge_values(instance, case, numbers, result, expected)
+            own = expected_of(pristine, instance) if held_to(instance) else expected
+            comparison = judge_values(instance, case, numbers, result, own)
             problems = [*comparison.problems, *problems]
             if comparison.attn_share > standing.attn_share or not standing.worst:
                 standing.worst = case.id
             for worst, share in ((standing.attn_shares, comparison.attn_share), (standing.sum_shares, comparison.sum_share)):
                 worst[case.dtype] = max(worst.get(case.dtype, 0.0), share)
-            standing.histogram += histogram(result, expected)
+            standing.histogram += histogram(result, own)
             results.append((instance, result))
         if problems:
             blamed.add(instance.name)

@@ -21,17 +21,21 @@ weights w_i = a_i / l, a_i = l_i exp(m_i - m), and K live states in the row:
   float32's, in which such rows are computed: that is multiplied.)
 - float64 problems keep the weights in float64: a product and K - 1 additions, K roundings of e, and the
   subnormal terms at 2^-1074 (twice what they are, because float64 cannot hold 2^-1075).
+
+A kernel that keeps a log-sum-exp has other roundings, and another bound: :mod:`rau.testing.reference.log_sum_exp`. One that
+does not promise some property of the contract is given what that costs, by :data:`ALLOWANCES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from rau.testing.reference import doubledouble as dd
+from rau.testing.reference.log_sum_exp import log_sum_exp_rows
 from rau.testing.reference.row_weights import FORMATS, RowWeights, half_ulp, exact_weights
 
 _SLAB = 2**17  # elements: a handful of float64 temporaries of this size stay in the cache
@@ -53,6 +57,11 @@ class Expected:
         promises nothing here, and any value will do.
     dtype, stats_dtype : str
         Names of the dtypes that the output and the statistics must have.
+    lse, lse_bound : ndarray of float64, shape of the statistics without lanes, or None
+        For a kernel that keeps a log-sum-exp: the exact one, natural, and the largest error allowed. The two statistics are
+        then judged as this one number.
+    free : ndarray of bool, broadcast to the statistics
+        Where nothing is promised about the statistics: there the bounds are infinite.
     """
 
     attn_out: np.ndarray
@@ -62,6 +71,9 @@ class Expected:
     sum_bound: np.ndarray
     dtype: str
     stats_dtype: str
+    lse: np.ndarray | None = None
+    lse_bound: np.ndarray | None = None
+    free: np.ndarray | bool = False
     # What the exact values have beyond float64; an infinity or NaN has nothing.
     _attn_low: np.ndarray | float = field(repr=False, default=0.0)
     _sum_low: np.ndarray | float = field(repr=False, default=0.0)
@@ -70,6 +82,17 @@ class Expected:
     def attn_bound(self) -> np.ndarray:
         """Largest error allowed for attn_out as it is stored; float64, shape of `attn_out`."""
         return once_stored(self.attn_error, self.attn_out, self.dtype)
+
+    def where_wider(self, other: Expected) -> Expected:
+        """Ask for this only where `other`, of the same call, allows more: everywhere else anything will do."""
+
+        def asked(mine: np.ndarray | None, its: np.ndarray | None) -> Any:
+            return None if mine is None else np.where(mine == its, np.inf, mine)
+
+        return replace(
+            self, attn_error=asked(self.attn_error, other.attn_error), sum_bound=asked(self.sum_bound, other.sum_bound),
+            lse_bound=asked(self.lse_bound, other.lse_bound), free=~(np.asarray(other.free) & ~np.asarray(self.free)),
+        )  # fmt: skip
 
 
 def once_stored(error: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
@@ -80,7 +103,14 @@ def once_stored(error: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def oracle(
-    states: Sequence[Sequence[Any]], actual_seq_qlen: Any = None, layout: str = "SBH", *, softmax_layout: str = "TND"
+    states: Sequence[Sequence[Any]],
+    actual_seq_qlen: Any = None,
+    layout: str = "SBH",
+    *,
+    softmax_layout: str = "TND",
+    statistics: str = "max_sum",
+    lse_base: str = "e",
+    unpromised: Sequence[str] = (),
 ) -> Expected:
     """Merge attention states in extended precision, with a bound on the error of each number.
 
@@ -96,6 +126,11 @@ def oracle(
     layout : {"SBH", "TND", "BSND", "BNSD"}, default "SBH"
     softmax_layout : {"TND", "SBH"}, default "TND"
         Order of the statistics in layout "TND": token-major, or packed per sequence.
+    statistics : {"max_sum", "lse"}, default "max_sum"
+        What the kernel keeps of a row: what :class:`rau.backends.Capabilities` says of it, as the next two.
+    lse_base : {"e", "2"}, default "e"
+    unpromised : sequence of str, optional
+        Keys of :data:`rau.backends.PROPERTIES`.
 
     Returns
     -------
@@ -139,14 +174,25 @@ def oracle(
     attn, attn_error = np.empty(attn_shape), np.empty(attn_shape)
     attn_low = np.empty(attn_shape) if double else None
     stats = {name: np.empty(order.size) for name in ("maximum", "total", "total_low", "total_bound")}
+    keeps_lse = statistics == "lse"
+    lse, lse_bound, free = np.empty(order.size), np.empty(order.size), np.zeros(order.size, bool)
     step = max(1, min(_SLAB // max(1, attn_shape[1]), _SLAB // len(states)))
     with np.errstate(all="ignore"):
         for start in range(0, order.size, step):
             slab = slice(start, start + step)
-            rows = exact_weights(flat_max[:, slab], flat_sum[:, slab], double=double)
+            rows = exact_weights(flat_max[:, slab], flat_sum[:, slab], double=double, flushes=not keeps_lse)
             for name, column in stats.items():
                 column[slab] = getattr(rows, name)
-            value, low, bound = _merge_elements([widen(part[slab]) for part in flat_out], rows, dtype)
+            parts = [widen(part[slab]) for part in flat_out]
+            if keeps_lse:
+                rows, lse[slab], lse_bound[slab] = log_sum_exp_rows(
+                    rows, flat_max[:, slab], flat_sum[:, slab], base=lse_base, double=double
+                )
+            value, low, bound = _merge_elements(parts, rows, dtype)
+            for name in unpromised:
+                more, nothing = ALLOWANCES[name](Slab(parts, rows, flat_max[:, slab], flat_sum[:, slab], double))
+                bound = bound + more + np.where(nothing, np.inf, 0.0)[:, None]
+                free[slab] |= nothing
             attn[slab], attn_error[slab] = value, bound
             if attn_low is not None:
                 attn_low[slab] = low
@@ -161,9 +207,12 @@ def oracle(
         softmax_max=in_call_order(stats["maximum"]),
         softmax_sum=in_call_order(stats["total"]),
         attn_error=attn_error.reshape(shape),
-        sum_bound=in_call_order(stats["total_bound"]),
+        sum_bound=in_call_order(np.where(free, np.inf, stats["total_bound"])),
         dtype=dtype,
         stats_dtype=maxima[0].dtype.name,
+        lse=in_call_order(lse)[..., 0] if keeps_lse else None,
+        lse_bound=in_call_order(np.where(free, np.inf, lse_bound))[..., 0] if keeps_lse else None,
+        free=in_call_order(free),
         _attn_low=attn_low.reshape(shape) if attn_low is not None else 0.0,
         _sum_low=in_call_order(stats["total_low"]),
     )
@@ -269,3 +318,50 @@ def _merge_in_double_double(parts: list[np.ndarray], rows: RowWeights) -> tuple[
         shift = np.maximum(exponent - top, -2000)
         total = dd.add(total, (np.ldexp(high, shift), np.ldexp(low, shift)))
     return np.ldexp(total[0], top), np.ldexp(total[1], top), usable & any_product
+
+
+@dataclass(frozen=True, eq=False)
+class Slab:
+    """Some rows: the outputs of K states, (R, D) each, their weights, and their statistics, (K, R)."""
+
+    parts: list[np.ndarray]
+    rows: RowWeights
+    maxima: np.ndarray
+    sums: np.ndarray
+    double: bool
+
+    def live(self, which: np.ndarray) -> np.ndarray:
+        """Tell in which rows a live side has some statistic, (K, R)."""
+        return (which & (self.sums != 0) & (self.maxima != -np.inf)).any(axis=0)
+
+
+Allowance = tuple[Any, np.ndarray]  # what is added to the bound of elements; rows, (R,), of which nothing is asked
+
+
+def _behind_no_weight(slab: Slab) -> Allowance:
+    more: Any = 0.0
+    for part, skipped, unsure in zip(slab.parts, slab.rows.skipped, slab.rows.unsure, strict=True):
+        more = more + np.where((skipped | unsure)[:, None] & ~np.isfinite(part), np.inf, 0.0)
+    return more, np.zeros(len(slab.parts[0]), bool)
+
+
+def _of_any_weight(slab: Slab) -> Allowance:
+    """Of o - w (o - o_i), where w = 1 / (1 + e): what is taken off is rounded as large as both outputs are, or is infinite.
+
+    The addition, the quotient (4 u), the difference and the product; that of e counts only as much as the other side.
+    """
+    u = 2.0**-53 if slab.double else 2.0**-24
+    sizes = [np.where(np.isnan(part), 0.0, np.abs(part)) for part in slab.parts]
+    return 7 * u * np.sum(sizes, axis=0), np.zeros(len(slab.parts[0]), bool)
+
+
+# What a kernel is allowed that does not promise a property of rau.backends.PROPERTIES.
+ALLOWANCES: dict[str, Callable[[Slab], Allowance]] = {
+    "one-empty": lambda slab: (0.0, slab.live(~slab.rows.empty) & ((slab.sums == 0) | (slab.maxima == -np.inf)).any(axis=0)),
+    "two-empty": lambda slab: (0.0, slab.rows.empty),
+    "payload": _behind_no_weight,
+    "small-weights": _of_any_weight,
+    "infinity": lambda slab: (0.0, slab.live(np.isposinf(slab.maxima) | np.isposinf(slab.sums))),
+    "nan": lambda slab: (0.0, slab.live(np.isnan(slab.maxima) | np.isnan(slab.sums))),
+    "signed-zero": lambda slab: (2.0**-1074, np.zeros(len(slab.parts[0]), bool)),
+}

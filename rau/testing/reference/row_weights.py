@@ -14,6 +14,7 @@ _EXPONENTIAL = 2.42  # error of the operator's exp(m_i - m), in units of _E: pro
 _SUBNORMAL = 0.7  # more below _NEAR_FLUSH: 2^-1075, where the difference's own error makes a subnormal term
 _NEAR_FLUSH = -700.0
 _FLUSH = -708.0  # below it that exponential is 0
+_GONE = -3000.0  # below it nobody's weight is anything else, whatever the sums are
 _NEAR = 2.0**-20  # how close to the threshold a weight may round to 0 or not
 
 
@@ -66,15 +67,19 @@ class RowWeights(NamedTuple):
     mixed: np.ndarray  # (R,), bool: sums of both signs, so that weights may exceed 1
 
 
-def exact_weights(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> RowWeights:
-    """Merge the statistics (K, R) of K states; a `double` problem keeps weights, and stores sums, in float64."""
+def exact_weights(maxima: np.ndarray, sums: np.ndarray, *, double: bool, flushes: bool = True) -> RowWeights:
+    """Merge the statistics (K, R) of K states; a `double` problem keeps weights, and stores sums, in float64.
+
+    Whoever keeps maxima and sums `flushes` exponentials and what they scale; a log-sum-exp holds together what lies further
+    apart.
+    """
     live = ~((sums == 0) | (maxima == -np.inf))
     count = live.sum(axis=0)
     maximum = np.where(live, maxima, -np.inf).max(axis=0)  # NaN wins, as the contract has it
     regular = (count >= 2) & np.isfinite(maximum) & (np.isfinite(sums) | ~live).all(axis=0)
     to_nan = (count >= 2) & ~regular
     difference, lost = dd.two_sum(maxima, -maximum)
-    flushed = difference < _FLUSH
+    flushed = difference < (_FLUSH if flushes else _GONE)
 
     # a_i = l_i exp(m_i - m), as a mantissa times a power of two.
     term = live & regular & ~flushed
@@ -122,7 +127,8 @@ def exact_weights(maxima: np.ndarray, sums: np.ndarray, *, double: bool) -> RowW
     if double:
         roundings, tiny = count * _E, 2.0**-1074
         # By exponents, as float64 cannot hold 2^-1075: of the weight, or of a_i, which may underflow first.
-        scale = np.minimum(np.frexp(weight_mantissa[0])[1] + shift, exponent)
+        scale = np.frexp(weight_mantissa[0])[1] + shift
+        scale = np.minimum(scale, exponent) if flushes else scale
         rounds_to_zero, may_round_to_zero = scale < -1080, scale < -1065
     else:  # the second order in u is more than a float64's rounding, and vanishes for two states
         roundings, tiny = (count + 1) * _U * (1 + (count - 2) / 2 * _U), 2.0**-150
