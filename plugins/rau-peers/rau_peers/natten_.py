@@ -11,7 +11,7 @@ class NATTEN(Peer):
     name = "natten"
     where = "natten:merge_attentions"
     layout, lse_layout = "BSND", "BSN"
-    capabilities = takes("two-empty", "payload", "small-weights", devices=("cpu", "cuda"))
+    capabilities = takes("one-empty", "two-empty", "payload", "small-weights", devices=("cpu", "cuda"))
 
     def merge_lse_states(self, outs, lses):
         return self._kernel(list(outs), list(lses), torch_compile=False, use_autograd_fix=False)

@@ -11,7 +11,7 @@ class RingFlashAttention(Peer):
     name = "ring-flash-attention"
     where = "ring_flash_attn.utils:update_out_and_lse"
     layout, lse_layout = "BSND", "BNS"
-    capabilities = takes("two-empty", "payload", "small-weights", devices=("cpu", "cuda"), mixed=True)
+    capabilities = takes("one-empty", "two-empty", "payload", "small-weights", devices=("cpu", "cuda"), mixed=True)
 
     def merge_lse_states(self, outs, lses):
         out = lse = None

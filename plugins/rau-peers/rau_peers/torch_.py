@@ -11,7 +11,7 @@ class SDPAMerger(Peer):
     name = "sdpa-merger"
     where = "torch.distributed.tensor.experimental._context_parallel._attention:_SDPAMerger"
     layout, lse_layout = "BNSD", "BNS"
-    capabilities = takes("two-empty", "payload", "small-weights", devices=("cpu", "cuda"))
+    capabilities = takes("one-empty", "two-empty", "payload", "small-weights", devices=("cpu", "cuda"))
 
     def merge_lse_states(self, outs, lses):
         merger = self._kernel(convert_to_f32=True, seq_dim=2)
