@@ -17,7 +17,10 @@ from rau.errors import BackendUnavailableError
 
 __all__ = ["TRITON", "Peer", "takes"]
 
-TRITON = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+# What a Triton kernel takes. Its interpreter cuts off what bfloat16 cannot hold, where hardware rounds: that is none of a kernel's.
+TRITON: dict[str, Any] = {"devices": ("cuda",)}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    TRITON = {"devices": ("cpu",), "dtypes": ("float16", "float32")}
 _UNSAID = ("infinity", "nan", "signed-zero")  # nobody's documentation promises these
 
 

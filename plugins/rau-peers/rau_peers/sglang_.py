@@ -21,4 +21,4 @@ class SGLangTriton(SGLang):
 
     name = "sglang-triton"
     where = "sglang.kernels.ops.attention.merge_state:merge_state_triton"
-    capabilities = takes("two-empty", "payload", devices=TRITON)
+    capabilities = takes("two-empty", "payload", **TRITON)

@@ -24,4 +24,4 @@ class VLLMTriton(VLLM):
 
     name = "vllm-triton"
     where = "vllm.v1.attention.ops.triton_merge_attn_states:merge_attn_states"
-    capabilities = takes("payload", devices=TRITON)
+    capabilities = takes("payload", **TRITON)
