@@ -76,7 +76,8 @@ class Sigmoid(LSEBackend):
 
     def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
         weight, out = (1 / (1 + np.exp(prev_lse - cur_lse)))[..., None], prev_out.astype(prev_lse.dtype)
-        return out - weight * (out - cur_out), prev_lse + np.log1p(np.exp(cur_lse - prev_lse))
+        apart = prev_lse - cur_lse
+        return out - weight * (out - cur_out), prev_lse - (np.minimum(apart, 0) - np.log1p(np.exp(-np.abs(apart))))
 
 
 KERNELS = (Guarded, Base2, Pairs, Weights, Sigmoid)

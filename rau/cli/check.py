@@ -124,10 +124,11 @@ def _print_report(arguments: argparse.Namespace, report: Report) -> None:
             print(f"{title}: {id}\n    {message}")
         if len(items) > _SHOWN:
             print(f"{title}: {len(items) - _SHOWN:,} more; --json lists all of them, --select GLOB runs some")
+    print(*report.unpromised_lines(), sep="\n", end="\n" * bool(report.unpromised))
     for reason, ids in session.by_reason(report.excluded):
         more = f" and {len(ids) - 4:,} more" if len(ids) > 4 else ""
         print(f"excluded: {reason}\n    {', '.join(ids[:4])}{more}")
     if report.failures:
         print(f"smallest failing cases: python -m rau difftest --backends {arguments.backend},numpy")
-    if report.failures or report.expected or report.excluded:
+    if report.failures or report.expected or report.excluded or report.unpromised:
         print()

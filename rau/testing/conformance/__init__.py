@@ -21,6 +21,7 @@ from rau.testing.cases.placements import PACKED_PLACEMENTS
 from rau.testing.comparison import same_bits
 from rau.testing.conformance.autograd import writes
 from rau.testing.conformance.laws import laws
+from rau.testing.conformance.properties import STRIDES, tried
 from rau.testing.conformance.report import Check, Report
 from rau.testing.conformance.streaming import streams
 from rau.testing.trial import check_case, excluded_by, ordinary_case, run_case
@@ -70,6 +71,9 @@ def check_backend(
     merging, a StreamingMerge over the backend in each layout, whole and in parts, what autograd is told of writes into torch
     tensors, a wrong call (nothing may be written), and calls from several threads at once.
 
+    What a kernel does not promise (``capabilities.unpromised``, ``contiguous``) is left out of all that, and tried by
+    itself: `unpromised` of the report says what came of it, and does not count.
+
     Examples
     --------
     >>> from rau.testing.cases import Case
@@ -87,6 +91,10 @@ def check_backend(
                 report.exclude(check.id, check.excluded)
             else:
                 report.record(check.id, check.problems())
+        takes = backend.capabilities
+        for name in (*takes.unpromised, *[STRIDES] * takes.contiguous):
+            if fnmatchcase(f"unpromised/{name}", select):
+                report.unpromised[name] = Check(name, partial(tried, backend, name), []).problems()
     report.expect(expected_failures or {})
     return report
 

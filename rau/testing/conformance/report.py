@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from rau.backends import PROPERTIES
 from rau.testing.under_test import described
 
 
@@ -46,6 +47,9 @@ class Report:
         The checks that failed as expected.
     excluded : list of Failure
         The checks that the backend's capabilities exclude, with the reasons. They were not run.
+    unpromised : dict of str to list of str
+        What the backend does not promise, and what was found that speaks against its doing so all the same: nothing, if it
+        does.
     """
 
     def __init__(self, backend: str) -> None:
@@ -54,6 +58,7 @@ class Report:
         self.failures: list[Failure] = []
         self.expected: list[Failure] = []
         self.excluded: list[Failure] = []
+        self.unpromised: dict[str, list[str]] = {}
 
     @property
     def passed(self) -> bool:
@@ -88,6 +93,14 @@ class Report:
                 elif id in self.succeeded:
                     self.failures.append(Failure(id, f"expected to fail ({reason}), but passes: take it off the list"))
 
+    def unpromised_lines(self) -> list[str]:
+        """Word what is not promised, a line each, and whether the backend does it."""
+        return [
+            f"does not promise {name} ({PROPERTIES.get(name, 'outputs need not be contiguous')}); "
+            f"does it: {f'no: {problems[0]}' if problems else 'yes'}"
+            for name, problems in self.unpromised.items()
+        ]
+
     def __str__(self) -> str:
         lines = [
             f"{self.backend}: {'passed' if self.passed else 'FAILED'}: {len(self.succeeded)} checks passed, "
@@ -95,6 +108,7 @@ class Report:
         ]
         for title, items in (("failed", self.failures), ("failed as expected", self.expected)):
             lines += [f"  {title}: {id}: {message}" for id, message in items]
+        lines += [f"  {line}" for line in self.unpromised_lines()]
         reasons: dict[str, list[str]] = {}
         for id, reason in self.excluded:
             reasons.setdefault(reason, []).append(id)

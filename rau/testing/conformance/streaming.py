@@ -101,9 +101,9 @@ def check_stream(backend: Any, layout: str, packed: bool, dtype: str) -> list[st
         after = _apart(host_state(backend, ring.result()), lengths, layout, packed)
         told = f"update {number}, tokens = {tokens}: "
         merged = _rows(after, places)
-        terms = [_widened(_rows(cur, [np.arange(len(at)) for at in places]), dtype)]
+        term = _widened(_rows(cur, [np.arange(len(at)) for at in places]), dtype)
+        terms = [_empty(term) if before is None else _rows(before, places), term]
         if before is not None:
-            terms.insert(0, _rows(before, places))
             others = [np.setdiff1d(np.arange(length), at) for length, at in zip(lengths, places, strict=True)]
             changed = same_bits(_rows(before, others), _rows(after, others))
             problems += [f"{told}tokens that were not meant have changed: {change}" for change in changed]
@@ -122,6 +122,11 @@ def check_stream(backend: Any, layout: str, packed: bool, dtype: str) -> list[st
         narrow = host_state(backend, ring.result(dtype))
         problems += [f"result({dtype!r}) is not rounded once: {change}" for change in same_bits(narrow, rounded)]
     return problems
+
+
+def _empty(like: AttentionState) -> AttentionState:
+    """What a running state is before there is anything."""
+    return AttentionState(np.zeros_like(like[0]), np.full_like(like[1], -np.inf), np.zeros_like(like[2]))
 
 
 def _widened(state: AttentionState, dtype: str) -> AttentionState:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -175,7 +175,7 @@ def oracle(
     attn_low = np.empty(attn_shape) if double else None
     stats = {name: np.empty(order.size) for name in ("maximum", "total", "total_low", "total_bound")}
     keeps_lse = statistics == "lse"
-    lse, lse_bound, free = np.empty(order.size), np.empty(order.size), np.zeros(order.size, bool)
+    lse, lse_bound, free = np.empty(order.size), np.zeros(order.size), np.zeros(order.size, bool)
     step = max(1, min(_SLAB // max(1, attn_shape[1]), _SLAB // len(states)))
     with np.errstate(all="ignore"):
         for start in range(0, order.size, step):
@@ -190,9 +190,10 @@ def oracle(
                 )
             value, low, bound = _merge_elements(parts, rows, dtype)
             for name in unpromised:
-                more, nothing = ALLOWANCES[name](Slab(parts, rows, flat_max[:, slab], flat_sum[:, slab], double))
-                bound = bound + more + np.where(nothing, np.inf, 0.0)[:, None]
-                free[slab] |= nothing
+                allowed = ALLOWANCES[name](Slab(parts, rows, flat_max[:, slab], flat_sum[:, slab], double))
+                bound = bound + allowed.elements + np.where(allowed.nothing, np.inf, 0.0)[..., None]
+                lse_bound[slab] += allowed.lse
+                free[slab] |= allowed.nothing
             attn[slab], attn_error[slab] = value, bound
             if attn_low is not None:
                 attn_low[slab] = low
@@ -330,38 +331,48 @@ class Slab:
     sums: np.ndarray
     double: bool
 
-    def live(self, which: np.ndarray) -> np.ndarray:
-        """Tell in which rows a live side has some statistic, (K, R)."""
-        return (which & (self.sums != 0) & (self.maxima != -np.inf)).any(axis=0)
+    @property
+    def live(self) -> np.ndarray:
+        """Which sides are not empty, (K, R)."""
+        return (self.sums != 0) & (self.maxima != -np.inf)
 
 
-Allowance = tuple[Any, np.ndarray]  # what is added to the bound of elements; rows, (R,), of which nothing is asked
+class Allowance(NamedTuple):
+    """What is added to a bound: to that of elements, to that of a log-sum-exp, and where nothing is asked, by rows."""
+
+    elements: Any = 0.0
+    lse: Any = 0.0
+    nothing: Any = False
 
 
 def _behind_no_weight(slab: Slab) -> Allowance:
     more: Any = 0.0
     for part, skipped, unsure in zip(slab.parts, slab.rows.skipped, slab.rows.unsure, strict=True):
         more = more + np.where((skipped | unsure)[:, None] & ~np.isfinite(part), np.inf, 0.0)
-    return more, np.zeros(len(slab.parts[0]), bool)
+    return Allowance(elements=more)
 
 
 def _of_any_weight(slab: Slab) -> Allowance:
     """Of o - w (o - o_i), where w = 1 / (1 + e): what is taken off is rounded as large as both outputs are, or is infinite.
 
-    The addition, the quotient (4 u), the difference and the product; that of e counts only as much as the other side.
+    The addition, the quotient (4 u), the difference and the product; that of e counts only as much as the other side. The
+    log-sum-exp that goes with it is lse - logsigmoid(lse - lse_i), where the difference is rounded, and its sum with the
+    logarithm, as far apart as the two may be.
     """
     u = 2.0**-53 if slab.double else 2.0**-24
     sizes = [np.where(np.isnan(part), 0.0, np.abs(part)) for part in slab.parts]
-    return 7 * u * np.sum(sizes, axis=0), np.zeros(len(slab.parts[0]), bool)
+    each = np.where(slab.live, slab.maxima + np.log(np.where(slab.live, slab.sums, 1.0)), np.nan)
+    apart = np.fmax.reduce(each) - np.fmin.reduce(each)
+    return Allowance(7 * u * np.sum(sizes, axis=0), 2 * u * (1 + np.where(np.isnan(apart), 0.0, apart)))
 
 
 # What a kernel is allowed that does not promise a property of rau.backends.PROPERTIES.
 ALLOWANCES: dict[str, Callable[[Slab], Allowance]] = {
-    "one-empty": lambda slab: (0.0, slab.live(~slab.rows.empty) & ((slab.sums == 0) | (slab.maxima == -np.inf)).any(axis=0)),
-    "two-empty": lambda slab: (0.0, slab.rows.empty),
+    "one-empty": lambda slab: Allowance(nothing=slab.live.any(axis=0) & ~slab.live.all(axis=0)),
+    "two-empty": lambda slab: Allowance(nothing=slab.rows.empty),
     "payload": _behind_no_weight,
     "small-weights": _of_any_weight,
-    "infinity": lambda slab: (0.0, slab.live(np.isposinf(slab.maxima) | np.isposinf(slab.sums))),
-    "nan": lambda slab: (0.0, slab.live(np.isnan(slab.maxima) | np.isnan(slab.sums))),
-    "signed-zero": lambda slab: (2.0**-1074, np.zeros(len(slab.parts[0]), bool)),
+    "infinity": lambda slab: Allowance(nothing=(slab.live & (np.isposinf(slab.maxima) | np.isposinf(slab.sums))).any(axis=0)),
+    "nan": lambda slab: Allowance(nothing=(slab.live & (np.isnan(slab.maxima) | np.isnan(slab.sums))).any(axis=0)),
+    "signed-zero": lambda slab: Allowance(elements=2.0**-1074),
 }
