@@ -14,6 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 import rau
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.backends.numpy_ import NumPyBackend
+from rau.testing.diagnosis.lse_mistakes import mistakes_with_lse
 from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
 from rau.testing.diagnosis.steps import Steps
 
@@ -48,12 +49,22 @@ def rows_of(problem: Problem, states: Sequence[AttentionState]) -> Steps:
     return Steps(states, problem.actual_seq_qlen, problem.layout, problem.softmax_layout)
 
 
-def _of(mistake: Mistake) -> type[Plain]:
-    def compute(self: Plain, rows: Steps) -> AttentionState:
-        made = mistake(rows)
-        return rows.merge() if made is None else made
+class PlainLSE(Plain):
+    """Right, with a log-sum-exp in place of maximum and sum: the base of their twins."""
 
-    return type(f"Mutant{mistake.name.title().replace('-', '')}", (Plain,), {"name": mistake.name, "compute": compute})
+    name = "lse-plain"
+    capabilities = Capabilities(array_types=NUMPY, statistics="lse")
+
+    def compute(self, rows: Steps) -> AttentionState:
+        return rows.keeping_lse("e").merge()
+
+
+def _of(mistake: Mistake, base: type[Plain], name: str) -> type[Plain]:
+    def compute(self: Plain, rows: Steps) -> AttentionState:
+        made = mistake(rows.keeping_lse("e") if base is PlainLSE else rows)
+        return base.compute(self, rows) if made is None else made
+
+    return type(f"Mutant{name.title().replace('-', '')}", (base,), {"name": name, "compute": compute})
 
 
 class Overwriting(Plain):
@@ -279,7 +290,10 @@ class Truncated(Plain):
         return MISTAKES["truncated"](rows) or rows.merge()
 
 
-OF_MISTAKES: dict[str, type[Plain]] = {name: _of(mistake) for name, mistake in MISTAKES.items()}
+OF_MISTAKES: dict[str, type[Plain]] = {name: _of(mistake, Plain, name) for name, mistake in MISTAKES.items()}
+LSE_TWINS: dict[str, type[Plain]] = {
+    f"lse-{name}": _of(mistake, PlainLSE, f"lse-{name}") for name, mistake in mistakes_with_lse().items()
+}
 OTHERS: dict[str, type[Backend]] = {
     mutant.name: mutant
     for mutant in (
@@ -287,5 +301,5 @@ OTHERS: dict[str, type[Backend]] = {
         WritesBeside, ReturnsInput, RowsInFloat32Undeclared, FusedUndeclared, FiveBits, Truncated,
     )
 }  # fmt: skip
-MUTANTS: dict[str, type[Backend]] = {**OF_MISTAKES, **OTHERS}
+MUTANTS: dict[str, type[Backend]] = {**OF_MISTAKES, **LSE_TWINS, **OTHERS}
 WITHIN_THEIR_TOLERANCE = (RowsInFloat32, Fused)

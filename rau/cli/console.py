@@ -5,11 +5,19 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 Step: TypeAlias = Callable[..., None]
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
+<style>{{stylesheet}} pre {{{{ white-space: {wrap} }}}}</style></head>
+<body><pre>{{code}}</pre></body></html>
+"""
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> list[str]:
@@ -87,3 +95,21 @@ def progress(total: float, quiet: bool = False) -> Iterator[Step]:
             pending = weight
 
         yield step
+
+
+def save_page(
+    title: str, text: str, path: Path, styles: Mapping[str, str], links: Mapping[str, str] = {}, wrap: str = "pre-wrap"
+) -> None:
+    """Save a report as one page, which opens from disk and fetches nothing: styles by pattern, links by the words they are on."""
+    from rich.console import Console
+    from rich.style import Style
+    from rich.text import Text
+
+    page = Text(visible(text))
+    for pattern, style in styles.items():
+        page.highlight_regex(pattern, style)
+    for words, target in links.items():
+        page.highlight_words([words], Style(link=target))
+    console = Console(record=True, file=io.StringIO())
+    console.print(page, soft_wrap=True)
+    console.save_html(str(path), code_format=_PAGE.format(title=title, wrap=wrap))

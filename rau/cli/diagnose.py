@@ -15,6 +15,7 @@ _FILE = """\
 FILE is NumPy's .npz, without pickle:
   prev_attn_out prev_softmax_max prev_softmax_sum and cur_... (or states.0.attn_out and so on): the inputs
   attn_out softmax_max softmax_sum: the output
+  of a kernel that keeps a log-sum-exp: lse_base "e" or "2", and prev_lse, cur_lse, lse in place of max and sum
   layout, softmax_layout: strings, "SBH" and "TND" if absent; actual_seq_qlen: cumulative lengths, for TND
 bfloat16 is stored as uint16. numpy.savez(FILE, prev_attn_out=..., ...) writes it.
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rau.cli import case_options, session
-from rau.cli.console import Step, progress, table, visible
+from rau.cli.console import Step, progress, save_page, table
 
 if TYPE_CHECKING:
     from rau.testing.cases import Case
@@ -24,13 +22,6 @@ if TYPE_CHECKING:
 _GENERATED = 1000  # cases, unless the command line says otherwise
 _FOLDER = "rau-difftest"  # of failing cases, without --report
 _INTERVAL = 0.1  # seconds between two states of the live line
-_PAGE = """\
-<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>difftest</title>
-<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
-<style>{stylesheet} pre {{ white-space: pre-wrap }}</style></head>
-<body><pre>{code}</pre></body></html>
-"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -147,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.replay:
         case_options.refuse_beside("--replay", arguments)
     backends, not_run = session.choose(arguments.backends)
-    folder = _folder(arguments.report)
+    folder = Path(_FOLDER) if arguments.report is None else session.report_folder(arguments.report)  # the former when needed
     asked = ("backends", "cases", "minutes", "replay", "select", "dtype", "layout", "seed")
     options = {name: getattr(arguments, name) for name in asked}
     tolerances = {backend.name: backend.capabilities.tolerance for backend in backends}
@@ -167,20 +158,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(*lines, this.verdict, sep="\n")
     return session.exit_status(this.passed, bool(this.report.wrong), this.interrupted)
-
-
-def _folder(report: str | None) -> Path:
-    """Where the page and failing cases go: what stands against it is told before anything takes time."""
-    if report is None:
-        return Path(_FOLDER)  # made when something fails
-    if find_spec("rich") is None:
-        raise session.UsageError("--report needs rich: pip install 'ring-attention-update[cli]'")
-    try:
-        Path(report).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        told = f"--report: got {report!r}; expected a folder that exists or can be made: {error.strerror}"
-        raise session.UsageError(told) from error
-    return Path(report)
 
 
 def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any]) -> None:
@@ -313,21 +290,12 @@ def _histograms(this: DifftestRun) -> list[str]:
 
 def _save_page(this: DifftestRun, lines: list[str], path: Path) -> None:
     """Save the report as one page, which opens from disk and fetches nothing; failing cases beside it are linked."""
-    from rich.console import Console
-    from rich.style import Style
-    from rich.text import Text
-
     command = ["python", "-m", "rau", "difftest"]
     for name, value in this.options.items():
         if value is not None:
             command += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
     title = f"{datetime.now().astimezone():%d %B %Y, %H:%M %Z}: {shlex.join(command)}"
-    page = Text(visible("\n".join([title, "", this.verdict, "", session.heading(this.configuration), *lines])))
-    page.highlight_regex(r"(?m)^PASSED.*", "bold green")
-    page.highlight_regex(r"(?m)^(FAILED|INTERRUPTED|WRONG).*", "bold red")
-    for finding in this.report.findings:
-        if finding.file:
-            page.highlight_words([finding.file], Style(link=Path(finding.file).name))
-    console = Console(record=True, file=io.StringIO())
-    console.print(page, soft_wrap=True)
-    console.save_html(str(path), code_format=_PAGE)
+    text = "\n".join([title, "", this.verdict, "", session.heading(this.configuration), *lines])
+    styles = {r"(?m)^PASSED.*": "bold green", r"(?m)^(FAILED|INTERRUPTED|WRONG).*": "bold red"}
+    links = {finding.file: Path(finding.file).name for finding in this.report.findings if finding.file}
+    save_page("difftest", text, path, styles, links)

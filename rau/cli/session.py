@@ -7,6 +7,8 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from rau.errors import RauError
@@ -52,6 +54,18 @@ def positive(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected a number above 0")
     return number
+
+
+def report_folder(report: str) -> Path:
+    """Make the folder of a page: what stands against it is told before anything takes time."""
+    if find_spec("rich") is None:
+        raise UsageError("--report needs rich: pip install 'ring-attention-update[cli]'")
+    try:
+        Path(report).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        told = f"--report: got {report!r}; expected a folder that exists or can be made: {error.strerror}"
+        raise UsageError(told) from error
+    return Path(report)
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:

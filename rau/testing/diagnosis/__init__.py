@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rau.state import AttentionState
 from rau.testing.comparison import Comparison, compare, same_bits, shares
+from rau.testing.diagnosis.lse_mistakes import mistakes_with_lse
 from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
 from rau.testing.diagnosis.steps import Steps
 from rau.testing.differential.record import Record, RecordError
-from rau.testing.reference.oracle import Expected, widen
+from rau.testing.reference.log_sum_exp import state_lse
+from rau.testing.reference.oracle import Expected, oracle, widen
 from rau.testing.reference.row_weights import half_ulp
-from rau.testing.trial import expected_of, problem_of
+from rau.testing.trial import problem_of
 
 _MISFIT = 0.1  # so much of what is wrong is left to what else may be wrong
 _ALIKE = 0.01  # a difference in misfit that another arithmetic may make
@@ -160,17 +162,22 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     """
     if record.observed is None:
         raise RecordError('nothing was observed: "attn_out", "softmax_max" and "softmax_sum" are missing')
-    call = record.case.make(record.states)
+    call, case = record.case.make(record.states), record.case
     problem_of(call)
-    expected = expected_of(call)
+    kind = {"statistics": "lse", "lse_base": record.lse_base} if record.lse_base else {}
+    expected = oracle(call.states, case.lengths_argument(), case.layout, softmax_layout=case.softmax_layout, **kind)
     comparison = compare(record.observed, expected, tolerance=tolerance)
     wrong = not comparison.passed and _comparable(record.observed, expected)
     slight = wrong and compare(record.observed, expected, tolerance=_SLIGHT).passed
     # Another arithmetic may be on top of a mistake: where anything is far off, what is slightly off tells nothing.
     truth = _truths(record.observed, expected, tolerance if slight else max(tolerance, _SLIGHT)) if wrong else []
-    rows = Steps(call.states, record.case.lengths_argument(), record.case.layout, record.case.softmax_layout)
+    rows = Steps(call.states, case.lengths_argument(), case.layout, case.softmax_layout)
+    mistakes = MISTAKES
+    if record.lse_base:
+        with np.errstate(all="ignore"):
+            rows, mistakes = rows.keeping_lse(record.lse_base), mistakes_with_lse()
     candidates, invisible = [], []
-    for mistake in MISTAKES.values():
+    for mistake in mistakes.values():
         results = [r for r in mistake.results(rows) if not compare(r, expected, tolerance=tolerance).passed]
         if not results:
             invisible.append(mistake.name)
@@ -206,26 +213,32 @@ class _Truth(NamedTuple):
 
 
 def _truths(observed: AttentionState, expected: Expected, tolerance: float) -> list[_Truth]:
-    targets = (
+    targets: tuple[tuple[np.ndarray, Any, Any], ...] = (
         (expected.attn_out, expected._attn_low, expected.attn_error),
         (expected.softmax_max + 0.0, 0.0, np.zeros(())),
         (expected.softmax_sum, expected._sum_low, expected.sum_bound),
     )
+    if expected.lse is not None:
+        targets = targets[0], (expected.lse, 0.0, expected.lse_bound)
     found = []
-    for seen, part, (exact, low, error) in zip(_numbers(observed), observed, targets, strict=True):
-        error, dtype = np.broadcast_to(error, part.shape), part.dtype.name
+    numbers = _numbers(observed, expected.lse is not None)
+    for seen, part, (exact, low, error) in zip(numbers, observed, targets, strict=False):
+        error, dtype = np.broadcast_to(error, seen.shape), part.dtype.name
         wrong = shares(seen, exact, low, error, dtype, tolerance) > 1
         found.append(_Truth(exact, low, error, dtype, tolerance, wrong))
     return found
 
 
-def _numbers(state: AttentionState) -> list[np.ndarray]:
+def _numbers(state: AttentionState, as_lse: bool) -> list[np.ndarray]:
     attn_out, maximum, total = map(widen, state)
+    if as_lse:
+        return [attn_out, state_lse(maximum, total)]
     return [attn_out, maximum + 0.0, total]  # a max of zero may have either sign
 
 
 def _judge(mistake: Mistake, observed: AttentionState, result: AttentionState, truth: Sequence[_Truth]) -> Candidate:
-    compared = [_fit(*numbers) for numbers in zip(_numbers(observed), _numbers(result), truth, strict=True)]
+    both = (_numbers(state, len(truth) == 2) for state in (observed, result))
+    compared = [_fit(*numbers) for numbers in zip(*both, truth, strict=True)]
     # attn_out decides where it is wrong, whatever the statistics are: they may be kept in other ways. Where it is right a
     # mistake of the statistics has left it so.
     telling = next(i for i, part in enumerate(truth) if part.wrong.any()) + 1

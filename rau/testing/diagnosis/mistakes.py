@@ -46,24 +46,28 @@ _WRITTEN = "See whether the result is written, and read, where it is expected."
 _LAST = "Look at the end of the loop over tokens: cumulative lengths are exclusive ends."
 
 
-def _known(wrong: str, change: str) -> Callable[[Make], Make]:
+def known(wrong: str, change: str, into: dict[str, Mistake] = MISTAKES) -> Callable[[Make], Make]:
+    """Enter a mistake, under the name of the function that makes it."""
+
     def enter(make: Make) -> Make:
         name = make.__name__.replace("_", "-")
-        MISTAKES[name] = Mistake(name, wrong, change, (make,))
+        into[name] = Mistake(name, wrong, change, (make,))
         return make
 
     return enter
 
 
-def _part_of(name: str) -> Callable[[Make], Make]:
+def part_of(name: str, into: dict[str, Mistake] = MISTAKES) -> Callable[[Make], Make]:
+    """Enter another way of making a mistake."""
+
     def enter(make: Make) -> Make:
-        MISTAKES[name] = MISTAKES[name]._replace(makes=(*MISTAKES[name].makes, make))
+        into[name] = into[name]._replace(makes=(*into[name].makes, make))
         return make
 
     return enter
 
 
-@_known(
+@known(
     "The statistics are packed per sequence and were read token-major.",
     "Statistic of token t and head n of a sequence that starts at t0 with S tokens: row t0*N + n*S + (t - t0). For rau "
     'pass softmax_layout="SBH"; rau.reorder_softmax(..., to="TND") makes token-major copies.',
@@ -72,7 +76,7 @@ def packed_read_as_token_major(rows: Steps) -> AttentionState | None:
     return rows.reading("TND").merge() if rows.packed else None
 
 
-@_known(
+@known(
     "The statistics are token-major and were read as packed per sequence, which is how the vendor's kernels read them.",
     "Statistic of token t and head n: row t*N + n. If the statistics are packed after all, as npu_fusion_attention emits "
     'them, say so: softmax_layout="SBH".',
@@ -81,7 +85,7 @@ def token_major_read_as_packed(rows: Steps) -> AttentionState | None:
     return rows.reading("SBH").merge() if rows.lengths is not None and not rows.packed else None
 
 
-@_known(
+@known(
     "Natural statistics were taken to be in base 2: there is exp2 where exp should be.",
     "exp(x) is exp2(x * log2(e)). If the statistics are logarithms to base 2 (FlashInfer's are), convert them first: "
     'AttentionState.from_lse(..., base="2").',
@@ -90,7 +94,7 @@ def base_2_instead_of_e(rows: Steps) -> AttentionState | None:
     return rows.merge(lambda x: np.exp2(x))
 
 
-@_known(
+@known(
     "The exponent was multiplied by log2(e) and then put into exp, not exp2: converted twice.",
     'Use exp with natural statistics as they are. A natural log-sum-exp is AttentionState.from_lse(..., base="e").',
 )
@@ -98,7 +102,7 @@ def base_e_converted_twice(rows: Steps) -> AttentionState | None:
     return rows.merge(lambda x: flushed_exp(x * np.log2(np.e)))
 
 
-@_known(
+@known(
     "The output is right; instead of max and sum, its log-sum-exp was returned, with a sum of 1.",
     "It is the same state. Return m = max(m_prev, m_cur) and l, or compare m + log(l).",
 )
@@ -108,7 +112,7 @@ def log_sum_exp_instead_of_max_and_sum(rows: Steps) -> AttentionState | None:
     return rows.store(rows.combine(rows.weights(factors)), lse, np.ones_like(lse))
 
 
-@_known(
+@known(
     "The sums are left out, as in a widespread copy of the formula: l_cur from l, and both from the output.",
     "l = l_prev * exp(m_prev - m) + l_cur * exp(m_cur - m); each output's weight is its own term of that sum, over l.",
 )
@@ -123,7 +127,7 @@ def _over(factors: Array, total: Array, rows: Steps) -> Array:
     return np.where(rows.live, factors / total, 0.0).astype(rows.stats_dtype)
 
 
-@_known(
+@known(
     "l is right, but the sums are left out of the weights of the outputs.",
     "Weight o_prev with l_prev * exp(m_prev - m) / l, and o_cur with l_cur * exp(m_cur - m) / l.",
 )
@@ -133,7 +137,7 @@ def sums_left_out_of_the_output(rows: Steps) -> AttentionState | None:
     return rows.store(rows.combine(_over(bare, total, rows)), rows.maximum, total)
 
 
-@_known(
+@known(
     "The outputs are added up with their weights, but not divided by l.",
     "attn_out is normalised, in and out: divide by l = l_prev * exp(m_prev - m) + l_cur * exp(m_cur - m).",
 )
@@ -142,7 +146,7 @@ def not_normalised(rows: Steps) -> AttentionState | None:
     return rows.store(rows.combine(factors.astype(rows.stats_dtype)), rows.maximum, rows.total(factors))
 
 
-@_known(
+@known(
     "The sides are swapped: o_prev has cur's weight and o_cur prev's.",
     "Weight o_prev with l_prev * exp(m_prev - m) / l.",
 )
@@ -151,12 +155,12 @@ def sides_swapped(rows: Steps) -> AttentionState | None:
     return rows.store(rows.combine(rows.weights(factors)[::-1]), rows.maximum, rows.total(factors))
 
 
-@_known("The statistics were rounded to float16.", _STATISTICS)
+@known("The statistics were rounded to float16.", _STATISTICS)
 def statistics_in_float16(rows: Steps) -> AttentionState | None:
     return _with_statistics(rows, to_float16)
 
 
-@_known("The statistics were rounded to bfloat16.", _STATISTICS)
+@known("The statistics were rounded to bfloat16.", _STATISTICS)
 def statistics_in_bfloat16(rows: Steps) -> AttentionState | None:
     return _with_statistics(rows, to_bfloat16)
 
@@ -167,12 +171,12 @@ def _with_statistics(rows: Steps, narrow: Callable[[Array], Array]) -> Attention
     return rows.store(rows.combine(rows.weights(factors)), rows.maximum, narrow(rows.total(factors)))
 
 
-@_known("The weights were rounded to float16.", _WEIGHTS)
+@known("The weights were rounded to float16.", _WEIGHTS)
 def weights_in_float16(rows: Steps) -> AttentionState | None:
     return _with_weights(rows, to_float16)
 
 
-@_known("The weights were rounded to bfloat16.", _WEIGHTS)
+@known("The weights were rounded to bfloat16.", _WEIGHTS)
 def weights_in_bfloat16(rows: Steps) -> AttentionState | None:
     return _with_weights(rows, to_bfloat16)
 
@@ -183,7 +187,7 @@ def _with_weights(rows: Steps, narrow: Callable[[Array], Array]) -> AttentionSta
     return rows.store(rows.combine(weights), rows.maximum, rows.total(factors))
 
 
-@_known(
+@known(
     "The weights are exp(lse_i - lse), and the log-sum-exps were rounded to float32: they do not sum to 1.",
     "That rounding changes all weights of a row, by up to abs(lse) * 2**-24 of each. Divide a_i = l_i * exp(m_i - m) by "
     "what they add up to, l = a_1 + ... + a_K.",
@@ -204,7 +208,7 @@ def _log_sum_exps(rows: Steps) -> Array:
 _NARROW = {"float16": to_float16, "bfloat16": to_bfloat16}
 
 
-@_known(
+@known(
     "The running output was rounded to 16 bits after every update.",
     "Keep it in float32 and round once, after the last: rau.StreamingMerge does, and rau.merge_states merges all at once.",
 )
@@ -222,7 +226,7 @@ def rounded_at_every_hop(rows: Steps) -> AttentionState | None:
     return rows.store(output, maximum, total)
 
 
-@_known(
+@known(
     "Weights, products and sums of the outputs were all rounded to the output's 16 bits.",
     "Widen the outputs to float32, and round once, at the end.",
 )
@@ -234,7 +238,7 @@ def elements_in_16_bits(rows: Steps) -> AttentionState | None:
     return rows.store(rows.combine(narrow(rows.weights(factors)), narrow), rows.maximum, rows.total(factors))
 
 
-@_known(
+@known(
     "The result was cut off to 16 bits, not rounded.",
     "Round to nearest even: add half a unit in the last place before the low bits go; ties go to the even neighbour.",
 )
@@ -252,7 +256,7 @@ def truncated(rows: Steps) -> AttentionState | None:
     return rows.store(np.where(np.isnan(output), output, cut), rows.maximum, rows.total(factors))
 
 
-@_known(
+@known(
     "Element d was weighted by the statistics of lane d mod 8, as the vendor's kernel does, and the lanes differ.",
     _LANE_0,
 )
@@ -265,12 +269,12 @@ def lane_by_element(rows: Steps) -> AttentionState | None:
     return rows.store(rows.combine(every.weights(factors)[..., lane]), every.maximum, every.total(factors))
 
 
-@_known("The last lane of the statistics was read.", _LANE_0)
+@known("The last lane of the statistics was read.", _LANE_0)
 def last_lane(rows: Steps) -> AttentionState | None:
     return rows.having(*(part[..., -1:] for part in rows.lanes)).merge() if _lanes_differ(rows) else None
 
 
-@_known("The mean over the lanes of the statistics was taken.", _LANE_0)
+@known("The mean over the lanes of the statistics was taken.", _LANE_0)
 def mean_of_lanes(rows: Steps) -> AttentionState | None:
     if not _lanes_differ(rows):
         return None
@@ -281,7 +285,7 @@ def _lanes_differ(rows: Steps) -> bool:
     return any(((part != part[..., :1]) & ~np.isnan(part)).any() for part in rows.lanes)
 
 
-@_known(
+@known(
     "No maximum is subtracted: exp(m_prev) and exp(m_cur) overflow, or vanish, in float32.",
     "Subtract m = max(m_prev, m_cur) before exponentiating.",
 )
@@ -291,7 +295,7 @@ def no_max_subtraction(rows: Steps) -> AttentionState | None:
     return rows.store(rows.combine(rows.weights(factors)), rows.maximum, total)
 
 
-@_known(
+@known(
     "The maximum is stale: prev's is kept, even where cur's is larger.",
     "m = max(m_prev, m_cur), in both exponentials and in the result.",
 )
@@ -301,7 +305,7 @@ def stale_max(rows: Steps) -> AttentionState | None:
     return rows.store(rows.combine(rows.weights(factors)), stale, rows.total(factors))
 
 
-@_known(
+@known(
     "The running sum was not rescaled to the new maximum: exp(m_prev - m) is missing.",
     "l_prev, and o_prev's weight with it, take the factor exp(m_prev - m).",
 )
@@ -311,7 +315,7 @@ def prev_not_rescaled(rows: Steps) -> AttentionState | None:
     return rows.store(rows.combine(rows.weights(factors)), rows.maximum, rows.total(factors))
 
 
-@_known("The last token of each sequence is left as it was in prev.", _LAST)
+@known("The last token of each sequence is left as it was in prev.", _LAST)
 def last_token_dropped(rows: Steps) -> AttentionState | None:
     factors, last = rows.factors(), rows.last_tokens()[:, None]
     return rows.store(
@@ -321,14 +325,14 @@ def last_token_dropped(rows: Steps) -> AttentionState | None:
     )
 
 
-@_known("The last token of each sequence was never written, and is zero.", _LAST)
+@known("The last token of each sequence was never written, and is zero.", _LAST)
 def last_token_zero(rows: Steps) -> AttentionState | None:
     factors, last = rows.factors(), rows.last_tokens()[:, None]
     parts = rows.combine(rows.weights(factors)), rows.maximum, rows.total(factors)
     return rows.store(*(np.where(last, 0, part) for part in parts))
 
 
-@_known(
+@known(
     "What an empty side holds leaks: 0 * NaN, -inf - (-inf) and 0 / 0 are NaN, and -0.0 + 0 has lost its sign.",
     "A side with sum 0 or max -inf is empty: return the other one as it is, and 0, -inf, 0 where both are. Leave out "
     "products with a weight of 0.",
@@ -336,20 +340,20 @@ def last_token_zero(rows: Steps) -> AttentionState | None:
 def empty_sides_not_guarded(rows: Steps) -> AttentionState | None:
     maximum, factors = _unguarded(rows)
     weights = (factors / summed(factors)).astype(rows.stats_dtype)
-    return rows.store(_all_products(rows, weights), maximum, summed(factors))
+    return rows.store(all_products(rows, weights), maximum, summed(factors))
 
 
-@_part_of("empty-sides-not-guarded")
+@part_of("empty-sides-not-guarded")
 def _two_empty_sides(rows: Steps) -> AttentionState | None:
     factors = rows.factors()
     output = np.where(rows.live.any(axis=0), rows.combine(rows.weights(factors)), np.nan)
     return rows.store(output, rows.maximum, rows.total(factors))
 
 
-@_part_of("empty-sides-not-guarded")
+@part_of("empty-sides-not-guarded")
 def _what_is_behind(rows: Steps) -> AttentionState | None:
     factors = rows.factors()
-    return rows.store(_all_products(rows, rows.weights(factors)), rows.maximum, rows.total(factors))
+    return rows.store(all_products(rows, rows.weights(factors)), rows.maximum, rows.total(factors))
 
 
 def _unguarded(rows: Steps) -> tuple[Array, Array]:
@@ -357,7 +361,7 @@ def _unguarded(rows: Steps) -> tuple[Array, Array]:
     return maximum, rows.sums * np.exp(rows.maxima - maximum)
 
 
-def _all_products(rows: Steps, weights: Array) -> Array:
+def all_products(rows: Steps, weights: Array) -> Array:
     """Add up, a weight of 0 times whatever there is included: NaN for NaN, and the sign of -0.0 is lost."""
     result, *others = (weight * output for weight, output in zip(weights, rows.outputs, strict=True))
     for product in others:
@@ -365,7 +369,7 @@ def _all_products(rows: Steps, weights: Array) -> Array:
     return result
 
 
-@_known(
+@known(
     "The update is o - sigmoid(lse_cur - lse) * (o - o_cur), which is NaN where both sides are empty, as -inf - (-inf) is, "
     "and reads what an empty side holds: large numbers there cancel what is right.",
     "A side with sum 0 or max -inf is empty: return the other one as it is, and 0, -inf, 0 where both are. Elsewhere add "
@@ -381,12 +385,12 @@ def sigmoid_form(rows: Steps) -> AttentionState | None:
     return rows.store(output, maximum, summed(factors))
 
 
-@_known("Nothing was merged: prev was returned.", _WRITTEN)
+@known("Nothing was merged: prev was returned.", _WRITTEN)
 def prev_returned(rows: Steps) -> AttentionState | None:
     return rows.states[0] if len(rows.states) > 1 else None
 
 
-@_known("Nothing was merged: cur was returned.", _WRITTEN)
+@known("Nothing was merged: cur was returned.", _WRITTEN)
 def cur_returned(rows: Steps) -> AttentionState | None:
     if len(rows.states) == 1:
         return None

@@ -52,6 +52,8 @@ def to_bfloat16(values: Array) -> Array:
 class Steps:
     """A call as R rows, one for each token and head: the NumPy arrays of K states, and how they are laid out."""
 
+    lse_base = ""  # that of the log-sum-exp which is kept in place of maximum and sum
+
     def __init__(self, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, layout: str, softmax_layout: str) -> None:
         self.states = [AttentionState(*map(np.asarray, state)) for state in states]  # as they were given
         self.layout = layout
@@ -85,6 +87,15 @@ class Steps:
         """Return the same call with other statistics."""
         other = copy.copy(self)
         other.maxima, other.sums = maxima, sums
+        return other
+
+    def keeping_lse(self, base: str) -> Steps:
+        """Return the same call with log-sum-exps, rounded in their base, as maxima, and sums of 1."""
+        scale = np.log(2.0) if base == "2" else 1.0
+        natural = np.where(self.live, self.maxima + np.log(self.sums), -np.inf)
+        lse = ((natural / scale).astype(self.stats_dtype).astype(np.float64) * scale).astype(self.maxima.dtype)
+        other = self.having(lse, np.where(lse == -np.inf, 0, 1).astype(lse.dtype))
+        other.lanes, other.lse_base = (other.maxima, other.sums), base
         return other
 
     @property
@@ -135,12 +146,32 @@ class Steps:
 
     def store(self, output: Array, maximum: Array, total: Array) -> AttentionState:
         """Round rows (R, D) and statistics (R, 1), or (R, lanes), once, and put them where they belong."""
+        if self.lse_base == "2":  # a rounded one is no longer one of a natural logarithm: the sum keeps what that loses
+            lse = np.where(total == 0, -np.inf, maximum + np.log(total))
+            maximum = lse.astype(self.stats_dtype)
+            total = np.where(np.isfinite(lse), np.exp(lse - maximum), 1.0)
         stats = []
         for part in (maximum, total):
             stored = np.empty((len(self._places), self.stats_shape[-1]), self.stats_dtype)
             stored[self._places] = part
             stats.append(stored.reshape(self.stats_shape))
         return AttentionState(output.astype(self.dtype).reshape(self.shape), *stats)
+
+    def store_lse(self, output: Array, lse: Array) -> AttentionState:
+        """Round and put away rows with their natural log-sum-exp, (R, 1), in place of a maximum and a sum."""
+        return self.store(output, lse, np.where(lse == -np.inf, 0.0, 1.0))
+
+    def row_of(self, by_batch: bool = True) -> Array:
+        """Return each row's number by its batch entry, token and head, (B, S, N); or all tokens as of one entry, (1, T, N)."""
+        rows: Array = np.arange(len(self._places))
+        if self.layout == "TND":
+            return rows.reshape(1, *self.shape[:2])
+        batch, heads, tokens = self.stats_shape[:3]
+        if self.layout == "SBH":
+            rows = rows.reshape(tokens, batch, heads)
+            return rows.swapaxes(0, 1) if by_batch else rows.reshape(1, -1, heads)
+        rows = rows.reshape(batch, heads, tokens).swapaxes(1, 2) if self.layout == "BNSD" else rows.reshape(batch, tokens, heads)
+        return rows if by_batch else rows.reshape(1, -1, heads)
 
     def last_tokens(self) -> Array:
         """Return a mask of the rows of each sequence's, or batch entry's, last token."""

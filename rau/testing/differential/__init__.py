@@ -26,7 +26,7 @@ from rau.testing.differential.record import Record, Recorded, write_record
 from rau.testing.differential.shrink import shrink
 from rau.testing.reference.oracle import Expected, widen
 from rau.testing.trial import excluded_by, expected_of, problem_of, run_case
-from rau.testing.trial.judge import held_to, judge_values, promises_bits
+from rau.testing.trial.judge import held_to, judge_values, keeps_lse, promises_bits
 from rau.testing.under_test import load
 
 BINS = 20  # of the histogram of shares, over [0, 1]; one more holds what is beyond
@@ -256,7 +256,7 @@ def run_recorded(recorded: Record, backends: Sequence[Any]) -> Differential:
     ConstraintError
         If the arrays do not make a valid call.
     """
-    observed = [] if recorded.observed is None else [Recorded(recorded.observed)]
+    observed = [] if recorded.observed is None else [Recorded(recorded.observed, recorded.lse_base)]
     report = Differential(cases=1)
     for who, message in run_on_all(_instances([*observed, *backends]), recorded.case, report, recorded.states):
         if not who.startswith(f"{Recorded.name}, "):
@@ -366,7 +366,7 @@ def _write(finding: Finding, instances: Sequence[Any], folder: Path) -> None:
         observed = run_case(first, case).result
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_record(path, case, case.make().states, observed)
+        write_record(path, case, case.make().states, observed, first.capabilities.lse_base if keeps_lse(first) else "")
     except OSError as error:
         finding.message += f" (and the case could not be written: {error})"
     else:

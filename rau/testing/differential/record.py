@@ -9,6 +9,8 @@ The keys, all optional but the arrays of at least one state:
 ``softmax_sum``
 ``actual_seq_qlen``                   cumulative sequence lengths
 ``layout``, ``softmax_layout``        strings; "SBH" and "TND" by default
+``lse_base``                          "e" or "2", where it keeps a log-sum-exp: by that it is judged
+``states.K.lse`` and so on, ``lse``   in place of maximum and sum: log-sum-exps to that base, with the axes of the statistics
 ``case``                              JSON of a `rau.testing.cases.Case`: how the arrays lay in memory
 ====================================  =====================================================================
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ from rau.constraints.profiles import PROFILES
 from rau.constraints.rules import Violations
 from rau.errors import RauError
 from rau.layouts import FIELDS, LAYOUTS, OTHER_LAYOUTS
+from rau.lse import statistics
 from rau.problem import Problem
 from rau.state import AttentionState
 from rau.testing.cases import Case
@@ -47,6 +50,7 @@ class Record(NamedTuple):
     case: Case
     states: list[AttentionState]  # the inputs, C-contiguous; ``case.make(states)`` lays them out as they were
     observed: AttentionState | None  # what some implementation returned
+    lse_base: str = ""  # "e" or "2" where it keeps a log-sum-exp
 
 
 class RecordError(RauError, ValueError):
@@ -59,8 +63,10 @@ class Recorded(Backend):
     name = "the recorded output"
     capabilities = Capabilities(array_types=("numpy:ndarray",))
 
-    def __init__(self, observed: AttentionState) -> None:
+    def __init__(self, observed: AttentionState, lse_base: str = "") -> None:
         self.observed = observed
+        if lse_base:
+            vars(self)["capabilities"] = replace(self.capabilities, statistics="lse", lse_base=lse_base)
 
     def update(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
@@ -79,9 +85,13 @@ class Recorded(Backend):
 
 
 def write_record(
-    path: str | PathLike[str], case: Case, states: Sequence[Any], observed: Sequence[Any] | None = None
+    path: str | PathLike[str],
+    case: Case,
+    states: Sequence[Any],
+    observed: Sequence[Any] | None = None,
+    lse_base: str = "",
 ) -> None:
-    """Write a call to a file .npz: its inputs, as they were before it, and what was observed."""
+    """Write a call to a file .npz: its inputs, as they were before it, and what was observed, of what kind of kernel."""
     arrays = {f"states.{k}.{name}": part for k, state in enumerate(states) for name, part in zip(FIELDS, state, strict=True)}
     if observed is not None:
         arrays.update(zip(FIELDS, observed, strict=True))
@@ -90,6 +100,7 @@ def write_record(
     if lengths is not None:
         stored["actual_seq_qlen"] = np.asarray(lengths)
     stored |= {"layout": np.array(case.layout), "softmax_layout": np.array(case.softmax_layout)}
+    stored |= {"lse_base": np.array(lse_base)} if lse_base else {}
     stored["case"] = np.array(json.dumps(asdict(case)))
     np.savez(path, allow_pickle=False, **stored)
 
@@ -112,10 +123,12 @@ def read_record(path: str | PathLike[str]) -> Record:
     except Exception as error:  # of zipfile's, NumPy's, tokenize's and ast's own: whoever wrote the file chooses
         raise RecordError(f"{path}: not a .npz file that can be read without pickle: {error}") from error
     for side, k in (("prev", 0), ("cur", 1)):
-        for name in FIELDS:
+        for name in (*FIELDS, "lse"):
             if f"{side}_{name}" in arrays:
                 arrays[f"states.{k}.{name}"] = arrays.pop(f"{side}_{name}")
-    described = _text(arrays, "case", "")
+    described, lse_base = _text(arrays, "case", ""), _text(arrays, "lse_base", "")
+    if lse_base not in ("", "e", "2") or (not lse_base and any(name.rpartition(".")[2] == "lse" for name in arrays)):
+        raise RecordError(f'{path}: a log-sum-exp to base {lse_base!r}; expected lse_base, "e" or "2"')
     count = 0
     while f"states.{count}.attn_out" in arrays:
         count += 1
@@ -124,7 +137,7 @@ def read_record(path: str | PathLike[str]) -> Record:
     states = [_state(path, arrays, f"states.{k}.") for k in range(count)]
     observed = _state(path, arrays, "") if "attn_out" in arrays else None
     case = _described_case(path, described, states, arrays) if described else _describe(path, states, arrays)
-    return Record(case, states[:1] if case.aliased else states, observed)
+    return Record(case, states[:1] if case.aliased else states, observed, lse_base)
 
 
 # What the words of a case may be, beyond what the arrays tell.
@@ -168,6 +181,10 @@ def _text(arrays: dict[str, np.ndarray], key: str, default: str) -> str:
 
 def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str) -> AttentionState:
     parts = []
+    if f"{prefix}lse" in arrays:
+        lse, wide = arrays[f"{prefix}lse"], "float64" if arrays.get(f"{prefix}attn_out", np.empty(0)).dtype == "f8" else "float32"
+        both = map(np.ascontiguousarray, statistics(lse, wide, _text(arrays, "lse_base", ""), False))
+        arrays = arrays | dict(zip((prefix + FIELDS[1], prefix + FIELDS[2]), both, strict=True))
     for name in FIELDS:
         if prefix + name not in arrays:
             raise RecordError(f'{path}: "{prefix}{name}" is missing, but other arrays of its state are there')

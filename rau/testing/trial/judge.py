@@ -23,6 +23,11 @@ from rau.testing.reference.oracle import Expected, oracle
 from rau.testing.under_test import host_state, own_state
 
 
+def keeps_lse(backend: Any) -> bool:
+    """Tell whether a backend's kernel keeps a log-sum-exp."""
+    return bool(backend.capabilities.statistics == "lse")
+
+
 def held_to(backend: Any) -> dict[str, Any]:
     """Return what the oracle has to know of a backend to judge it by what it promises; nothing if that is all there is."""
     takes = backend.capabilities

@@ -1,0 +1,72 @@
+"""``python -m rau matrix``: kernels against properties, on one page."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from rau.cli import session
+from rau.cli.console import progress, save_page, table
+
+if TYPE_CHECKING:
+    from rau.testing.conformance.matrix import Answer
+
+_LEGEND = (
+    "(in brackets): not promised by the kernel. error: the largest one, as a share of the bound of the kernel's kind. "
+    "rounded right: elements that are the exact result, rounded to 16 bits to nearest even. "
+    "gradients: of the kernel's own; rau.ring_attention_update has them with any backend."
+)
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "matrix",
+        help="what kernels do, and whether they promise it: kernels against properties, on one page",
+        description="Ask every backend the same: what it makes of empty rows, of NaN and infinity behind a weight of 0 and "
+        "in statistics, how large its errors are in each dtype, how it rounds to 16 bits, how many states, layouts and "
+        "strides it takes, and whether it has gradients. It is run, whatever it promises.",
+        epilog="Exit status: 0 every kernel does what it promises, 1 one does not, 2 wrong usage or a named backend is missing.",
+    )
+    session.add_backend(parser)
+    text = "write an HTML page, too, DIR/index.html; needs rich: pip install 'ring-attention-update[cli]'"
+    parser.add_argument("--report", metavar="DIR", help=text)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask: 0 all that is promised is done, 1 something is not."""
+    # Late, as in all commands: --help does not pay for what a run needs.
+    from rau.config import collect
+    from rau.testing.conformance.matrix import QUESTIONS, matrix
+
+    folder = None if arguments.report is None else session.report_folder(arguments.report)
+    backends, not_run = session.choose(arguments.backend)
+    configuration = collect()
+    with progress(len(backends) * len(QUESTIONS), quiet=arguments.json) as step:
+        rows = matrix(backends, progress=step)
+    broken = [
+        f"{name}: {question}: {answer.found}"
+        for name, row in rows.items()
+        for question, answer in row.items()
+        if answer.promised and not answer.good
+    ]
+    columns = ["", *rows]
+    lines = table(columns, [[question, *(_word(row[question]) for row in rows.values())] for question in QUESTIONS])
+    lines += ["", _LEGEND, *(f"not run: {name} ({reason})" for name, reason in not_run.items()), ""]
+    lines += [f"BROKEN PROMISE: {line}" for line in broken]
+    text = "\n".join([session.heading(configuration), "", *lines])
+    if folder is not None:
+        styles = {r"\byes\b": "green", r"\bNO\b": "bold red", r"(?m)^BROKEN PROMISE.*": "bold red"}
+        save_page("kernels against properties", text, folder / "index.html", styles, wrap="pre")
+    if arguments.json:
+        session.print_json({
+            "kernels": rows, "broken": broken, "not_run": not_run, "passed": not broken, "configuration": configuration,
+        })  # fmt: skip
+    else:
+        print(text)
+    return 1 if broken else 0
+
+
+def _word(answer: Answer) -> str:
+    return answer.word if answer.promised or answer.word == "-" else f"({answer.word})"
