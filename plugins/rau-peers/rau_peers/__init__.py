@@ -15,12 +15,15 @@ from rau.backends import Capabilities
 from rau.backends.lse import LSEBackend
 from rau.errors import BackendUnavailableError
 
-__all__ = ["TRITON", "Peer", "takes"]
+__all__ = ["SIGMOID", "TRITON", "Peer", "takes"]
 
 # What a Triton kernel takes. Its interpreter cuts off what bfloat16 cannot hold, where hardware rounds: that is none of a kernel's.
 TRITON: dict[str, Any] = {"devices": ("cuda",)}
 if os.environ.get("TRITON_INTERPRET") == "1":
     TRITON = {"devices": ("cpu",), "dtypes": ("float16", "float32")}
+
+# What out - sigmoid(cur_lse - lse) * (out - cur_out) does not do. Where torch composes it, a row's bits depend on its place.
+SIGMOID = ("one-empty", "two-empty", "payload", "small-weights")
 _UNSAID = ("infinity", "nan", "signed-zero")  # nobody's documentation promises these
 
 

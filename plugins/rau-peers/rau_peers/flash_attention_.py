@@ -11,7 +11,7 @@ class FlashAttention3(Peer):
     name = "flash-attention-3"
     where = "flash_attn_interface:flash_attn_combine"
     layout, lse_layout = "BSND", "BNS"
-    capabilities = takes(devices=("cuda",), mixed=True, max_states=256)
+    capabilities = takes(devices=("cuda",), contiguous=False, mixed=True, max_states=256)
 
     def merge_lse_states(self, outs, lses):
         return self._combined(self._torch.stack([out.float() for out in outs]), lses, outs[0].dtype)
@@ -27,7 +27,7 @@ class FlashAttention4(FlashAttention3):
 
     name = "flash-attention-4"
     where = "flash_attn.cute.interface:flash_attn_combine"
-    capabilities = takes(devices=("cuda",), max_states=256, head_dim_multiple=8)
+    capabilities = takes(devices=("cuda",), contiguous=False, max_states=256, head_dim_multiple=8)
 
     def merge_lse_states(self, outs, lses):
         return self._combined(self._torch.stack(outs), lses, outs[0].dtype)

@@ -11,7 +11,7 @@ class MSLK(Peer):
     name = "mslk"
     where = "mslk.attention.fmha:merge_attentions"
     layout, lse_layout = "BSND", "BNS"
-    capabilities = takes("payload", **TRITON)
+    capabilities = takes("payload", contiguous=False, **TRITON)
 
     def merge_lse_states(self, outs, lses):
         return self._kernel(self._torch.stack(outs), self._torch.stack(lses))

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from rau.backends import Problem
-from rau_peers import Peer, takes
-
-
-def _limits(problem: Problem) -> list[str]:
-    return ["K = 1: it wants at least two states"] if problem.K < 2 else []
+from rau_peers import SIGMOID, Peer, takes
 
 
 class NATTEN(Peer):
@@ -16,9 +11,7 @@ class NATTEN(Peer):
     name = "natten"
     where = "natten:merge_attentions"
     layout, lse_layout = "BSND", "BSN"
-    capabilities = takes(
-        "one-empty", "two-empty", "payload", "small-weights", devices=("cpu", "cuda"), limits=_limits
-    )
+    capabilities = takes(*SIGMOID, devices=("cpu", "cuda"), deterministic=False)
 
-    def merge_lse_states(self, outs, lses):
-        return self._kernel(list(outs), list(lses), torch_compile=False, use_autograd_fix=False)
+    def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
+        return self._kernel([prev_out, cur_out], [prev_lse, cur_lse], torch_compile=False, use_autograd_fix=False)

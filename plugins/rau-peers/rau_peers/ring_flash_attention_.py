@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rau_peers import Peer, takes
+from rau_peers import SIGMOID, Peer, takes
 
 
 class RingFlashAttention(Peer):
@@ -11,10 +11,9 @@ class RingFlashAttention(Peer):
     name = "ring-flash-attention"
     where = "ring_flash_attn.utils:update_out_and_lse"
     layout, lse_layout = "BSND", "BNS"
-    capabilities = takes("one-empty", "two-empty", "payload", "small-weights", devices=("cpu", "cuda"), mixed=True)
+    capabilities = takes(*SIGMOID, devices=("cpu", "cuda"), deterministic=False, contiguous=False, mixed=True)
 
-    def merge_lse_states(self, outs, lses):
-        out = lse = None
-        for block_out, block_lse in zip(outs, lses, strict=True):
-            out, lse = self._kernel(out, lse, block_out, block_lse)
+    def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
+        out, lse = self._kernel(None, None, prev_out, prev_lse)
+        out, lse = self._kernel(out, lse, cur_out, cur_lse)
         return out, lse.squeeze(-1).transpose(-1, -2)

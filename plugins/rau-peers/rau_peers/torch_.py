@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rau_peers import Peer, takes
+from rau_peers import SIGMOID, Peer, takes
 
 
 class SDPAMerger(Peer):
@@ -11,10 +11,10 @@ class SDPAMerger(Peer):
     name = "sdpa-merger"
     where = "torch.distributed.tensor.experimental._context_parallel._attention:_SDPAMerger"
     layout, lse_layout = "BNSD", "BNS"
-    capabilities = takes("one-empty", "two-empty", "payload", "small-weights", devices=("cpu", "cuda"))
+    capabilities = takes(*SIGMOID, devices=("cpu", "cuda"), deterministic=False, contiguous=False)
 
-    def merge_lse_states(self, outs, lses):
+    def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
         merger = self._kernel(convert_to_f32=True, seq_dim=2)
-        for out, lse in zip(outs, lses, strict=True):
-            merger.step(out, lse, partial=False)
+        merger.step(prev_out, prev_lse, partial=False)
+        merger.step(cur_out, cur_lse, partial=False)
         return merger.results()

@@ -21,7 +21,7 @@ class TransformerEngine(Peer):
     name = "transformer-engine"
     where = _WHERE
     layout, lse_layout = "BSND", "BNS"
-    capabilities = takes("two-empty", "payload", devices=("cuda",))
+    capabilities = takes("two-empty", "payload", devices=("cuda",), contiguous=False)
 
     def merge_lse_states(self, outs, lses):
         lse = _lse_of_all(self._kernel, lses)

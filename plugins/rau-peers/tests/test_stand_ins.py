@@ -2,19 +2,15 @@
 
 import sys
 from dataclasses import replace
-from importlib.metadata import entry_points
 from itertools import product
 from types import ModuleType
 
 import pytest
+from adapters import ADAPTERS
 from stand_ins import STAND_INS
 
 from rau.testing import check_backend
 from rau.testing.cases import Case
-
-ADAPTERS = {
-    point.name: point.load() for point in entry_points(group="rau.backends") if point.dist.name == "rau-peers"
-}
 
 # TransformerEngine rounds every partial output to 16 bits, and so does its stand-in: that is no matter of the call.
 WIDE = ("transformer-engine", "transformer-engine-thd")
