@@ -1,5 +1,7 @@
 """Kernels that return an output and its log-sum-exp, in the forms in which the field writes them, as backends."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from rau.backends import Capabilities
@@ -81,3 +83,29 @@ class Sigmoid(LSEBackend):
 
 
 KERNELS = (Guarded, Base2, Pairs, Weights, Sigmoid)
+
+
+class TorchWeights(LSEBackend):
+    """The same in torch, with whatever gradient comes of it."""
+
+    name = "torch-weights"
+    capabilities = Capabilities(
+        array_types=("torch:Tensor",), statistics="lse", max_states=4, unpromised=("two-empty", "payload", "signed-zero")
+    )
+
+    def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
+        import torch
+
+        lse = torch.logaddexp(prev_lse, cur_lse)
+        return (prev_lse - lse).exp()[..., None] * prev_out + (cur_lse - lse).exp()[..., None] * cur_out, lse
+
+
+class Strideless(TorchWeights):
+    """It reads its outputs as if they were contiguous, and says so; it has no gradient."""
+
+    name = "strideless"
+    capabilities = replace(TorchWeights.capabilities, contiguous=True)
+
+    def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
+        flat = [out.detach().as_strided(out.shape, out.new_empty(out.shape).stride()) for out in (prev_out, cur_out)]
+        return super().merge_lse(flat[0], prev_lse.detach(), flat[1], cur_lse.detach())

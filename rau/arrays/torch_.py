@@ -201,8 +201,8 @@ class TorchKind:
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
         torch = sys.modules["torch"]
-        if like.device.type == "cpu":
-            return self.from_numpy(_HOST.full(None, shape, dtype, value))
+        if like.device.type == "cpu" and dtype not in BITS:
+            return torch.from_numpy(_HOST.full(None, shape, dtype, value))
         return torch.full(shape, value, dtype=getattr(torch, dtype), device=like.device)
 
     def cast(self, array: Any, dtype: str) -> Any:

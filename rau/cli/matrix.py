@@ -11,6 +11,7 @@ from rau.cli.console import progress, save_page, table
 if TYPE_CHECKING:
     from rau.testing.conformance.matrix import Answer
 
+_BESIDE = 6  # kernels in one table: as many as a terminal is wide
 _LEGEND = (
     "(in brackets): not promised by the kernel. error: the largest one, as a share of the bound of the kernel's kind. "
     "rounded right: elements that are the exact result, rounded to 16 bits to nearest even. "
@@ -45,17 +46,21 @@ def run(arguments: argparse.Namespace) -> int:
     configuration = collect()
     with progress(len(backends) * len(QUESTIONS), quiet=arguments.json) as step:
         rows = matrix(backends, progress=step)
-    broken = [
-        f"{name}: {question}: {answer.found}"
+    not_done = [
+        (answer.promised, f"{name}: {question}: {answer.found}")
         for name, row in rows.items()
         for question, answer in row.items()
-        if answer.promised and not answer.good
+        if not answer.good
     ]
-    columns = ["", *rows]
-    lines = table(columns, [[question, *(_word(row[question]) for row in rows.values())] for question in QUESTIONS])
-    lines += ["", _LEGEND, *(f"not run: {name} ({reason})" for name, reason in not_run.items()), ""]
-    lines += [f"BROKEN PROMISE: {line}" for line in broken]
-    text = "\n".join([session.heading(configuration), "", *lines])
+    broken = [line for promised, line in not_done if promised]
+    lines = [""]
+    for some in (list(rows)[i : i + _BESIDE] for i in range(0, len(rows), _BESIDE)):
+        cells = [[question, *(_word(rows[name][question]) for name in some)] for question in QUESTIONS]
+        lines += [*table(["", *some], cells), ""]
+    lines += [_LEGEND, "", *(f"BROKEN PROMISE: {line}" for line in broken)]
+    lines += [f"not promised, and not done: {line}" for promised, line in not_done if not promised]
+    lines += [f"not run: {name} ({reason})" for name, reason in not_run.items()]
+    text = "\n".join([session.heading(configuration), *lines])
     if folder is not None:
         styles = {r"\byes\b": "green", r"\bNO\b": "bold red", r"(?m)^BROKEN PROMISE.*": "bold red"}
         save_page("kernels against properties", text, folder / "index.html", styles, wrap="pre")

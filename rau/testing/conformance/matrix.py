@@ -121,17 +121,19 @@ def _states(backend: Any) -> Answer:
 
 def _layouts(backend: Any) -> Answer:
     """In which layouts it is right, of those that it takes."""
-    right, wrong = [], []
+    right: list[str] = []
+    wrong: list[str] = []
+    found = ""
     for layout, order in LAYOUTS:
         ordinary = ordinary_case(backend, f"matrix/{layout}-{order}", 12)
         case = replace(ordinary, layout=layout, softmax_layout=order, lengths=(5, 0, 7))
         if excluded_by(backend, case):
             continue
         problems = check_case(backend, case)[0]
-        name = layout if layout != "TND" else "TND packed" if order == "SBH" else "TND"
-        (wrong if problems else right).append(name)
-        found = problems[0] if problems else ""
-    return Answer(f"{len(right)} of {len(LAYOUTS)}", not wrong, True, f"wrong in {', '.join(wrong)}: {found}" if wrong else "")
+        (wrong if problems else right).append(f"{layout} packed" if order == "SBH" else layout)
+        found = found or "".join(problems[:1])
+    told = f"wrong in {', '.join(wrong)}: {found}" if wrong else ", ".join(right)
+    return Answer(f"{len(right)} of {len(LAYOUTS)}", not wrong, True, told)
 
 
 def _gradients(backend: Any) -> Answer:

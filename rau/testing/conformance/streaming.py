@@ -61,7 +61,7 @@ def check_stacked(backend: Any, dtype: str) -> list[str]:
         order = backend.capabilities.softmax_layouts[0]
         options |= {"actual_seq_qlen": np.cumsum([0, *lengths]), "softmax_layout": order}
     problems = []
-    for count in (1, 2, 5):
+    for count in {min(count, backend.capabilities.max_states or count) for count in (1, 2, 5)}:
         states = []
         for state in _states(backend, dtype, count):
             whole = [AttentionState(*(part[b] for part in state)) for b in range(len(lengths))]
