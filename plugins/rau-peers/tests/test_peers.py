@@ -17,8 +17,8 @@ HERE = [status.name for status in registry.status() if status.name in ADAPTERS a
 
 # Of what a peer does not promise, what it does. The page has the same of those that cannot be installed here.
 DOES = {
-    "natten": {"nan"},
-    "sdpa-merger": {"nan"},
+    "natten": {"nan", "signed-zero"},
+    "sdpa-merger": {"nan", "signed-zero"},
 }
 
 
