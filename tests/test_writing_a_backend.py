@@ -45,6 +45,16 @@ def test_the_kit_passes_it_from_its_own_folder(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_kit_passes_the_kernel_with_a_log_sum_exp(tmp_path):
+    (tmp_path / "rau_logaddexp.py").write_text(blocks()["rau_logaddexp.py"])
+    done = run("-m", "rau", "check", "rau_logaddexp:LogAddExp", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "does not promise two-empty" in done.stdout and "does it: no" in done.stdout
+    command = re.search(r"python (-m rau matrix [^`*]*)", PAGE.read_text())[1]
+    done = run(*command.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_its_own_test_suite_passes(installed, tmp_path):
     suite = next(text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "BackendConformance" in text)
     (tmp_path / "test_float64.py").write_text(suite)

@@ -80,7 +80,8 @@ class Capabilities:
     max_states : int or None
         Most states that it merges in one call.
     contiguous : bool
-        Whether its kernel takes contiguous outputs only: the backend copies others for it, as :class:`rau.backends.lse.LSEBackend` does.
+        Whether its kernel takes contiguous outputs only: the backend copies others for it, as
+        :class:`rau.backends.lse.LSEBackend` does.
     """
 
     array_types: tuple[str, ...]
@@ -122,7 +123,9 @@ class Capabilities:
             raise TypeError("Capabilities: expected an int as head_dim_multiple, and a callable or None as limits.")
         if not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
             raise TypeError(f"Capabilities: tolerance = {shown(self.tolerance)}; expected a positive number.")
-        choices: dict[str, tuple[Any, Any]] = {"statistics": ("max_sum", "lse"), "lse_base": ("e", "2"), "contiguous": (True, False)}
+        choices: dict[str, tuple[Any, Any]] = {
+            "statistics": ("max_sum", "lse"), "lse_base": ("e", "2"), "contiguous": (True, False),
+        }  # fmt: skip
         for name, (one, other) in choices.items():
             value = getattr(self, name)
             if type(value) is not type(one) or value not in (one, other):
