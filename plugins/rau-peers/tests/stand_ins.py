@@ -125,7 +125,7 @@ def natten_merge_attentions(outputs, lse_tensors, torch_compile: bool = True, us
 
 
 def update_out_and_lse(out, lse, block_out, block_lse, slice_=None):
-    demand(outs=(block_out,), lses=(block_lse,), shape=lambda b, s, n, d: (b, n, s))
+    demand(outs=(block_out,), lses=(block_lse,), shape=lambda b, s, n, d: (b, n, s), contiguous=False)
     block_out, block_lse = block_out.float(), block_lse.mT.unsqueeze(-1)
     if out is None:
         return block_out, block_lse
@@ -145,7 +145,7 @@ class SDPAMerger:
 
     def results(self):
         outs, lses = zip(*self.seen, strict=True)
-        demand(outs=outs, lses=lses, shape=lambda b, n, s, d: (b, n, s))
+        demand(outs=outs, lses=lses, shape=lambda b, n, s, d: (b, n, s), contiguous=False)
         return merged(torch.stack(outs), torch.stack(lses))
 
 
@@ -174,7 +174,7 @@ def flash_attn_fwd_out_correction(
 
 
 def weighted(out, lse, lse_per_step, seq_dim):
-    demand(outs=(out,), lses=(lse,), shape=lambda b, s, n, d: (b, n, s))
+    demand(outs=(out,), lses=(lse,), shape=lambda b, s, n, d: (b, n, s), contiguous=False)
     weights = torch.where(lse_per_step == -math.inf, 0.0, (lse_per_step.double() - lse).exp())
     weights = weights.movedim(2, seq_dim).unsqueeze(-1)
     return torch.where(weights == 0, 0.0, weights * out.double()).to(out.dtype)

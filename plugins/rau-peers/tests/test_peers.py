@@ -29,7 +29,7 @@ def test_torchs_own_merger_is_here():
 @pytest.mark.parametrize("name", HERE)
 def test_it_passes_what_it_promises(name):
     report = check_backend(name)
-    assert report.passed, report
+    assert report.passed, report.failures[:3]
     assert {key for key, problems in report.unpromised.items() if not problems} == DOES[name]
 
 

@@ -58,7 +58,7 @@ def test_every_adapter_has_a_stand_in():
 @pytest.mark.parametrize("name", STAND_INS)
 def test_the_call_is_the_documented_one(name, standing_in):
     report = checked(standing_in(ADAPTERS[name]))
-    assert report.passed, report
+    assert report.passed, report.failures[:3]
     assert len(report.succeeded) >= 20
 
 
