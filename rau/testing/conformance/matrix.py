@@ -150,12 +150,12 @@ def _gradients(backend: Any) -> Answer:
     lses = [state.lse(base=backend.capabilities.lse_base, layout=case.layout, lse_layout=backend.lse_layout) for state in states]
     outs = [backend.asarray(state.attn_out).requires_grad_() for state in states]
     tensors = [backend.asarray(np.ascontiguousarray(lse)).requires_grad_() for lse in lses]
-    out = kernel(outs[0], tensors[0], outs[1], tensors[1])[0]
-    if not out.requires_grad:
-        return Answer(NO, False, False, "its result has no gradient")
     try:
+        out = kernel(outs[0], tensors[0], outs[1], tensors[1])[0]
+        if not out.requires_grad:
+            return Answer(NO, False, False, "its result has no gradient")
         out.sum().backward()
-    except RuntimeError as error:  # torch's, of what was written in place
+    except RuntimeError as error:  # torch's, or the kernel's own refusal
         return Answer(NO, False, False, described(error))
     for side, of_side in enumerate(outs):
         ones = [state._replace(attn_out=np.full_like(state.attn_out, k == side)) for k, state in enumerate(states)]
