@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from lse_kernels import Base2, Guarded
+from lse_kernels import Base2, Guarded, Sigmoid, Weights
 
 from rau import AttentionState, registry
 from rau.__main__ import main
@@ -69,6 +69,15 @@ def test_a_right_result_is_given_no_name(case, rows, base):
     assert diagnosis.right and not diagnosis.candidates, str(diagnosis)
 
 
+@pytest.mark.parametrize("nothing", ["batch", "tokens", "heads", "head_dim"])
+@pytest.mark.parametrize("layout", ["SBH", "BNSD", "TND"])
+def test_nothing_at_all_is_right(layout, nothing):
+    sizes = {"batch": 2, "tokens": 3, "heads": 2, "head_dim": 5} | {nothing: 0}
+    sizes["head_dim"] *= nothing != "heads"  # N = 0 needs H = 0
+    case = Case(id="nothing", layout=layout, **sizes, lengths=(sizes["tokens"], 0))
+    assert diagnose(Record(case, *make(case, "e"), "e")).right
+
+
 class NaturalReadAsBase2(Guarded):
     name = "natural-read-as-base-2"
     exp, log = staticmethod(np.exp2), staticmethod(np.log2)
@@ -109,6 +118,23 @@ def test_a_mixed_up_base_is_named_on_nine_cases_of_ten(kernel, name):
         others += [(case.id, case.statistics, case.states, names)] * (name not in names[:1])
     print(f"{found} of {wrong}", *others, sep="\n")
     assert wrong > 40 and found >= 0.9 * wrong
+
+
+@pytest.mark.parametrize(
+    ("kernel", "theirs"),
+    [(Guarded, set()), (Weights, {"empty-sides-not-guarded", "sigmoid-form"}), (Sigmoid, {"empty-sides-not-guarded", "sigmoid-form"})],
+    ids=lambda each: getattr(each, "name", ""),
+)
+def test_no_mistake_is_named_that_a_kernel_does_not_make(kernel, theirs):
+    """Two empty sides and what stands behind one: where those alone are, the two forms are alike."""
+    backend, names = kernel(), set()
+    for case in generated(3, 25):
+        numbers = case.fill()
+        with registry.provisionally(backend):
+            result, _ = run_case(backend, case, numbers)
+        if case.statistics != "negative-sums":
+            names |= {each.mistake.name for each in diagnose(Record(case, numbers, result, "e")).recognised}
+    assert names <= theirs and bool(names) == bool(theirs)
 
 
 def test_a_file_with_log_sum_exps(tmp_path, capsys):

@@ -129,6 +129,14 @@ def test_the_bound_is_neither_too_tight_nor_loose(size):
     assert not judged(states, (beyond, stats, np.ones_like(stats))).passed
 
 
+def test_a_side_that_is_alone_comes_back_as_well_as_if_its_log_sum_exp_were_small():
+    """Its weight is exp(0), however large a unit in the last place of the log-sum-exp is."""
+    alone = [np.asarray(state.softmax_max[0, :, 1::2, 0] == -np.inf) for state in lse_states(1e5)]
+    assert not alone[0].any() and alone[1].all()
+    errors = [oracle(lse_states(size), layout="BSND", statistics="lse").attn_error[:, 1::2] for size in (0.0, 1e5)]
+    assert (errors[1] <= 2 * errors[0]).all()  # what the logarithm may be off by is stored, too: no more than that
+
+
 def test_a_log_sum_exp_and_a_maximum_with_its_sum_are_the_same_state():
     states = Case(id="same", layout="BSND", batch=2, tokens=9, heads=3, statistics="empty").fill()
     result = rau.ring_attention_update(*states[0], *states[1], layout="BSND", profile="portable")
@@ -248,6 +256,20 @@ def test_each_lacks_one_property_alone(name):
     for other in PROPERTIES:
         report = check_backend(declared(LACKING[name], name, other), select=f"unpromised/{other}")
         assert bool(report.unpromised[other]) == (other == name), str(report)
+
+
+class Off(Broken):
+    name = "off"
+
+    def spoil(self, outs, lses, out, lse):
+        nothing = empty(lses).all(axis=0)
+        return np.where(rows(nothing), out, out + np.float32(0.5)), np.where(nothing, lse, lse + np.float32(0.5))
+
+
+def test_a_property_is_asked_for_where_it_matters_alone():
+    report = check_backend(declared(Off, "two-empty"), select="unpromised/*")
+    assert report.unpromised == {"two-empty": []}
+    assert check_backend(Off, select="layout/SBH").failures
 
 
 @needs_torch

@@ -92,9 +92,8 @@ def _with_logarithm(rows: Steps, times: float) -> AttentionState:
 def _read_as_transposed(row_of: Array) -> Array:
     """Where a kernel that expects heads first reads the log-sum-exp of each row, where tokens are first."""
     batch, tokens, heads = row_of.shape
-    flat = row_of.reshape(batch, -1)
     source = np.empty(row_of.size, np.int64)
-    source[row_of.swapaxes(1, 2).reshape(batch, -1)] = flat
+    source[row_of.swapaxes(1, 2).reshape(batch, tokens * heads)] = row_of.reshape(batch, tokens * heads)
     return source
 
 

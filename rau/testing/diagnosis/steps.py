@@ -169,9 +169,9 @@ class Steps:
         batch, heads, tokens = self.stats_shape[:3]
         if self.layout == "SBH":
             rows = rows.reshape(tokens, batch, heads)
-            return rows.swapaxes(0, 1) if by_batch else rows.reshape(1, -1, heads)
+            return rows.swapaxes(0, 1) if by_batch else rows.reshape(1, batch * tokens, heads)
         rows = rows.reshape(batch, heads, tokens).swapaxes(1, 2) if self.layout == "BNSD" else rows.reshape(batch, tokens, heads)
-        return rows if by_batch else rows.reshape(1, -1, heads)
+        return rows if by_batch else rows.reshape(1, batch * tokens, heads)
 
     def last_tokens(self) -> Array:
         """Return a mask of the rows of each sequence's, or batch entry's, last token."""
