@@ -72,6 +72,17 @@ def test_a_record_that_is_none(kind, command, tmp_path, capsys):
     assert str(file) in captured.err and "Traceback" not in captured.err and len(captured.err) < 2000
 
 
+@pytest.mark.parametrize("key", ["prev_lse", "lse"])
+@pytest.mark.parametrize("lse", [np.full((1, 2, 2), "abc"), np.zeros((1, 2, 2), "V8"), np.ones((1, 2, 2), int), np.float32(1)], ids=repr)
+def test_a_log_sum_exp_that_is_none(lse, key, tmp_path, capsys):
+    file, right = tmp_path / "lse.npz", np.ones((1, 2, 2), np.float32)
+    outputs = dict.fromkeys(("prev_attn_out", "cur_attn_out", "attn_out"), np.ones((2, 1, 16), np.float32))
+    np.savez(file, **outputs, **{"prev_lse": right, "cur_lse": right, "lse": right, "lse_base": "e"} | {key: lse})
+    assert status(["diagnose", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert str(file) in told and f'lse" is {lse.dtype.name} of shape {lse.shape}; expected float32 or float64' in told
+
+
 def test_a_record_that_is_one(tmp_path, capsys):
     np.savez(tmp_path / "good.npz", **arrays(), case=np.array(json.dumps(CASE)))
     assert status(["difftest", "--backends", "numpy", "--replay", str(tmp_path / "good.npz")]) == 0

@@ -77,6 +77,34 @@ def test_axes_that_do_not_go_together_are_refused():
         type("Mixed", (LSEBackend,), {"lse_layout": "BNS"})
 
 
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda out, lse: out, "returned a ndarray; expected (out, lse)"),
+        (lambda out, lse: (lse, out), "returned arrays of shapes (12, 3) and (12, 3, 8); expected (out, lse) of shapes (12, 3, 8)"),
+        (lambda out, lse: (out, lse.T), "and (3, 12); expected (out, lse) of shapes (12, 3, 8) and (12, 3), the axes \"TND\" and \"TN\""),
+        (lambda out, lse: (out, 1.0), "and (); expected (out, lse)"),
+    ],
+    ids=["one", "swapped", "transposed", "number"],
+)
+def test_what_a_kernel_returns_is_looked_at(result, words):
+    """As many elements in other axes are no less wrong; and nothing is written."""
+
+    class Odd(LSEBackend):
+        name, capabilities = "odd", Capabilities(array_types=NUMPY, statistics="lse")
+
+        def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
+            return result(prev_out, prev_lse)
+
+    case = Case(id="odd", layout="TND", tokens=12, lengths=(12,), heads=3)
+    states, out = case.fill(), case.fill()[0]
+    before = [part.copy() for part in out]
+    with pytest.raises(rau.RauError) as caught:
+        case.call(states, out, Odd())
+    assert 'backend "odd": its kernel ' in str(caught.value) and words in str(caught.value)
+    assert all(map(np.array_equal, out, before))
+
+
 def test_it_agrees_with_the_conversions_of_a_state():
     """What the kernel is given, and what becomes of what it returns, are AttentionState.lse and from_lse."""
     given = []
@@ -319,6 +347,15 @@ def test_a_broken_promise_is_told(tmp_path, capsys):
     assert "BROKEN PROMISE: two-empty: two-empty: attn_out[" in text
     page = (tmp_path / "index.html").read_text()
     assert "BROKEN PROMISE" in page and "two-empty" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_what_was_found_is_told_where_the_page_cannot_be_written(tmp_path, capsys):
+    if find_spec("rich") is None:
+        pytest.skip("rich is not installed")
+    (tmp_path / "index.html").mkdir()
+    assert main(["matrix", "--backend", "lse_kernels:Guarded", "--report", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert "two-empty" in told.out and "Is a directory" in told.err
 
 
 @needs_torch

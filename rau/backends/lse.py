@@ -15,6 +15,7 @@ from rau.arithmetic import library
 from rau.arrays import kind_of
 from rau.arrays.torch_ import TorchKind
 from rau.backends import AttentionState, Backend, Problem
+from rau.errors import RauError
 from rau.lse import log_sum_exp, reordered, statistics
 
 __all__ = ["LSEBackend"]
@@ -73,7 +74,7 @@ class LSEBackend(Backend):
         Returns
         -------
         tuple of (out, lse)
-            In the same axes; they are cast to the dtypes of the call.
+            In the same axes; they are cast to the dtypes of the call. Anything else is refused with RauError.
         """
         return self.merge_lse_states((prev_out, cur_out), (prev_lse, cur_lse))
 
@@ -112,7 +113,7 @@ class LSEBackend(Backend):
                 lse = self._tokens_flat(_stats_by_tokens(reordered(lse, lengths, "TND") if packed else lse, problem.layout))
                 outs.append(rows)
                 lses.append(lse if kind.contiguous(lse) else kind.regular_copy(lse))
-            merged, lse = kernel(outs, lses)
+            merged, lse = self._returned(kernel(outs, lses), (tuple(outs[0].shape), tuple(lses[0].shape)))
             target = _by_tokens(out.attn_out, problem)
             target[...] = self._tokens_apart(merged, target.shape)
             lse = self._tokens_apart(lse, target.shape[:-1])
@@ -121,6 +122,18 @@ class LSEBackend(Backend):
             out.softmax_max[...] = maximum[..., : problem.lanes]
             out.softmax_sum[...] = total[..., : problem.lanes]
         return out
+
+    def _returned(self, result: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        """Refuse what is no pair of arrays in the kernel's axes: other axes of as many elements would be taken for these."""
+        pair = isinstance(result, (tuple, list)) and len(result) == 2
+        found = tuple(tuple(getattr(part, "shape", ())) for part in result) if pair else ()
+        if found == shapes:
+            return result
+        told = f"arrays of shapes {found[0]} and {found[1]}" if pair else f"a {type(result).__name__}"
+        raise RauError(
+            f'backend "{self.name}": its kernel returned {told}; expected (out, lse) of shapes {shapes[0]} and {shapes[1]}, the '
+            f'axes "{self.layout}" and "{self.lse_layout}" that the class declares.'
+        )
 
     def _tokens_flat(self, array: Any) -> Any:
         """See (A, B, N, D) or (A, B, N) in the kernel's axes."""

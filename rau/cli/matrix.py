@@ -61,15 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
     lines += [f"not promised, and not done: {line}" for promised, line in not_done if not promised]
     lines += [f"not run: {name} ({reason})" for name, reason in not_run.items()]
     text = "\n".join([session.heading(configuration), *lines])
-    if folder is not None:
-        styles = {r"\byes\b": "green", r"\bNO\b": "bold red", r"(?m)^BROKEN PROMISE.*": "bold red"}
-        save_page("kernels against properties", text, folder / "index.html", styles, wrap="pre")
     if arguments.json:
         session.print_json({
             "kernels": rows, "broken": broken, "not_run": not_run, "passed": not broken, "configuration": configuration,
         })  # fmt: skip
     else:
         print(text)
+    if folder is not None:  # last: where a disk is full, all that was found has been told
+        styles = {r"\byes\b": "green", r"\bNO\b": "bold red", r"(?m)^BROKEN PROMISE.*": "bold red"}
+        save_page("kernels against properties", text, folder / "index.html", styles, wrap="pre")
     return 1 if broken else 0
 
 

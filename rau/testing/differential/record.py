@@ -183,6 +183,9 @@ def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str) -> AttentionSt
     parts = []
     if f"{prefix}lse" in arrays:
         lse, wide = arrays[f"{prefix}lse"], "float64" if arrays.get(f"{prefix}attn_out", np.empty(0)).dtype == "f8" else "float32"
+        if lse.dtype.kind != "f" or lse.ndim not in (2, 3):
+            raise RecordError(f'{path}: "{prefix}lse" is {lse.dtype.name} of shape {lse.shape}; expected float32 or float64 of the '
+                              "axes (B, N, S), or (T, N) in layout TND")  # fmt: skip
         both = map(np.ascontiguousarray, statistics(lse, wide, _text(arrays, "lse_base", ""), False))
         arrays = arrays | dict(zip((prefix + FIELDS[1], prefix + FIELDS[2]), both, strict=True))
     for name in FIELDS:
