@@ -153,10 +153,11 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
     starts, lengths, terms : int64, shapes (blocks,), (blocks,), (3, 2 + 9 * (K + 1))
         The blocks: a rau.layouts.BlockTerms.
     arrays : tuple of 3 * (K + 1) ndarrays, or tensors with a data_ptr
-        attn_out, softmax_max, softmax_sum of each input, then of the result.
+        attn_out, softmax_max, softmax_sum of each input, then of the result; no lanes, None in place of its statistics.
     dtype, cur_dtype : str
         Of the first state and the result; of the later states.
     heads, head_dim, lanes : int
+        Lanes of the result's statistics; 0: it has none.
     in_place : bool
         The result stands on an input: it is in the cache when it is written.
     threads : int
@@ -188,7 +189,7 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
     call.tile_tokens = min(max(rows // call.tile_heads, 1), TILE_TOKENS, tokens)
 
     row_bytes = head_dim * (2 * call.first_item + (states - 1) * call.later_item)
-    row_bytes += 2 * (states + 1) * lanes * call.stats_item
+    row_bytes += 2 * (states + 1) * max(lanes, 1) * call.stats_item
     bytes_ = tokens * heads * row_bytes
     call.stream = not in_place and tokens * heads * head_dim * call.first_item > STREAM_BYTES
     call.workers = min(threads, min(tokens, 1 + bytes_ // WORKER_BYTES))
@@ -214,9 +215,12 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
             raise MemoryError("rau: no memory for the scratch of a merge")
         for i in range(3 * (states + 1)):
             array = arrays[i]
+            if array is None:  # not written to, and still to be computed with: the first state's place
+                call.arrays[i] = call.arrays[i % 3]
+                continue
             # What was checked may have been changed since, by a log handler or another thread: seen for the last time here,
             # where nobody else can run.
-            elements = tokens * heads * (lanes if i % 3 else head_dim)
+            elements = tokens * heads * (max(lanes, 1) if i % 3 else head_dim)
             if type(array) is _ndarray:
                 call.arrays[i] = data_of(array, &elements)
             else:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from rau import registry
 from rau.arrays import kind_of
-from rau.constraints import checked
+from rau.arrays.foreign import ForeignKind
+from rau.constraints import Options, checked
 from rau.errors import RauError, UnsupportedError
 from rau.layouts import FIELDS
 from rau.problem import Problem
@@ -29,22 +32,25 @@ def run(
     call: str,
     states: Sequence[Sequence[Any]],
     actual_seq_qlen: Any,
-    layout: str,
-    softmax_layout: str,
+    options: Options,
     out: Any,
     backend: Any,
-    profile: str,
-    check: str,
 ) -> AttentionState:
-    """Check a call, choose who runs it, and run it; `call` is "ring_attention_update" or "merge_states"."""
-    problem, states, target = checked(
-        call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, out, profile, check
-    )
+    """Check a call, choose who runs it, and run it; `call` is "ring_attention_update" or "merge_states".
+
+    Without statistics, `out` is a sequence of attn_out alone, and the result has None in their places.
+    """
+    problem, states, target = checked(call, states, NAMES[call], actual_seq_qlen, options, out)
     chosen, origin = registry.select(problem, backend)
     registry.log_call(call, chosen, origin)
-    own = None if target is out else AttentionState(*out)  # the caller's objects; once they are written, nothing may fail
-    result = hand_over(call, chosen, problem, states, target)
+    own = None if target is out else _state(out)  # the caller's objects; once they are written, nothing may fail
+    result = hand_over(call, chosen, problem, states, None if target is None else _state(target))
     return result if own is None else own
+
+
+def _state(arrays: Sequence[Any]) -> AttentionState:
+    """See a state's arrays, or its output alone, as a state."""
+    return arrays if type(arrays) is AttentionState else AttentionState(*arrays, *(None,) * (3 - len(arrays)))
 
 
 def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> AttentionState:
@@ -55,6 +61,8 @@ def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequen
     `merge`.
     """
     states = [state if type(state) is AttentionState else AttentionState(*state) for state in states]
+    if not problem.statistics and not backend.capabilities.without_statistics:
+        problem, out = _with_statistics(backend, problem, states, out)
     if out is not None:
         if type(out) is not AttentionState:
             out = AttentionState(*out)
@@ -73,6 +81,26 @@ def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequen
     return result
 
 
+def _with_statistics(
+    backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: AttentionState | None
+) -> tuple[Problem, AttentionState | None]:
+    """Describe a call that wants no statistics for a backend that cannot leave them out: they are written beside `out`."""
+    if out is not None:
+        made = [full(backend, states[0][0], problem.stats_shape, problem.stats_dtype, 0.0) for _ in range(2)]
+        out = AttentionState(out.attn_out, *made)
+    options = problem.layout, problem.softmax_layout, problem.profile
+    return Problem.of(states, out, problem.actual_seq_qlen, *options, in_place=problem.in_place), out
+
+
+def full(backend: Any, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
+    """Return a new array of a kind, beside another one; of a plugin's own kind, its backend makes it."""
+    kind = kind_of(like)
+    assert kind is not None  # the validator has seen to that
+    if isinstance(kind, ForeignKind):
+        return backend.asarray(np.full(shape, value, dtype))
+    return kind.full(like, shape, dtype, value)
+
+
 def _check_result(backend: Any, problem: Problem, result: Any, out: AttentionState | None) -> None:
     """Refuse what no backend may return: it would be taken for the merge."""
     fault = ""
@@ -82,8 +110,8 @@ def _check_result(backend: Any, problem: Problem, result: Any, out: AttentionSta
         if any(its is not given for its, given in zip(result, out, strict=True)):
             fault = "returned other arrays than those of `out`, which it was given to fill"
     else:
-        shapes = problem.shape, problem.stats_shape, problem.stats_shape
-        for name, array, shape in zip(FIELDS, result, shapes, strict=True):
+        stats = (problem.stats_shape,) * 2 if problem.statistics else ()
+        for name, array, shape in zip(FIELDS, result, (problem.shape, *stats)):
             its = getattr(array, "shape", None)
             if its is None or tuple(its) != shape:
                 kind = f"is a {type(array).__name__}; expected the inputs' kind"

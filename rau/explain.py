@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from rau import registry
 from rau.call import NAMES
-from rau.constraints import bind
+from rau.constraints import Options, bind
 from rau.errors import RauError
 from rau.problem import Problem
 
@@ -119,7 +119,8 @@ actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
     """
     states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
     names = NAMES["ring_attention_update"]
-    problem, _ = bind("explain", states, names, actual_seq_qlen, layout, softmax_layout, out, profile, check)
+    options = Options(layout, softmax_layout, profile, check)
+    problem, _ = bind("explain", states, names, actual_seq_qlen, options, out)
     failure = ""
     chosen, origin = None, registry.requested(backend)[1]
     try:

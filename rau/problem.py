@@ -56,7 +56,10 @@ class Problem:
         Batch, longest sequence, all tokens, heads, head dimension. In TND, B counts sequences; S is None
         where the lengths live on a device.
     lanes : {8, 1}
-        Length of the statistics' last axis.
+        Length of the statistics' last axis, in inputs and result alike.
+    statistics : bool
+        Whether the result has statistics; if not, there are None in their places, and `strides` has the first input's.
+        Only for a backend that says that it can (Capabilities.without_statistics).
     dtype, cur_dtype, stats_dtype : str
         Names of the dtypes of the first state's output (the result's too), of the later states' outputs,
         and of the statistics.
@@ -89,6 +92,7 @@ class Problem:
     N: int
     D: int
     lanes: int
+    statistics: bool
     dtype: str
     cur_dtype: str
     stats_dtype: str
@@ -117,6 +121,7 @@ class Problem:
         *,
         in_place: bool,
         half: str | None = None,
+        statistics: bool = True,
     ) -> Problem:
         """Describe a call that is known to be valid. Nothing is checked here: that is the validator's task.
 
@@ -125,9 +130,10 @@ class Problem:
         states : sequence of triples of arrays
             attn_out, softmax_max, softmax_sum of each input state; with a `half`, all have the later state's shape.
         out : triple of arrays, or None
+            Without `statistics`, attn_out alone is looked at.
         lengths : ndarray of int64, shape (B + 1,), or device array, or None
             Cumulative sequence lengths in TND.
-        layout, softmax_layout, profile, in_place, half
+        layout, softmax_layout, profile, in_place, half, statistics
             As the attributes.
 
         Returns
@@ -146,18 +152,20 @@ class Problem:
             "dtype": dtype, "cur_dtype": kind.dtype(states[1][0]) if len(states) > 1 else dtype,
             "stats_dtype": kind.dtype(softmax_max), "actual_seq_qlen": lengths, "kind": kind.name,
             "array_types": type_names(type(attn_out)), "device": kind.device(attn_out), "in_place": in_place, "half": half,
-            "taken_by": None,
+            "statistics": statistics, "taken_by": None,
         }  # fmt: skip
         if lengths is None:
             described["S"] = longest
         else:
             described["B"] = lengths.shape[0] - 1
+        if out is not None and not statistics:
+            out = out[0], *states[0][1:]
         triples = states if out is None else (*states, out)
         if not all([kind.contiguous(array) for state in triples for array in state]):
             strides = [_strides(kind, array) for state in triples for array in state]
             if out is None:
                 stats = contiguous_strides(stats_shape)
-                strides += contiguous_strides(shape), stats, stats
+                strides += contiguous_strides(shape), *([stats, stats] if statistics else strides[1:3])
             described["strides"] = tuple(strides)
         self = cls()
         vars(self).update(described)
@@ -167,6 +175,8 @@ class Problem:
         """Allocate the arrays of a result in the kind of an input array; they have no values yet."""
         kind = kind_of(like)
         assert kind is not None
+        if not self.statistics:
+            return kind.empty(self.shape, self.dtype), None, None
         stats = self.stats_shape, self.stats_dtype
         return kind.empty(self.shape, self.dtype), kind.empty(*stats), kind.empty(*stats)
 
@@ -204,8 +214,9 @@ class Problem:
         lengths = ", ".join(f"{name}={getattr(self, name)}" for name in "BSTND")
         order = f", softmax_layout={self.softmax_layout!r}" if self.layout == "TND" else ""
         half = f", {self.half} halves" if self.half else ""
+        alone = "" if self.statistics else ", statistics=False"
         dtype = self.dtype if self.dtype == self.cur_dtype else f"{self.cur_dtype} into {self.dtype}"
         return (
             f"Problem(layout={self.layout!r}{order}{half}, {lengths}, lanes={self.lanes}, {dtype}, "
-            f"K={self.K}, kind={self.kind!r}, device={self.device!r}, profile={self.profile!r})"
+            f"K={self.K}{alone}, kind={self.kind!r}, device={self.device!r}, profile={self.profile!r})"
         )

@@ -15,6 +15,7 @@ from rau.constraints.lse_arguments import (
     check_base,
     check_float64,
     check_heads,
+    check_lanes,
     check_layouts,
     check_lengths_here,
     check_shapes,
@@ -40,7 +41,7 @@ class AttentionState(NamedTuple):
         (B, N, S, D) in "BNSD".
     softmax_max : array, float32 (float64 with a float64 output)
         Maximum m of each row of scores: (T, N, 8) in "TND", (B, N, S, 8) elsewhere; the 8 lanes are equal.
-        Portable calls also take 1 lane.
+        Portable calls also take 1 lane: merging two states of bfloat16 and D = 128 then moves 792 bytes a row, not 960.
     softmax_sum : array, same shape and dtype as `softmax_max`
         Sum l of exp(score - m) over the row. A row without keys has l = 0 or m = -inf.
 
@@ -54,7 +55,7 @@ class AttentionState(NamedTuple):
     >>> state = AttentionState.from_lse(np.ones((2, 1, 4), np.float32), np.zeros((1, 1, 2), np.float32), base="e")
     >>> attn_out, softmax_max, softmax_sum = state
     >>> softmax_max.shape, softmax_max.strides[-1]
-    ((1, 1, 2, 8), 0)
+    ((1, 1, 2, 1), 4)
     """
 
     attn_out: Any
@@ -72,6 +73,7 @@ class AttentionState(NamedTuple):
         lse_layout: str | None = None,
         inf_is_empty: bool = False,
         heads: int | None = None,
+        lanes: int = 1,
     ) -> AttentionState:
         """Make a state from what most attention kernels return: an output and its log-sum-exp.
 
@@ -97,12 +99,16 @@ class AttentionState(NamedTuple):
         heads : int, optional
             Number N of query heads; checked where given. In layout "SBH" nothing else tells the number: N is read off `lse`,
             so that statistics of the key heads of grouped-query attention would be taken for those of fewer query heads.
+        lanes : {1, 8}, default 1
+            Lanes of the statistics: 8 for whoever goes on to a call in a vendor's profile, such as
+            :func:`ring_attention_update` by default. A merge writes as many as the first state has.
 
         Returns
         -------
         AttentionState
-            With 8-lane statistics of stride 0, read-only in NumPy; float32, or float64 with a float64 output. For base "e"
-            and an `lse` of that dtype they are views of `lse` (with `inf_is_empty`, of a copy of it), with softmax_sum = 1.
+            Its statistics are float32, or float64 with a float64 output, and not to be written to (read-only in NumPy): 8 lanes
+            have stride 0. For base "e" and an `lse` of that dtype softmax_max is a view of `lse` (with `inf_is_empty`, of a
+            copy of it), with softmax_sum = 1.
 
         Raises
         ------
@@ -142,6 +148,7 @@ class AttentionState(NamedTuple):
         check_base(report, base)
         axes = check_layouts(report, layout, lse_layout)
         number = check_heads(report, heads)
+        lanes = check_lanes(report, lanes)
         out = check_array(report, "attn_out", attn_out, "dtype-attn", tuple(ITEMSIZE))
         wide = out is not None and out.dtype == "float64"
         its = check_array(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
@@ -153,7 +160,8 @@ class AttentionState(NamedTuple):
                 check_shapes(report, attn_out, lse, layout, axes, number)
         report.raise_if_broken()
         with _silent(lse):
-            return cls(attn_out, *statistics(arranged(lse, axes), "float64" if wide else "float32", base, inf_is_empty))
+            kept = statistics(arranged(lse, axes), "float64" if wide else "float32", base, inf_is_empty, lanes)
+        return cls(attn_out, *kept)
 
     def lse(
         self,

@@ -17,10 +17,9 @@ from rau.arithmetic import merge_rows, weigh
 from rau.arrays.torch_ import tensor_inside
 from rau.backends.torch_ import Geometry
 from rau.call import NAMES, run
-from rau.constraints import bind
+from rau.constraints import Options, bind
 from rau.errors import DTypeError, UnsupportedError
 
-Options = tuple[str, str, str, str]  # layout, softmax_layout, profile, check
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -52,7 +51,7 @@ def wanted(states: Sequence[Sequence[Any]]) -> bool:
 def through_operator(
     call: str, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, options: Options, out: Any, backend: Any
 ) -> Triple:
-    """Make a call by its operator; `options` are layout, softmax_layout, profile and check.
+    """Make a call by its operator.
 
     UnsupportedError for `out` and a backend that is no name, which cannot be part of a graph; for functorch and
     forward-mode AD.
@@ -84,17 +83,16 @@ def through_operator(
                 f"{call}: forward-mode AD is not implemented, and the tangent would be lost; use reverse mode "
                 "(torch.autograd.grad, torch.func.vjp)"
             )
-    if options[0] != "TND":
+    if options.layout != "TND":
         actual_seq_qlen = None  # not even looked at
     elif actual_seq_qlen is not None and not isinstance(actual_seq_qlen, Tensor):
         try:
             actual_seq_qlen = torch.as_tensor(actual_seq_qlen)
         except Exception:
-            layout, softmax_layout, profile, _ = options
-            bind(call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, None, profile, "metadata")  # says why
+            bind(call, states, NAMES[call], actual_seq_qlen, options._replace(check="metadata"), None)  # says why
             raise
     if call == "ring_attention_update":
-        return torch.ops.rau.ring_attention_update(*states[0], *states[1], actual_seq_qlen, *options, backend)
+        return torch.ops.rau.ring_attention_update(*states[0], *states[1], actual_seq_qlen, *options[:4], backend)
     columns = ([state[field] for state in states] for field in range(3))
     return torch.ops.rau.merge_states(*columns, actual_seq_qlen, *options, backend)
 
@@ -115,9 +113,8 @@ def _update(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
-    result = run(
-        "ring_attention_update", states, actual_seq_qlen, layout, softmax_layout, None, backend, profile, check
-    )
+    options = Options(layout, softmax_layout, profile, check)
+    result = run("ring_attention_update", states, actual_seq_qlen, options, None, backend)
     return result.attn_out, result.softmax_max, result.softmax_sum
 
 
@@ -131,19 +128,23 @@ def _merge(
     softmax_layout: str,
     profile: str,
     check: str,
+    statistics: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     states = list(zip(attn_out, softmax_max, softmax_sum, strict=True))
-    result = run("merge_states", states, actual_seq_qlen, layout, softmax_layout, None, backend, profile, check)
+    options = Options(layout, softmax_layout, profile, check, statistics)
+    result = run("merge_states", states, actual_seq_qlen, options, None, backend)
+    if not statistics:  # an operator returns as many tensors each time
+        return result.attn_out, softmax_max[0].new_empty(0), softmax_sum[0].new_empty(0)
     return result.attn_out, result.softmax_max, result.softmax_sum
 
 
-def _blank(call: str, states: Sequence[Sequence[Tensor]], actual_seq_qlen: Tensor | None, *options: str) -> Triple:
+def _blank(call: str, states: Sequence[Sequence[Tensor]], actual_seq_qlen: Tensor | None, *given: Any) -> Triple:
     """Check the metadata, as far as it can be seen while tracing, and make results without values."""
-    layout, softmax_layout, profile, _ = options
-    bind(call, states, NAMES[call], actual_seq_qlen, layout, softmax_layout, None, profile, "metadata")
+    options = Options(*given)._replace(check="metadata")
+    bind(call, states, NAMES[call], actual_seq_qlen, options, None)
     attn_out, maximum, total = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in states[0])
-    return attn_out, maximum, total
+    return (attn_out, maximum, total) if options.statistics else (attn_out, maximum.new_empty(0), total.new_empty(0))
 
 
 @_update.register_fake
@@ -277,11 +278,14 @@ def _update_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 def _keep_merge(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
     _keep(ctx, list(zip(*inputs[:3], strict=True)), *inputs[3:6])
+    ctx.statistics = inputs[8]
 
 
 def _merge_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if not ctx.statistics:  # those that stood in their places have nothing to say
+        grads = grads[0], None, None
     columns = zip(*_gradients(ctx, grads), strict=True)
-    return (*map(list, columns), None, None, None, None, None, None)
+    return (*map(list, columns), None, None, None, None, None, None, None)
 
 
 _update.register_autograd(_update_backward, setup_context=_keep_update)

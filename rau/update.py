@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from rau.call import run
+from rau.constraints import Options
 from rau.constraints.stacked import as_states
 from rau.state import AttentionState
 
@@ -126,7 +127,38 @@ def ring_attention_update(
     """
     prev = AttentionState(prev_attn_out, prev_softmax_max, prev_softmax_sum)
     cur = AttentionState(cur_attn_out, cur_softmax_max, cur_softmax_sum)
-    return _call("ring_attention_update", (prev, cur), actual_seq_qlen, layout, softmax_layout, out, backend, profile, check)
+    options = Options(layout, softmax_layout, profile, check)
+    return _call("ring_attention_update", (prev, cur), actual_seq_qlen, options, out, backend)
+
+
+@overload
+def merge_states(
+    states: Sequence[Any],
+    actual_seq_qlen: Any = None,
+    layout: str = "SBH",
+    *,
+    softmax_layout: str = "TND",
+    statistics: Literal[True] = True,
+    out: Any = None,
+    backend: Any = None,
+    profile: str = "portable",
+    check: str = "metadata",
+) -> AttentionState: ...
+
+
+@overload
+def merge_states(
+    states: Sequence[Any],
+    actual_seq_qlen: Any = None,
+    layout: str = "SBH",
+    *,
+    softmax_layout: str = "TND",
+    statistics: Literal[False],
+    out: Any = None,
+    backend: Any = None,
+    profile: str = "portable",
+    check: str = "metadata",
+) -> Any: ...
 
 
 def merge_states(
@@ -135,25 +167,32 @@ def merge_states(
     layout: str = "SBH",
     *,
     softmax_layout: str = "TND",
+    statistics: bool = True,
     out: Any = None,
     backend: Any = None,
     profile: str = "portable",
     check: str = "metadata",
-) -> AttentionState:
+) -> Any:
     """Merge K partial attention states over disjoint keys in one pass.
 
     Parameters
     ----------
     states : list or tuple of AttentionState, or AttentionState
-        At least one state. All have the first one's shapes; later outputs may be 16-bit where the first is float32. Or a
-        single triple whose three arrays hold K states along a new first axis: (K, S, B, H) and (K, B, N, S, 8), for example.
-    actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
+        At least one state. All have the first one's shapes, though the statistics may have 1 lane in some and 8 in others;
+        later outputs may be 16-bit where the first is float32. Or a single triple whose three arrays hold K states along a new first axis: (K, S, B, H) and (K, B, N, S, 8), for example.
+    statistics : bool, default True
+        False for the output alone, where nobody goes on to merge it: the last merge of a ring, a decode step. No statistics
+        are then allocated or written, by the backends of this package.
+    out : triple of arrays, optional
+        As in :func:`ring_attention_update`, of 8 or 1 lanes; without `statistics` a single array, for the output.
+    actual_seq_qlen, layout, softmax_layout, backend, profile, check
         As in :func:`ring_attention_update`, but the profile is "portable" by default, since no vendor offers this call.
 
     Returns
     -------
-    AttentionState
-        With the first state's shapes and dtypes.
+    AttentionState, or array
+        With the first state's shapes and dtypes, the lanes those of `out` where it was given; without `statistics` its
+        attn_out alone, of the same bits.
 
     Raises
     ------
@@ -178,25 +217,19 @@ def merge_states(
     7.0
     """
     states = as_states(states, layout)
-    return _call("merge_states", states, actual_seq_qlen, layout, softmax_layout, out, backend, profile, check)
+    options = Options(layout, softmax_layout, profile, check, statistics)
+    if statistics is not False:
+        return _call("merge_states", states, actual_seq_qlen, options, out, backend)
+    return _call("merge_states", states, actual_seq_qlen, options, None if out is None else (out,), backend).attn_out
 
 
 def _call(
-    call: str,
-    states: Sequence[Sequence[Any]],
-    actual_seq_qlen: Any,
-    layout: str,
-    softmax_layout: str,
-    out: Any,
-    backend: Any,
-    profile: str,
-    check: str,
+    call: str, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, options: Options, out: Any, backend: Any
 ) -> AttentionState:
     """Make a call here, or by its torch operator where torch traces it or wants a gradient."""
     if "torch" in sys.modules:
         from rau import torch_op  # imports torch, which is loaded by now
 
         if torch_op.wanted(states):
-            options = layout, softmax_layout, profile, check
             return AttentionState(*torch_op.through_operator(call, states, actual_seq_qlen, options, out, backend))
-    return run(call, states, actual_seq_qlen, layout, softmax_layout, out, backend, profile, check)
+    return run(call, states, actual_seq_qlen, options, out, backend)

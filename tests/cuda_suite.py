@@ -17,7 +17,7 @@ from rau import registry
 from rau.backends import cuda_kernel
 from rau.backends.cuda_ import MAX_STATES, CudaBackend
 from rau.backends.torch_ import packed_rows
-from rau.constraints import bind
+from rau.constraints import Options, bind
 from rau.testing.cases import Case, generated, named
 from rau.testing.comparison import same_bits
 from rau.testing.conformance import check_backend
@@ -207,7 +207,7 @@ def packed_call(seed=0):
 
 def merged(states, lengths, out=None):
     """Merge with lengths that the validator does not see, as those on a GPU."""
-    problem, _ = bind("merge", states, lambda k, field: "", [0, 5, 12], "TND", "SBH", out, "portable", "metadata")
+    problem, _ = bind("merge", states, lambda k, field: "", [0, 5, 12], Options("TND", "SBH", "portable", "metadata"), out)
     vars(problem)["actual_seq_qlen"] = lengths
     return CUDA.merge(problem, states, out)
 

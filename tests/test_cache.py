@@ -6,8 +6,7 @@ import pytest
 from states import arguments, sbh, state
 
 import rau
-from rau.constraints import cache
-from rau.constraints import bind
+from rau.constraints import Options, bind, cache
 from rau.problem import Problem
 from rau.testing.cases import generated
 from rau.call import NAMES
@@ -22,7 +21,7 @@ def fresh(monkeypatch):
 
 
 def signature(states, out=None, layout="SBH", profile="mindspore", check="metadata", lengths=None):
-    return cache.signature(UPDATE, states, lengths, layout, "TND", out, profile, check)
+    return cache.signature(UPDATE, states, lengths, Options(layout, "TND", profile, check), out)
 
 
 def described(problem):
@@ -37,10 +36,10 @@ def test_equal_signatures_are_equal_problems():
         for _ in range(2):
             call = case.make()
             out = None if call.out is None else tuple(placed.view for placed in call.out)
-            options = case.softmax_layout, out, case.profile, "metadata"
-            found = cache.signature("a", call.states, case.lengths_argument(), case.layout, *options)
+            options = Options(case.layout, case.softmax_layout, case.profile, "metadata")
+            found = cache.signature("a", call.states, case.lengths_argument(), options, out)
             if found is not None:
-                problem, regular = bind("a", call.states, NAMES["merge_states"], None, case.layout, *options)
+                problem, regular = bind("a", call.states, NAMES["merge_states"], None, options, out)
                 assert all(mine is its for state, same in zip(regular, call.states, strict=True)
                            for mine, its in zip(state, same, strict=True))  # fmt: skip
                 recognised += found in problems

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from mutants import NUMPY, Plain
 
-from rau import registry
+from rau import merge_states, registry
 from rau.backends import AttentionState, Backend, Capabilities
-from rau.errors import BackendUnavailableError, UnknownBackendError, UnsupportedError
+from rau.errors import BackendUnavailableError, ShapeError, UnknownBackendError, UnsupportedError
 from rau.testing.cases import Case, named
 from rau.testing.comparison import compare
 from rau.testing.conformance import check_backend, checks
@@ -97,6 +97,14 @@ def test_arrays_of_ones_own_reach_their_backend_unasked(loopback):
     assert type(result.attn_out).__name__ == "Box"
     result = [loopback.to_numpy(part) for part in result]
     assert compare(result, oracle(numbers, [0, 2, 5], "TND", softmax_layout="SBH")).passed
+
+
+def test_lanes_of_arrays_of_ones_own_are_as_many_everywhere(loopback):
+    """Of views of such arrays nothing is known."""
+    states = [Case(id="", lanes=lanes, profile="portable").fill() for lanes in (8, 1)]
+    (first, _), (_, second) = ([AttentionState(*map(loopback.asarray, state)) for state in pair] for pair in states)
+    with pytest.raises(ShapeError, match=r"states\[1\]\.softmax_max .* 8 lane\(s\); expected as many"):
+        merge_states([first, second], backend=loopback)
 
 
 def test_arrays_of_ones_own_are_refused_by_others(loopback):

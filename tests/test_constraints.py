@@ -7,7 +7,7 @@ import pytest
 from states import NAMES, arguments, bits, sbh, state, tnd
 
 import rau
-from rau.constraints import bind
+from rau.constraints import Options, bind
 from rau.constraints.profiles import unified_buffer_bytes
 from rau.constraints.rules import RULES
 
@@ -285,7 +285,7 @@ def test_inputs_are_copied_only_where_no_kernel_can_stream_them():
     misaligned[...] = given[4]
     given[4] = misaligned
     problem, (prev, cur) = bind(
-        "", (given[:3], given[3:]), lambda k, f: "", None, "SBH", "TND", None, "mindspore", "metadata"
+        "", (given[:3], given[3:]), lambda k, f: "", None, Options("SBH", "TND", "mindspore", "metadata"), None
     )
     kept = [mine is its for mine, its in zip([*prev, *cur], given, strict=True)]
     assert kept == [False, True, True, True, False, True]
@@ -308,6 +308,6 @@ def test_an_axis_of_length_1_has_no_stride():
     assert bits(rau.ring_attention_update(**given, out=out)) == bits(expected)
     arrays = list(given.values())
     _, (prev, _) = bind(
-        "", (arrays[:3], arrays[3:]), lambda k, f: "", None, "SBH", "TND", None, "mindspore", "metadata"
+        "", (arrays[:3], arrays[3:]), lambda k, f: "", None, Options("SBH", "TND", "mindspore", "metadata"), None
     )
     assert prev[0] is arrays[0]

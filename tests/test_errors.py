@@ -118,7 +118,8 @@ FROM_LSE = "AttentionState.from_lse(out, lse, base=...) makes a state from a pai
         ([sbh(), sbh(), sbh()._replace(attn_out=sbh(D=4)[0])], ["shape-match"],
          "states[2].attn_out has shape (4, 2, 12); expected that of states[0].attn_out, (4, 2, 24)."),
         ([sbh(), sbh(S=5)], ["shape-match", "shape-stats", "shape-stats"], None),
-        ([sbh(), sbh(lanes=1)], ["shape-stats", "shape-stats"], None),
+        ([sbh(), sbh(lanes=2)], ["shape-stats", "shape-stats"], None),
+        ([sbh(), sbh()._replace(softmax_sum=sbh(lanes=1).softmax_sum)], ["shape-stats"], None),
         ([sbh(dtype="float16"), sbh()], ["dtype-match"],
          "states[1].attn_out has dtype float32 and states[0].attn_out float16; expected the same dtype."),
         ([sbh(), sbh(dtype="float16"), sbh()], ["dtype-match"],
@@ -222,7 +223,7 @@ def test_every_rule_has_a_reason_a_source_and_an_error():
     tried = {rule for case in CASES for rule in case.values[0].rules}
     elsewhere = {  # test_constraints.py, test_state.py, test_registry.py, test_config.py and above
         "array-kind", "array-device", "states", "threads", "mode", "to", "base", "lse-layout", "heads", "value-memory",
-        "value-lanes", "value-max", "value-sum", "document-max-positive",
+        "statistics", "value-lanes", "value-max", "value-sum", "document-max-positive",
     }  # fmt: skip
     elsewhere |= {"first-update", "tokens", "tokens-odd"}  # test_streaming_errors.py
     assert tried | elsewhere == set(RULES)

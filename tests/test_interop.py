@@ -414,10 +414,10 @@ def test_they_find_what_goes_wrong(name, mutant, monkeypatch):
 
     statistics, its = home.statistics, RECIPES[name]
 
-    def wrong(lse, dtype, base, inf_is_empty):
+    def wrong(lse, dtype, base, inf_is_empty, lanes):
         if mutant == "order":
-            return tuple(part[..., ::-1, :, :] for part in statistics(lse, dtype, base, inf_is_empty))
-        return statistics(lse, dtype, "e" if mutant == "base" else base, inf_is_empty and mutant != "inf")
+            return tuple(part[..., ::-1, :, :] for part in statistics(lse, dtype, base, inf_is_empty, lanes))
+        return statistics(lse, dtype, "e" if mutant == "base" else base, inf_is_empty and mutant != "inf", lanes)
 
     monkeypatch.setattr(home, "statistics", wrong)
     wrongs = {"base": its.base == "2", "inf": its.inf_is_empty, "order": True}

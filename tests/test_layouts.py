@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from states import state
 
-from rau.constraints import bind
+from rau.constraints import Options, bind
 from rau.layouts import (
     ATTN,
     HEADS,
@@ -124,7 +124,7 @@ def calls(draw):
 def test_the_table_says_where_every_row_is(call):
     layout, packed, qlen, states, out = call
     problem, regular = bind(
-        "", states, lambda k, field: "", qlen, layout, "SBH" if packed else "TND", out, "portable", "metadata"
+        "", states, lambda k, field: "", qlen, Options(layout, "SBH" if packed else "TND", "portable", "metadata"), out
     )
     assert all(
         mine is its for old, new in zip(states, regular, strict=True) for mine, its in zip(old, new, strict=True)
@@ -148,7 +148,7 @@ def test_the_table_says_where_every_row_is(call):
 def test_a_fresh_result_is_contiguous(call):
     layout, packed, qlen, states, _ = call
     problem, _ = bind(
-        "", states, lambda k, field: "", qlen, layout, "SBH" if packed else "TND", None, "portable", "metadata"
+        "", states, lambda k, field: "", qlen, Options(layout, "SBH" if packed else "TND", "portable", "metadata"), None
     )
     fresh = [np.zeros(problem.shape, "f4"), np.zeros(problem.stats_shape, "f4"), np.zeros(problem.stats_shape, "f4")]
     expected = rows_by_hand(layout, [*states, fresh], qlen.tolist(), packed)

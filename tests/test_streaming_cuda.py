@@ -11,7 +11,7 @@ from running import laid_out, own, partial
 from test_cuda import HERE, compile_for, python, resources  # noqa: F401 - a fixture too
 
 import rau
-from rau.constraints import bind
+from rau.constraints import Options, bind
 
 
 def test_values_under_the_interpreter():
@@ -34,7 +34,7 @@ def test_halves_compile(compile_for, order):  # noqa: F811
             )
             places = [part[: ends[-1] // 2] for part in running]
             problem, _ = bind(
-                "", (places, cur), lambda k, field: "", lengths, "TND", order, places, "portable", "metadata", which
+                "", (places, cur), lambda k, field: "", lengths, Options("TND", order, "portable", "metadata"), places, which
             )  # fmt: skip
             kernel, _ = compiled(problem, [*running, *cur, *running], torch.tensor(lengths))
             assert "fma" not in kernel.asm["ptx"]

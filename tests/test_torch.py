@@ -302,7 +302,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.rau.ring_attention_update.default, arguments)
     states = [state(grad=True), state(seed=1), state(seed=2)]
     columns = [list(column) for column in zip(*states, strict=True)]
-    torch.library.opcheck(torch.ops.rau.merge_states.default, (*columns, None, "SBH", "TND", "portable", "metadata", None))
+    torch.library.opcheck(torch.ops.rau.merge_states.default, (*columns, None, "SBH", "TND", "portable", "metadata", True, None))
 
 
 def graph_targets(graph_module):

@@ -230,7 +230,16 @@ SHAPES = {
         ("lanes",),
         rau.ShapeError,
         {name: lambda a: a[..., :1] for name in NAMES if "softmax" in name} | {"out": None},
-        says='prev_softmax_max has shape (2, 3, 4, 1); expected a last axis of 8. profile="portable" takes 1 as well.',
+        says='prev_softmax_max has shape (2, 3, 4, 1); expected a last axis of 8. '
+        'profile="portable" takes 1 lane as well, and AttentionState.from_lse(..., lanes=8) makes 8.',
+    ),
+    "1 lane in one array": Wrong(
+        ("shape-stats",),
+        rau.ShapeError,
+        {"cur_softmax_sum": lambda a: a[..., :1], "out": None},
+        says="cur_softmax_sum has shape (2, 3, 4, 1); for prev_attn_out of shape (4, 2, 24) and N = 3 heads "
+        '(read off prev_softmax_max), layout "SBH" expects (B, N, S, 8) = (2, 3, 4, 8). '
+        'profile="portable" takes 1 lane as well, and AttentionState.from_lse(..., lanes=8) makes 8.',
     ),
     "2 lanes, portable": Wrong(
         ("lanes",),

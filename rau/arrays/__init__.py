@@ -64,6 +64,9 @@ class Kind(Protocol):
     def regular_copy(self, array: Any) -> Any:
         """Return a C-contiguous, aligned copy."""
 
+    def lanes(self, stats: Any, lanes: int) -> Any:
+        """See statistics with a number of lanes, each of them lane 0."""
+
     def to_numpy(self, array: Any) -> np.ndarray:
         """Return the values as a NumPy array on the host; bfloat16 as ml_dtypes has it."""
 

@@ -58,6 +58,9 @@ class MindSporeKind(TorchKind):
     def regular_copy(self, array: Any) -> Any:
         return array.contiguous()
 
+    def lanes(self, stats: Any, lanes: int) -> Any:
+        return stats[..., :1].broadcast_to((*stats.shape[:-1], lanes))
+
     def to_numpy(self, array: Any) -> np.ndarray:
         mindspore = sys.modules["mindspore"]
         name = self.dtype(array)

@@ -136,15 +136,16 @@ class TorchKind:
 
     def will_write(self, out: Any) -> None:
         torch = sys.modules["torch"]
-        if (out[0].requires_grad or out[1].requires_grad or out[2].requires_grad) and torch.is_grad_enabled():
-            field = next(name for name, array in zip(out._fields, out, strict=True) if array.requires_grad)
+        written = out if out[1] is not None else out[:1]
+        if any([array.requires_grad for array in written]) and torch.is_grad_enabled():
+            field = next(name for name, array in zip(out._fields, written) if array.requires_grad)
             raise UnsupportedError(
                 f"{field} of the arrays to write into requires grad, and grad mode is on; a graph that continues from it "
                 "would have the gradient of what it held before. Leave out=None, or give tensors that do not require grad: "
                 "a leaf's .detach() is the same memory."
             )
         # A graph that has kept one, or a view of one, is to notice. Inference tensors have no version, and are passed over.
-        torch.autograd.graph.increment_version(out)
+        torch.autograd.graph.increment_version(written)
 
     def extent(self, array: Any) -> tuple[int, int]:
         if getattr(array, "is_meta", False):  # which MindSpore's have not
@@ -162,6 +163,9 @@ class TorchKind:
     def regular_copy(self, array: Any) -> Any:
         copy = array.resolve_neg().contiguous()
         return copy if _aligned(copy) else copy.clone()
+
+    def lanes(self, stats: Any, lanes: int) -> Any:
+        return stats[..., :1].expand(*stats.shape[:-1], lanes)
 
     def to_numpy(self, array: Any) -> np.ndarray:
         array = array.detach().cpu()

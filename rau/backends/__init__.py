@@ -79,6 +79,9 @@ class Capabilities:
         apart from that whether the kernel does it all the same.
     max_states : int or None
         Most states that it merges in one call.
+    without_statistics : bool
+        Whether it merges outputs alone: given a problem whose `statistics` are False, it leaves them out, and puts None in their
+        places. Any other writes them to arrays that are dropped.
     contiguous : bool
         Whether its kernel takes contiguous outputs only: the backend copies others for it, as
         :class:`rau.backends.lse.LSEBackend` does.
@@ -105,6 +108,7 @@ class Capabilities:
     lse_base: str = "e"
     unpromised: tuple[str, ...] = ()
     max_states: int | None = None
+    without_statistics: bool = False
     contiguous: bool = False
 
     def __post_init__(self) -> None:
@@ -125,6 +129,7 @@ class Capabilities:
             raise TypeError(f"Capabilities: tolerance = {shown(self.tolerance)}; expected a positive number.")
         choices: dict[str, tuple[Any, Any]] = {
             "statistics": ("max_sum", "lse"), "lse_base": ("e", "2"), "contiguous": (True, False),
+            "without_statistics": (True, False),
         }  # fmt: skip
         for name, (one, other) in choices.items():
             value = getattr(self, name)
@@ -287,7 +292,7 @@ class Backend:
     ) -> AttentionState:
         pair = Problem.of(
             (prev, cur), out, problem.actual_seq_qlen, problem.layout, problem.softmax_layout, problem.profile,
-            in_place=out is not None and problem.in_place,
+            in_place=out is not None and problem.in_place, statistics=out is None or problem.statistics,
         )  # fmt: skip
         return self.update(pair, prev, cur, out)
 

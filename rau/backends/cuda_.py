@@ -49,7 +49,7 @@ class CudaBackend(TorchBackend):
 
     name = "cuda"
     capabilities = Capabilities(
-        array_types=("torch:Tensor",), devices=("cpu",) if INTERPRETED else ("cuda",), halves=True
+        array_types=("torch:Tensor",), devices=("cpu",) if INTERPRETED else ("cuda",), halves=True, without_statistics=True
     )
 
     def __init__(self) -> None:
@@ -103,12 +103,14 @@ class CudaBackend(TorchBackend):
         if out is None:
             out = AttentionState(
                 torch.empty(problem.shape, dtype=first.attn_out.dtype, device=first.attn_out.device),
-                *(torch.empty(problem.stats_shape, dtype=part.dtype, device=part.device) for part in first[1:]),
-            )
+                *(torch.empty(problem.stats_shape, dtype=part.dtype, device=part.device) if problem.statistics else None
+                  for part in first[1:]),
+            )  # fmt: skip
         if problem.T * problem.N:
             with self._on(first.attn_out), self._alone():
                 lengths = self._lengths(problem) if problem.packed or problem.half else None
-                arrays = [array for state in (*states, out) for array in state]
+                written = out if problem.statistics else (out[0], *first[1:])  # in places that are not written to
+                arrays = [array for state in (*states, written) for array in state]
                 plan, aligned, arguments = self.launch(problem, arrays, lengths)
                 kernel = self._compiled.get(plan.keys[aligned])
                 constants = plan.constants[aligned]
@@ -144,14 +146,14 @@ class CudaBackend(TorchBackend):
         (outers, _), (middles, _), (inners, _) = axes
         tiles = -(-inners // self._rows)
         steps = [tuple([strides[index] for _, strides in axes]) for index in range(3 * (problem.K + 1))]
-        wide = [index for index in range(len(steps))
-                if index % 3 == 0 or (index >= 3 * problem.K and problem.lanes > 1)]  # fmt: skip
+        lanes = problem.lanes if problem.statistics else 0
+        wide = [index for index in range(len(steps)) if index % 3 == 0 or (index >= 3 * problem.K and lanes > 1)]
         outputs = problem.dtype, *[problem.cur_dtype] * (problem.K - 1), problem.dtype
         sizes = [ITEMSIZE[name] for output in outputs for name in (output, problem.stats_dtype, problem.stats_dtype)]
         dtypes = self._kernel.DTYPES
         constants = {
             "K": problem.K, "FIRST": dtypes[problem.dtype], "LATER": dtypes[problem.cur_dtype],
-            "STATS": dtypes[problem.stats_dtype], "LANES": problem.lanes, "ALIGNED": None, "PACKED": problem.packed,
+            "STATS": dtypes[problem.stats_dtype], "LANES": lanes, "ALIGNED": None, "PACKED": problem.packed,
             "HALF": problem.half or "", "ROWS": self._rows, "GROUP": None, "BLOCK_D": None, "BY_INTEGERS": self._by_integers,
         }  # fmt: skip
 
@@ -164,7 +166,7 @@ class CudaBackend(TorchBackend):
             return constants | {"ALIGNED": aligned, "GROUP": group, "BLOCK_D": block}
 
         both = compiled(False), compiled(True)
-        key = (problem.device, problem.dtype, problem.cur_dtype, problem.stats_dtype, problem.K, problem.lanes,
+        key = (problem.device, problem.dtype, problem.cur_dtype, problem.stats_dtype, problem.K, lanes,
                problem.packed, problem.half, both[True]["BLOCK_D"])  # fmt: skip
         return Plan(
             grid=(outers * middles * tiles, 1, 1),

@@ -184,7 +184,8 @@ def merge(states, lengths, sequences: tl.int64, steps: tl.int64, middles: tl.int
         Lengths of the middle and the inner axis; tiles of ROWS along the inner one.
     head_dim : int64
     K, FIRST, LATER, STATS, LANES, ALIGNED, PACKED, HALF, ROWS, GROUP, BLOCK_D, BY_INTEGERS
-        States; dtypes of the first state and the result, of later states, of statistics; lanes; whether every row of
+        States; dtypes of the first state and the result, of later states, of statistics; lanes of the result, 0 where it has no
+        statistics; whether every row of
         elements, and of 8 lanes in the result, stands at a multiple of 16 bytes; whether statistics are packed; which half
         of the first state and the result is meant, "" for all; rows of a program, of those whose elements are in registers
         together, and how many elements of each; see :func:`_narrow`.
@@ -212,11 +213,12 @@ def merge(states, lengths, sequences: tl.int64, steps: tl.int64, middles: tl.int
     weights, maximum, total = _weigh(maxima, sums, K, STATS)
 
     tl.debug_barrier()  # in place: every thread has read its statistics before any of them is overwritten
-    lanes = tl.arange(0, LANES)[None, :]
-    to = _rows(states[K][1], STATS, ALIGNED and LANES > 1, outer, middle, own_place)[:, None] + lanes
-    tl.store(to, tl.broadcast_to(maximum[:, None], (ROWS, LANES)), mask=valid[:, None])
-    to = _rows(states[K][2], STATS, ALIGNED and LANES > 1, outer, middle, own_place)[:, None] + lanes
-    tl.store(to, tl.broadcast_to(total[:, None], (ROWS, LANES)), mask=valid[:, None])
+    if LANES > 0:
+        lanes = tl.arange(0, LANES)[None, :]
+        to = _rows(states[K][1], STATS, ALIGNED and LANES > 1, outer, middle, own_place)[:, None] + lanes
+        tl.store(to, tl.broadcast_to(maximum[:, None], (ROWS, LANES)), mask=valid[:, None])
+        to = _rows(states[K][2], STATS, ALIGNED and LANES > 1, outer, middle, own_place)[:, None] + lanes
+        tl.store(to, tl.broadcast_to(total[:, None], (ROWS, LANES)), mask=valid[:, None])
 
     # Whole rows, GROUP of them at a time: the bytes of a row are asked for together. A side of weight 0 is not read. In
     # place of its product stands -0.0, which adds nothing to anything, not even to -0.0; where no side has a weight, 0.0.

@@ -60,7 +60,7 @@ class NumPyBackend(Backend):
     """Runs everywhere NumPy does; several times slower than the compiled core, with the same bits."""
 
     name = "numpy"
-    capabilities = Capabilities(array_types=HOST_ARRAYS, halves=True)
+    capabilities = Capabilities(array_types=HOST_ARRAYS, halves=True, without_statistics=True)
 
     def update(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
@@ -77,10 +77,11 @@ class NumPyBackend(Backend):
         sums = [_Rows(s[2], row_index(table, k, SUM), 1) for k, s in enumerate(states)]
         rows = [_Rows(s[0], row_index(table, k, ATTN), head_dim) for k, s in enumerate(states)]
         dtypes = [problem.dtype, *[problem.cur_dtype] * (last - 1)]
-        out_maximum = _Rows(out[1], row_index(table, last, MAX), problem.lanes)
-        out_sum = _Rows(out[2], row_index(table, last, SUM), problem.lanes)
         out_rows = _Rows(out[0], row_index(table, last, ATTN), head_dim)
 
+        if problem.statistics:
+            out_maximum = _Rows(out[1], row_index(table, last, MAX), problem.lanes)
+            out_sum = _Rows(out[2], row_index(table, last, SUM), problem.lanes)
         step = max(_ELEMENTS // max(head_dim, 1), 1)
         with np.errstate(all="ignore"):
             for start in range(0, problem.T * problem.N, step):
@@ -89,6 +90,7 @@ class NumPyBackend(Backend):
                 if head_dim:
                     wide = [computed(row[chunk], dtype) for row, dtype in zip(rows, dtypes, strict=True)]
                     out_rows[chunk] = stored(merge_rows(weighed.weights, wide), problem.dtype)
-                out_maximum[chunk] = weighed.maximum[:, None]
-                out_sum[chunk] = weighed.total[:, None]
+                if problem.statistics:
+                    out_maximum[chunk] = weighed.maximum[:, None]
+                    out_sum[chunk] = weighed.total[:, None]
         return out

@@ -71,7 +71,9 @@ class TorchBackend(Backend):
     """Runs on torch tensors, wherever they are."""
 
     name = "torch"
-    capabilities = Capabilities(array_types=("torch:Tensor",), devices=None, float64=True, differentiable=True)
+    capabilities = Capabilities(
+        array_types=("torch:Tensor",), devices=None, float64=True, differentiable=True, without_statistics=True
+    )
 
     def __init__(self) -> None:
         try:
@@ -95,6 +97,11 @@ class TorchBackend(Backend):
             )
             merged = merge_rows(weighed.weights, [geometry.heads(state.attn_out) for state in states])
             attn_out = merged.contiguous().view(problem.shape)
+            if not problem.statistics:
+                if out is None:
+                    return AttentionState(attn_out.to(first.attn_out.dtype), None, None)
+                out.attn_out.copy_(attn_out)
+                return out
             maximum, total = (
                 geometry.statistics(part.to(first.softmax_max.dtype)).expand(problem.stats_shape)
                 for part in (weighed.maximum, weighed.total)

@@ -13,15 +13,18 @@ from rau.arrays.numpy_ import NARROW
 from rau.constraints import cache
 from rau.constraints.hints import another_dtype, not_an_array, swapped
 from rau.constraints.lengths import bind_lengths
-from rau.constraints.options import CHECKS, check_options
-from rau.constraints.outputs import Names, check_out, is_triple
+from rau.constraints.options import CHECKS, Options, check_options
+from rau.constraints.outputs import Names, check_out, is_whole
 from rau.constraints.profiles import PROFILES, Profile
 from rau.constraints.rules import RULES, Rule, Violations
 from rau.constraints.values import check_memory, check_values
 from rau.layouts import FIELDS, LAYOUTS, dimensions, packed_row_stride
 from rau.problem import Problem
 
-__all__ = ["CHECKS", "FIELDS", "PROFILES", "RULES", "Problem", "Profile", "Rule", "bind", "check_options", "checked"]
+__all__ = ["CHECKS", "FIELDS", "PROFILES", "RULES", "Options", "Problem", "Profile", "Rule", "bind", "check_options", "checked"]
+
+
+_ONE_LANE = ' profile="portable" takes 1 lane as well, and AttentionState.from_lse(..., lanes=8) makes 8.'
 
 
 def checked(
@@ -29,18 +32,15 @@ def checked(
     states: Sequence[Sequence[Any]],
     names: Names,
     actual_seq_qlen: Any,
-    layout: str,
-    softmax_layout: str,
+    options: Options,
     out: Sequence[Any] | None,
-    profile: str,
-    check: str,
     half: str | None = None,
 ) -> tuple[Problem, Sequence[Sequence[Any]], Sequence[Any] | None]:
     """Check a call as :func:`bind` does, or recognise it: nobody else knows that calls are remembered.
 
     `out` comes back with the states: as the arrays that were checked, whatever class the caller's are of.
     """
-    signature = cache.signature(call, states, actual_seq_qlen, layout, softmax_layout, out, profile, check)
+    signature = cache.signature(call, states, actual_seq_qlen, options, out)
     problem = None if signature is None else cache.recall(signature)
     if problem is not None:
         return problem, states, out
@@ -48,10 +48,10 @@ def checked(
     states = [[plain(array) for array in state] for state in states]
     if isinstance(out, (tuple, list)):
         out = [plain(array) for array in out]
-    problem, states = bind(call, states, names, actual_seq_qlen, layout, softmax_layout, out, profile, check, half)
-    if signature is not None:
+    problem, bound = bind(call, states, names, actual_seq_qlen, options, out, half)
+    if signature is not None and bound is states:  # else others than the caller's would have to be made each time
         cache.remember(signature, problem, states, out)
-    return problem, states, out
+    return problem, bound, out
 
 
 def bind(
@@ -59,11 +59,8 @@ def bind(
     states: Sequence[Sequence[Any]],
     names: Names,
     actual_seq_qlen: Any,
-    layout: str,
-    softmax_layout: str,
+    options: Options,
     out: Sequence[Any] | None,
-    profile: str,
-    check: str,
     half: str | None = None,
 ) -> tuple[Problem, Sequence[Sequence[Any]]]:
     """Check a call and describe it.
@@ -76,8 +73,11 @@ def bind(
         attn_out, softmax_max, softmax_sum of each input state.
     names : callable
         Gives the caller's name for array `field` of state `state`.
-    actual_seq_qlen, layout, softmax_layout, out, profile, check
+    actual_seq_qlen
         As in :func:`rau.ring_attention_update`.
+    options : Options
+    out : sequence of arrays, optional
+        A state's arrays, or its output alone where no statistics are wanted.
     half : {"front", "back"}, optional
         As in :class:`Problem`; here the first state and `out` nevertheless have the later state's shape.
 
@@ -85,7 +85,8 @@ def bind(
     -------
     problem : Problem
     states : sequence of triples of arrays
-        The same arrays, except that those whose last axis is not contiguous, which no kernel can stream, are copied.
+        The same arrays, except that those whose last axis is not contiguous, which no kernel can stream, are copied, and that
+        statistics of other lanes than the result's are seen with as many.
 
     Raises
     ------
@@ -93,15 +94,15 @@ def bind(
         Its message says everything that is wrong with the call.
     """
     report = Violations(call)
-    layout, limits = check_options(report, layout, softmax_layout, profile, check)
-    packed = layout == "TND" and softmax_layout == "SBH"
-    into = out if out is not None and is_triple(report, out) else None
+    layout, limits = check_options(report, options)
+    packed = layout == "TND" and options.softmax_layout == "SBH"
+    into = out if out is not None and is_whole(report, out, options.statistics) else None
     kind = _check_arrays(report, states, names)
     found = None
     if kind is not None:
         dtype, cur_dtype, stats_dtype = _check_dtypes(report, kind, states, names, limits)
         if layout:
-            found = _check_shapes(report, states, names, layout, limits)
+            found = _check_shapes(report, kind, states, into, names, layout, limits)
     lengths = None
     if layout == "TND":
         tokens = None
@@ -118,19 +119,21 @@ def bind(
     if kind is None or found is None:
         raise report.error()  # what follows needs arrays whose axes are known
 
-    plain = all([kind.contiguous(array) for state in states for array in state])
-    regular = states if plain else _regular_inputs(report, kind, states, names, packed)
+    seen = _same_lanes(report, kind, states, names, found[1][-1])
+    plain = all([kind.contiguous(array) for state in seen for array in state])
+    regular = seen if plain else _regular_inputs(report, kind, seen, names, packed)
     in_place = into is not None and check_out(report, kind, states, into, names, found, (dtype, stats_dtype), packed)
     report.raise_if_broken()
-    if check != "metadata":
-        check_values(report, kind, regular, names, check)
+    if options.check != "metadata":
+        check_values(report, kind, regular, names, options.check)
         report.raise_if_broken()
         check_memory(report, kind, states, regular, names)
         report.raise_if_broken()
 
     problem = Problem.of(
-        regular, into, lengths, layout, softmax_layout, profile, in_place=in_place, half=half
-    )
+        regular, into, lengths, layout, options.softmax_layout, options.profile, in_place=in_place, half=half,
+        statistics=options.statistics,
+    )  # fmt: skip
     return problem, regular
 
 
@@ -193,10 +196,12 @@ def _check_dtypes(
 
 
 def _check_shapes(
-    report: Violations, states: Sequence[Sequence[Any]], names: Names, layout: str, limits: Profile
+    report: Violations, kind: Kind, states: Sequence[Sequence[Any]], out: Sequence[Any] | None, names: Names, layout: str,
+    limits: Profile,
 ) -> list[tuple[int, ...]] | None:
-    """Read the shapes that every state has to have off the first one.
+    """Read the shapes that every state has to have off the first one, and return the result's.
 
+    Lanes are each state's own, of those that the profile takes; the result has those of `out`, or else the first state's.
     None where the ranks of the first state do not even allow that.
     """
     axes = LAYOUTS[layout]
@@ -213,7 +218,7 @@ def _check_shapes(
 
     lanes = stats_shape[-1]
     if lanes not in limits.lanes:
-        hint = ' profile="portable" takes 1 as well.' if lanes == 1 else " The lanes hold one number, written 8 times."
+        hint = _ONE_LANE if lanes == 1 else " The lanes hold one number, written 8 times."
         report.add("lanes", f"{names(0, 1)} has shape {stats_shape}; expected a last axis of "
                    f"{' or '.join(map(str, limits.lanes))}.{hint}")  # fmt: skip
         if shapes[0][2] != stats_shape:  # a slip in one array, not a habit: said once, of that array
@@ -224,10 +229,11 @@ def _check_shapes(
     if axes.attn_head is None and (attn_shape[-1] % N if N else attn_shape[-1]):
         report.add("heads-divide-hidden", f"{names(0, 0)} has H = {attn_shape[-1]} and {names(0, 1)} N = {N} heads "
                    f"(shapes {attn_shape} and {stats_shape}); expected H = N * D.")  # fmt: skip
-    stats = (tokens, N, lanes) if axes.attn_batch is None else (B, N, tokens, lanes)
-    expected = [attn_shape, stats, stats]
+    rows = (tokens, N) if axes.attn_batch is None else (B, N, tokens)
     for k, state in enumerate(shapes):
-        if state == expected:
+        its = lanes if state[1] is None or state[1][-1] not in limits.lanes else state[1][-1]
+        stats = (*rows, its)
+        if state == [attn_shape, stats, stats]:
             continue
         if state[0] not in (attn_shape, None):
             report.add("shape-match", f"{names(k, 0)} has shape {state[0]}; expected that of {names(0, 0)}, "
@@ -235,10 +241,37 @@ def _check_shapes(
         for field in (1, 2):
             if state[field] not in (stats, None):
                 source = f" (read off {names(0, 1)})" if axes.attn_head is None else ""
+                hint = _ONE_LANE if state[field] == (*rows, 1) and limits.vendor else ""
                 report.add("shape-stats", f"{names(k, field)} has shape {tuple(states[k][field].shape)}; for "
                            f'{names(0, 0)} of shape {attn_shape} and N = {N} heads{source}, layout "{layout}" expects '
-                           f"{axes.stats.format(lanes=lanes)} = {stats}.")  # fmt: skip
-    return expected
+                           f"{axes.stats.format(lanes=its)} = {stats}.{hint}")  # fmt: skip
+    if out is not None and len(out) == 3:
+        # Of what is no such array, or has other shapes, check_out has something to say.
+        its_kind = kind_of(out[1])
+        if its_kind is not None and its_kind.name == kind.name and not its_kind.fault(out[1]):
+            wanted: tuple[int, ...] = tuple(out[1].shape)
+            lanes = wanted[-1] if len(wanted) == len(rows) + 1 and wanted[-1] in limits.lanes else lanes
+    return [attn_shape, (*rows, lanes), (*rows, lanes)]
+
+
+def _same_lanes(
+    report: Violations, kind: Kind, states: Sequence[Sequence[Any]], names: Names, lanes: int
+) -> Sequence[Sequence[Any]]:
+    """See all statistics with as many lanes as the result has: of each state, lane 0 alone is read."""
+    if report.broken:
+        return states
+    others = [k for k, state in enumerate(states) if state[1].shape[-1] != lanes or state[2].shape[-1] != lanes]
+    if not others:
+        return states
+    if isinstance(kind, ForeignKind):
+        k = others[0]
+        report.add("lanes", f"{names(k, 1)} has shape {tuple(states[k][1].shape)} and the result {lanes} lane(s); expected as "
+                   f"many, since nothing is known of views of a {kind.name}. Pass statistics of {lanes} lane(s).")  # fmt: skip
+        return states
+    return [
+        (state[0], kind.lanes(state[1], lanes), kind.lanes(state[2], lanes)) if k in others else state
+        for k, state in enumerate(states)
+    ]
 
 
 def _wrong_rank(name: str, shape: tuple[int, ...], layout: str, stats: bool) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rau.arrays import kind_of
+from rau.constraints.options import Options
 from rau.problem import Problem
 
 _MOST = 256  # kinds of call; a program makes a few
@@ -22,32 +23,31 @@ def signature(
     call: str,
     states: Sequence[Sequence[Any]],
     actual_seq_qlen: Any,
-    layout: Any,
-    softmax_layout: Any,
+    options: Options,
     out: Any,
-    profile: Any,
-    check: Any,
 ) -> tuple[Any, ...] | None:
     """Describe a call by all that decides whether it is allowed: equal for calls that are alike.
 
     None for those that take the validator each time: options that are no strings, values or lengths to be read, anything but
     contiguous arrays, outputs that meet other arrays.
     """
+    layout, softmax_layout, profile, check, statistics = options
     if not (
         type(layout) is type(softmax_layout) is type(profile) is type(check) is str
         and check == "metadata"
+        and type(statistics) is bool
         and (layout != "TND" or actual_seq_qlen is None)
     ):
         return None
     arrays = [array for state in states for array in state]
     inputs = len(arrays)
     if out is not None:
-        if not isinstance(out, (tuple, list)) or len(out) != 3:
+        if not isinstance(out, (tuple, list)) or len(out) != (3 if statistics else 1):
             return None
         arrays.extend(out)
     kind = kind_of(arrays[0])
     described = None if kind is None else kind.signature(arrays, inputs)
-    return None if described is None else (call, inputs, layout, softmax_layout, profile, described)
+    return None if described is None else (call, inputs, layout, softmax_layout, profile, statistics, described)
 
 
 def recall(signature: tuple[Any, ...]) -> Problem | None:

@@ -122,6 +122,14 @@ def check_heads(report: Violations, heads: int | None) -> int | None:
     return None
 
 
+def check_lanes(report: Violations, lanes: int) -> int:
+    """Check a number of lanes; 1 where it is no such number."""
+    if isinstance(lanes, (int, np.integer)) and not isinstance(lanes, bool) and lanes in (1, 8):
+        return lanes
+    report.add("lanes", f"lanes = {shown(lanes)}; expected 1, or 8 for a call in a vendor's profile.")
+    return 1
+
+
 def check_shapes(report: Violations, attn_out: Any, lse: Any, layout: str, lse_layout: str, heads: int | None) -> None:
     """Check that an output and a log-sum-exp fit together; `heads` is what :func:`check_heads` returned."""
     axes = LAYOUTS[layout]

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from rau.constraints.hints import described
 from rau.constraints.profiles import PROFILES, Profile
 from rau.constraints.rules import Violations
 from rau.layouts import LAYOUTS, OTHER_LAYOUTS
 
 CHECKS = ("metadata", "values", "document")
+
+
+class Options(NamedTuple):
+    """What a call says beside its arrays, as in :func:`rau.merge_states`."""
+
+    layout: str
+    softmax_layout: str
+    profile: str
+    check: str
+    statistics: bool = True
 
 
 def check_layout(report: Violations, layout: object) -> bool:
@@ -21,13 +34,14 @@ def check_softmax_layout(report: Violations, rule: str, argument: str, order: ob
     report.choice(rule, argument, order, ("TND", "SBH"), note, {})
 
 
-def check_options(
-    report: Violations, layout: str, softmax_layout: str, profile: str, check: str
-) -> tuple[str, Profile]:
-    """Check the names; return the layout, empty where there is no such, and the limits."""
+def check_options(report: Violations, options: Options) -> tuple[str, Profile]:
+    """Check them; return the layout, empty where there is no such, and the limits."""
+    layout, softmax_layout, profile, check, statistics = options
     known = check_layout(report, layout)
     check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
     report.choice("check", "check", check, CHECKS)
+    if not isinstance(statistics, bool):
+        report.add("statistics", f"statistics is {described(statistics)}; expected True, or False for the output alone.")
     if not report.choice("profile", "profile", profile, PROFILES):
         return (layout if known else ""), PROFILES["portable"]
     limits = PROFILES[profile]

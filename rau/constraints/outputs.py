@@ -13,9 +13,9 @@ from rau.layouts import FIELDS, packed_row_stride
 Names = Callable[[int, int], str]  # (state, field) -> the name that the caller knows it by
 
 
-def is_triple(report: Violations, out: Any) -> bool:
-    """Check that `out` is three things."""
-    if isinstance(out, (tuple, list)) and len(out) == 3:
+def is_whole(report: Violations, out: Any, statistics: bool) -> bool:
+    """Check that `out` is three things, or one where no statistics are wanted."""
+    if isinstance(out, (tuple, list)) and len(out) == (3 if statistics else 1):
         return True
     got = f"has {len(out)} items" if isinstance(out, (tuple, list)) else f"is {described(out)}"
     report.add("out", f"out {got}; expected an AttentionState or a triple (attn_out, softmax_max, softmax_sum).")
@@ -32,11 +32,11 @@ def check_out(
     dtypes: tuple[str, str],
     packed: bool,
 ) -> bool:
-    """Check the arrays to write into, three of them; return whether the call is in place: an output stands on an input."""
+    """Check the arrays to write into, a state's or its output alone; return whether the call is in place: an output stands on an input."""
     broken = len(report.broken)
     device = kind.device(states[0][0])
     for field, array in enumerate(out):
-        name = f"out.{FIELDS[field]}"
+        name = f"out.{FIELDS[field]}" if len(out) > 1 else "out"
         its = kind_of(array)
         if its is None:
             report.add("array", not_an_array(name, array))
@@ -93,7 +93,7 @@ def _check_overlap(
     extents = [kind.extent(array) for array in out]
     for state in states:
         for field, array in enumerate(state):
-            if array is out[field]:
+            if field < len(out) and array is out[field]:
                 in_place = True
             else:
                 extents.append(kind.extent(array))
@@ -109,7 +109,7 @@ def _check_overlap(
     in_place = False
     memory = [kind.memory(array) for array in out]
     for field, mine in enumerate(memory):
-        for later in range(field + 1, 3):
+        for later in range(field + 1, len(memory)):
             if mine.overlaps(memory[later]):
                 report.add("out-overlap", f"out.{FIELDS[field]} and out.{FIELDS[later]} share memory; "
                            "expected three separate arrays.")  # fmt: skip
@@ -121,7 +121,8 @@ def _check_overlap(
                 if mine.same_view(its) and (role == 0) == (field == 0):
                     in_place = True
                 else:
-                    report.add("out-overlap", f"out.{FIELDS[field]} shares memory with {names(k, role)}; expected "
+                    name = f"out.{FIELDS[field]}" if len(out) > 1 else "out"
+                    report.add("out-overlap", f"{name} shares memory with {names(k, role)}; expected "
                                f"separate memory or, to work in place, exactly an input's {FIELDS[field]}: the same "
                                "address, shape and strides.")  # fmt: skip
     return in_place

@@ -32,6 +32,7 @@ RULES: dict[str, Rule] = {
     "to": Rule(OptionError, "statistics are reordered to one of two orders", "rau"),
     "mode": Rule(OptionError, "the configuration is printed or returned", "rau"),
     "threads": Rule(OptionError, "at least one thread runs a call", "rau"),
+    "statistics": Rule(OptionError, "a merge returns a state, or its output alone", "rau"),
     "check": Rule(OptionError, "a check level says what is read", "rau"),
     "states": Rule(ShapeError, "a state is three arrays, and there is at least one", "rau"),
     "first-update": Rule(ShapeError, "the first partial gives the shape of the whole, unless like= does", "rau"),

@@ -240,7 +240,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
         sum[v] = SELECT(single, alone[v], sum[v]);
     }
     RAU_NAME(prefetch_statistics)(next, 4);
-    for (int v = 0; v < vectors; v++) {
+    for (int v = 0; lanes && v < vectors; v++) {
         RAU_NAME(store_rows)(AT(2 * states), STEP(2 * states), count, lanes, max[v], stream, wide);
         RAU_NAME(store_rows)(AT(2 * states + 1), STEP(2 * states + 1), count, lanes, sum[v], stream, wide);
     }
@@ -286,19 +286,20 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_along)(
 }
 
 RAU_INLINE RAU_TARGET void RAU_NAME(weigh)(rau_tile *tile, const int wide) {
-    const ptrdiff_t states = tile->states, row = tile->lanes * (wide ? sizeof(double) : sizeof(float));
+    const ptrdiff_t states = tile->states;
     /* Run along the axis whose rows are closer together. */
     const rau_plane *result = &tile->max[states];
     const int along_heads = tile->tokens == 1 || (tile->heads > 1 && result->head < result->token);
     ptrdiff_t inner = along_heads ? tile->heads : tile->tokens;
     ptrdiff_t outer = along_heads ? tile->tokens : tile->heads;
-    int one = 1, dense = 1;
+    const ptrdiff_t row = along_heads ? tile->max[0].head : tile->max[0].token;
+    int one = 1, even = 1;
     for (ptrdiff_t k = 0; k <= states; k++) {
         const rau_plane *max = &tile->max[k], *sum = &tile->sum[k];
         const ptrdiff_t along_max = along_heads ? max->head : max->token, across_max = along_heads ? max->token : max->head;
         const ptrdiff_t along_sum = along_heads ? sum->head : sum->token, across_sum = along_heads ? sum->token : sum->head;
         one &= across_max == inner * along_max && across_sum == inner * along_sum;
-        dense &= along_max == row && along_sum == row;
+        even &= along_max == row && along_sum == row;
     }
     /* Runs of weights that start a power of two apart would share a few sets of the cache. */
     const ptrdiff_t item = wide ? sizeof(double) : sizeof(float);
@@ -310,8 +311,8 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh)(rau_tile *tile, const int wide) {
         inner *= outer;
         outer = 1;
     }
-    if (states == 2 && dense && row == 32 && !wide) RAU_NAME(weigh_along)(tile, 2, 32, along_heads, outer, inner, wide);
-    else if (states == 2 && dense && row == 4 && !wide) RAU_NAME(weigh_along)(tile, 2, 4, along_heads, outer, inner, wide);
+    if (states == 2 && even && row == 32 && !wide) RAU_NAME(weigh_along)(tile, 2, 32, along_heads, outer, inner, wide);
+    else if (states == 2 && even && row == 4 && !wide) RAU_NAME(weigh_along)(tile, 2, 4, along_heads, outer, inner, wide);
     else if (states == 2) RAU_NAME(weigh_along)(tile, 2, 0, along_heads, outer, inner, wide);
     else RAU_NAME(weigh_along)(tile, states, 0, along_heads, outer, inner, wide);
 }

@@ -9,14 +9,13 @@ import numpy as np
 
 from rau.arrays import Kind, plain
 from rau.arrays.numpy_ import ITEMSIZE, NARROW
-from rau.constraints import FIELDS, bind, check_options, checked
+from rau.constraints import FIELDS, Options, bind, check_options, checked
 from rau.constraints.hints import described
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.outputs import Names
 from rau.constraints.rules import Violations
 from rau.errors import ConstraintError, UnsupportedError, shown
 from rau.layouts import LAYOUTS
-from rau.problem import Problem
 from rau.state import AttentionState
 from rau.streaming.running_state import UPDATE, RunningState, of_part
 from rau.streaming.tokens import part, part_of
@@ -120,23 +119,23 @@ class StreamingMerge:
         check: str = "metadata",
     ) -> None:
         report = Violations(_CLASS)
-        _, limits = check_options(report, layout, softmax_layout, profile, check)
+        _, limits = check_options(report, Options(layout, softmax_layout, profile, check))
         report.raise_if_broken()
         lengths = None
         self._packed = layout == "TND" and softmax_layout == "SBH"
         if layout == "TND":
             lengths = bind_lengths(report, actual_seq_qlen, None, self._packed, limits.vendor)
             report.raise_if_broken()
-        self._layout, self._softmax_layout = layout, softmax_layout
-        self._lengths = lengths
-        self._backend, self._profile, self._check = backend, profile, check
+        self._options = Options(layout, softmax_layout, profile, check)  # of each partial state
+        self._whole = self._options._replace(profile="portable", check="metadata")  # of the running one
+        self._lengths, self._backend = lengths, backend
         self._running: RunningState | None = None
         if like is not None:
             if not isinstance(like, (tuple, list)) or len(like) != 3:
                 report.add("states", f"like is {described(like)}; expected an AttentionState of the full shape.")
                 raise report.error()
             _refuse_gradients(_CLASS, like)
-            self._running = self._start(_CLASS, like, _of_like, "metadata")
+            self._running = self._start(_CLASS, like, _of_like, self._options._replace(check="metadata"))
 
     @property
     def running(self) -> AttentionState | None:
@@ -155,7 +154,8 @@ class StreamingMerge:
             Attention output over some keys, in the layout; float64 where the first one was. It need not be contiguous
             and is not kept.
         softmax_max, softmax_sum : array, float32 (float64 with a float64 output)
-            Its statistics: (B, N, S, 8), or (T, N, 8) in "TND"; with 1 lane instead, if the first ones had 1.
+            Its statistics: (B, N, S, 8), or (T, N, 8) in "TND"; 1 lane will do as well in profile "portable". The running ones
+        have as many as the first.
         tokens : slice or {"front", "back"}, optional
             Which tokens the partial state covers; all by default. A slice along the token axis, in the layouts SBH,
             BSND and BNSD. "front" and "back" are the first and the second half of every sequence, in all layouts and both
@@ -185,14 +185,14 @@ class StreamingMerge:
         partial = AttentionState(*map(plain, partial))
         if isinstance(tokens, slice) and tokens.start is tokens.stop is tokens.step is None:
             tokens = None
-        as_wanted = self._profile == "portable" and self._check == "metadata"  # else once more, by other rules
+        as_wanted = self._options == self._whole  # else once more, by other rules
         running = self._running
         if running is None:
             if tokens is not None:
                 raise _broken(UPDATE, "first-update", f"tokens = {shown(tokens)} in the first update, which sets the shape of "
                               "the whole; expected an update of all tokens. Or give StreamingMerge(like=...) a state of the "
                               "full shape.")  # fmt: skip
-            running = self._start(UPDATE, partial, _of_partial, self._check)
+            running = self._start(UPDATE, partial, _of_partial, self._options)
             as_wanted = True
         running.refuse_broken(UPDATE)
         running.refuse_overlap(partial)
@@ -204,15 +204,12 @@ class StreamingMerge:
             places, lengths, half = self._places(running.kind, whole, tokens)
             names = of_part
         if on_host:
-            self._bind((partial,), None, _of_partial, lengths)
+            bind(UPDATE, (partial,), _of_partial, lengths, self._whole, None)
             partial = running.to_host(partial)
-        problem, states, _ = checked(
-            UPDATE, (places, partial), names, lengths, self._layout, self._softmax_layout, places, "portable", "metadata", half
-        )
-        partial = AttentionState(*states[1])
+        problem, states, _ = checked(UPDATE, (places, partial), names, lengths, self._whole, places, half)
         if not as_wanted:
-            self._bind((partial,), None, _of_partial, lengths, self._profile, self._check)
-        running.merge(problem, whole, places, partial, on_host=on_host)
+            bind(UPDATE, (partial,), _of_partial, lengths, self._options, None)
+        running.merge(problem, whole, places, AttentionState(*states[1]), on_host=on_host)
         self._running = running
 
     def result(self, dtype: Any = None) -> AttentionState:
@@ -249,15 +246,9 @@ class StreamingMerge:
         attn_out, *stats = running.state
         return AttentionState(running.cast(attn_out, wanted), *(running.cast(part, own) for part in stats))
 
-    def _start(self, call: str, like: Any, names: Names, check: str) -> RunningState:
-        problem, _ = bind(call, (like,), names, self._lengths, self._layout, self._softmax_layout, None, self._profile, check)
+    def _start(self, call: str, like: Any, names: Names, options: Options) -> RunningState:
+        problem, _ = bind(call, (like,), names, self._lengths, options, None)
         return RunningState(problem, like, self._backend)
-
-    def _bind(
-        self, states: Any, out: Any, names: Names, lengths: Any, profile: str = "portable", check: str = "metadata",
-        half: str | None = None,
-    ) -> tuple[Problem, Any]:  # fmt: skip
-        return bind(UPDATE, states, names, lengths, self._layout, self._softmax_layout, out, profile, check, half)
 
     def _places(self, kind: Kind, whole: AttentionState, tokens: Any) -> tuple[AttentionState, Any, str | None]:
         """Find the part of the running state that some tokens are.
@@ -268,11 +259,12 @@ class StreamingMerge:
         if kind.name == "mindspore":
             raise UnsupportedError(f"{UPDATE}: tokens = {shown(tokens)} with MindSpore tensors, whose slices may be copies; "
                                    "expected NumPy arrays, torch tensors or a plugin's own arrays.")  # fmt: skip
-        lengths, length = self._lengths, whole.attn_out.shape[LAYOUTS[self._layout].attn_token]
+        layout, lengths = self._options.layout, self._lengths
+        length = whole.attn_out.shape[LAYOUTS[layout].attn_token]
         on_device = lengths is not None and not isinstance(lengths, np.ndarray)  # and not read: no odd length is noticed
-        where = part_of(UPDATE, tokens, self._layout, length, np.zeros(1, np.int64) if on_device else lengths)
+        where = part_of(UPDATE, tokens, layout, length, np.zeros(1, np.int64) if on_device else lengths)
         if isinstance(where, slice):
-            return part(whole, self._layout, where), None, None
+            return part(whole, layout, where), None, None
         lengths = np.array((0, length)) if lengths is None else lengths
         return part(whole, "TND", slice(0, length // 2)), lengths // 2, where
 

@@ -11,7 +11,7 @@ from rau import registry
 from rau.arrays import kind_of
 from rau.arrays.foreign import ForeignKind
 from rau.arrays.numpy_ import NumPyKind
-from rau.call import hand_over
+from rau.call import full, hand_over
 from rau.constraints import FIELDS
 from rau.constraints.rules import Violations
 from rau.errors import UnsupportedError
@@ -45,12 +45,8 @@ class RunningState:
         self.own_kind = isinstance(kind, ForeignKind)
         dtype = problem.stats_dtype
         fills = (problem.shape, 0.0), (problem.stats_shape, -np.inf), (problem.stats_shape, 0.0)
-        if self.own_kind:
-            chosen, _ = registry.select(problem, backend)
-            arrays = [chosen.asarray(np.full(shape, value, dtype)) for shape, value in fills]
-        else:
-            arrays = [kind.full(like[0], shape, dtype, value) for shape, value in fills]
-        self.state = AttentionState(*arrays)
+        chosen = registry.select(problem, backend)[0] if self.own_kind else None  # which alone can make them
+        self.state = AttentionState(*(full(chosen, like[0], shape, dtype, value) for shape, value in fills))
         self.asked = Problem.of(
             (self.state, self.state), None, problem.actual_seq_qlen, problem.layout, problem.softmax_layout, "portable",
             in_place=False,

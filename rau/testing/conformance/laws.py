@@ -18,6 +18,7 @@ from rau.testing.reference.oracle import oracle
 from rau.testing.trial import excluded_by
 from rau.testing.trial.judge import folds, held_to, keeps_lse
 from rau.testing.under_test import host_state, own_state
+from rau.update import merge_states
 
 Merge = Callable[[Sequence[AttentionState]], AttentionState]
 Law = Callable[[Any, str], list[str]]  # of a backend and a dtype: what is wrong
@@ -149,6 +150,29 @@ def permutations(backend: Any, dtype: str) -> list[str]:
     return same_bits(merge(moved), expected)
 
 
+def output_alone(backend: Any, dtype: str) -> list[str]:
+    """Without statistics, in a new array, in a given one and in place, a merge has the output that it has with them."""
+    layout = _layout(backend)
+    numbers = _states(backend, dtype, 2, "empty")
+    states = [own_state(backend, state) for state in numbers]
+    merge = partial(merge_states, layout=layout, backend=backend)
+    whole = host_state(backend, merge(states))
+    alone = {"a new array": merge(states, statistics=False)}
+    places = {"out=": np.full_like(whole.attn_out, np.nan)}
+    if backend.capabilities.in_place:
+        places["in place"] = numbers[0].attn_out.copy()
+    for how, place in places.items():
+        out = own_state(backend, AttentionState(place, *whole[1:])).attn_out
+        given = [states[0]._replace(attn_out=out), *states[1:]] if how == "in place" else states
+        alone[how] = merge(given, statistics=False, out=out)
+        if alone[how] is not out:
+            return [f"{how}: returned another array than the one given"]
+    found = {how: host_state(backend, states[0]._replace(attn_out=array)).attn_out for how, array in alone.items()}
+    return [
+        f"{how}: {problem}" for how, array in found.items() for problem in same_bits(whole._replace(attn_out=array), whole)
+    ]
+
+
 # Each law, and the dtypes that it can be held to: 16 bits are rounded at every merge.
 LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
     "neutral-element": (neutral_element, tuple(ITEMSIZE)),
@@ -156,6 +180,7 @@ LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
     "associativity": (associativity, ("float32", "float64")),
     "split-of-the-keys": (split_of_the_keys, ("float32",)),
     "permutations": (permutations, tuple(ITEMSIZE)),
+    "output-alone": (output_alone, tuple(ITEMSIZE)),
 }
 
 
@@ -167,6 +192,8 @@ def laws(backend: Any) -> Iterator[Check]:
             reasons = excluded_by(backend, _case(backend, dtype))
             if not reasons and name in ("commutativity", "permutations") and keeps_lse(backend):
                 reasons = ["statistics lse: the same bits are not promised"]
+            elif not reasons and name == "output-alone" and not takes.deterministic:
+                reasons = ["deterministic False: the same bits are not promised"]
             elif not reasons and name == "commutativity" and takes.tolerance != 1:
                 reasons = [f"tolerance {takes.tolerance:g}: the same bits are not promised"]
             elif not reasons and name == "permutations" and "BSND" not in takes.layouts:

@@ -12,7 +12,7 @@ import numpy as np
 
 from rau import threads
 from rau.arrays import kind_of
-from rau.constraints import bind
+from rau.constraints import Options, bind
 from rau.layouts import FIELDS
 from rau.problem import Problem
 from rau.state import AttentionState
@@ -27,10 +27,8 @@ def problem_of(call: CaseCall) -> Problem:
     """Describe a case's call, on its NumPy arrays, or raise what is wrong with it."""
     case = call.case
     out = None if call.out is None else [part.view for part in call.out]
-    problem, _ = bind(
-        case.id, call.states, lambda k, field: f"states[{k}].{FIELDS[field]}", case.lengths_argument(), case.layout,
-        case.softmax_layout, out, case.profile, "metadata",
-    )  # fmt: skip
+    options = Options(case.layout, case.softmax_layout, case.profile, "metadata")
+    problem, _ = bind(case.id, call.states, lambda k, field: f"states[{k}].{FIELDS[field]}", case.lengths_argument(), options, out)
     return problem
 
 
