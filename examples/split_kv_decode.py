@@ -106,9 +106,10 @@ def main():
     good = True
     for parts in options.parts:
         states, attention = timed(lambda: partial_states(q, k, v, parts), device)
-        merged, merge = timed(lambda: rau.merge_states(states, layout="BNSD"), device)
-        error = merged.attn_out - right
-        of_bound = share(merged.attn_out, right, size).item() / bound(q, k, v, parts)
+        # Nobody goes on to merge it: the output is enough.
+        merged, merge = timed(lambda: rau.merge_states(states, layout="BNSD", statistics=False), device)
+        error = merged - right
+        of_bound = share(merged, right, size).item() / bound(q, k, v, parts)
         ratio = (error.norm() / one_call).item()
         good &= of_bound <= 1 and ratio <= 2  # a NaN is neither
         times = f"{attention * 1e3:16.2f}{merge * 1e3:12.3f}"

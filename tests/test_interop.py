@@ -49,7 +49,7 @@ FLASH, VARLEN = recipe("FlashAttention 0"), recipe("FlashAttention, variable len
 FLASHINFER, VLLM = recipe("FlashInfer 0"), recipe("vLLM 0")
 NPU, NPU_TND = recipe("npu_fusion_attention 0"), recipe("npu_fusion_attention 1")
 ROWS_LSE, ROWS_SUM = recipe("Rows without keys 0"), recipe("Rows without keys 1")
-GRADIENTS = recipe("Gradients 0")
+ALONE, GRADIENTS = recipe("One lane or eight 0"), recipe("Gradients 0")
 
 
 def test_every_block_is_run():
@@ -367,6 +367,23 @@ def test_rows_without_keys_with_a_sum():
     out, lse = exact(q, k, v, mask)
     close(merged.attn_out, out.transpose(2, 0, 1, 3).reshape(S, B, N * D), 2e-6)
     close(merged.lse(base="e"), lse, 2e-6)
+
+
+def test_the_output_alone_and_the_bytes_that_the_page_counts():
+    q, k, v = inputs(B, N)
+    parts = [exact(q, *part) for part in split(k, v, 2) if part[0].size]
+    how = {"base": "e", "layout": "BNSD"}
+    states = [rau.AttentionState.from_lse(out.astype("f4"), lse.astype("f4"), **how) for out, lse in parts]
+    close(run(ALONE, states=states)["out"], exact(q, k, v)[0], 2e-6)
+
+    def bytes_a_row(D, lanes, statistics=True):
+        return 3 * 2 * D + 2 * 4 * (3 * lanes if statistics else 2 * lanes)
+
+    said = PAGE[PAGE.index("## One lane or eight") : PAGE.index("## Gradients")]
+    moved = [bytes_a_row(D, lanes) for D in (128, 64) for lanes in (1, 8)]
+    assert [int(number) for number in re.findall(r"\b\d{3}\b", said) if number != "128"] == [
+        *moved, bytes_a_row(128, 1, False), bytes_a_row(64, 1, False)
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
