@@ -51,13 +51,13 @@ def core():
         raise NotImplementedError("no compiled core") from error
 
 
-def states(size, dtype, count=3):
+def states(size, dtype, count=3, lanes=8):
     """Make states; n/a where there is no room or no such dtype."""
     if (count + 1) * size.state_bytes(dtype) > _MOST:
         raise NotImplementedError("more than 8 GB")
     if workload.lacking(dtype):
         raise NotImplementedError(workload.lacking(dtype))
-    return workload.states(size, dtype, count)
+    return workload.states(size, dtype, count, lanes)
 
 
 def update(backend, how, size, arrays):

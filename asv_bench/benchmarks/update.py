@@ -1,7 +1,6 @@
-"""Time of an update and of a merge."""
+"""Time of an update: by backend, size and dtype, by what it writes to, by its rows, by threads."""
 
 import rau
-from rau.cli.bench.workload import SERVING
 
 from .common import BACKENDS, DTYPES, MEDIUM, SIZES, EachBackend, core, states, update
 
@@ -36,21 +35,40 @@ class Ways(EachBackend):
         self.call()
 
 
-class Merge:
-    """K states in one pass."""
+class Rows:
+    """Head dimensions that are no multiple of a vector, and rows of float64: about as many elements at each."""
 
-    params = [2, 8, 32]
-    param_names = ["states"]
+    params = [[22, 40, 64, 80, 96, 128, 600], ["float32", "bfloat16", "float64"]]
+    param_names = ["head_dim", "dtype"]
     repeat = (3, 10, 2.0)
 
-    def setup(self, count):
-        core()
-        size = SERVING._replace(lengths=(256,))
-        *self.states, self.out = states(size, "float32", count + 1)
-        self.options = size.options
+    def setup(self, head_dim, dtype):
+        size = MEDIUM._replace(lengths=(MEDIUM.tokens * MEDIUM.head_dim // head_dim,), head_dim=head_dim)
+        self.call = update(core(), "out=", size, states(size, dtype))
 
-    def time_merge(self, count):
-        rau.merge_states(self.states, out=self.out, backend="cython", **self.options)
+    def time_update(self, head_dim, dtype):
+        self.call()
+
+
+class PartOfAnArray:
+    """Every array is a view: the first half of the heads, or of the tokens, of a larger one."""
+
+    params = ["heads", "tokens"]
+    param_names = ["half"]
+    repeat = (3, 10, 2.0)
+
+    def setup(self, half):
+        size = MEDIUM._replace(layout="BSND")
+        part = slice(0, (size.heads if half == "heads" else size.tokens) // 2)
+        where = (slice(None),) * (2 if half == "heads" else 1) + (part,), (slice(None),) * (1 if half == "heads" else 2) + (part,)
+        arrays = [
+            rau.AttentionState(state.attn_out[where[0]], *(stats[where[1]] for stats in state[1:]))
+            for state in states(size, "float32")
+        ]
+        self.call = update(core(), "out=", size, arrays)
+
+    def time_update(self, half):
+        self.call()
 
 
 class Threads:

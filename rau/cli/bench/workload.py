@@ -41,10 +41,9 @@ class Size(NamedTuple):
             options["actual_seq_qlen"] = np.cumsum((0, *self.lengths), dtype=np.int64)
         return options
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, lanes: int = 8) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of attn_out and of the statistics."""
-        return shapes(self.layout, self.batch, sum(self.lengths), self.heads, self.head_dim)
+        return shapes(self.layout, self.batch, sum(self.lengths), self.heads, self.head_dim, lanes)
 
     def state_bytes(self, dtype: str) -> int:
         """Bytes of one state: an output element for each of D, and two statistics of 8 lanes, a token and head."""
@@ -60,10 +59,12 @@ class Size(NamedTuple):
         return f"TND {order}, T {self.tokens}{many}, N {self.heads}, D {self.head_dim}"
 
 
-# MindSpeed's shapes, its sub-sequences, one of vLLM's, one that the caches of most CPUs hold, and next to nothing.
+# MindSpeed's shapes, its sub-sequences, one of vLLM's, a decode step of 32 sequences, one that the caches of most CPUs hold,
+# and next to nothing.
 LARGE = Size("SBH", (8192,), 32, 128)
 SEQUENCES = Size("TND", (256, 512, 640, 1024), 32, 128, "SBH")
 SERVING = Size("TND", (4096,), 16, 128)
+DECODE = Size("TND", (32,), 32, 128)
 CACHED = Size("SBH", (1024,), 8, 64)
 SMALLEST = Size("SBH", (16,), 8, 64)
 
@@ -77,19 +78,20 @@ def lacking(dtype: str) -> str:
     return ""
 
 
-def states(size: Size, dtype: str, count: int) -> list[AttentionState]:
+def states(size: Size, dtype: str, count: int, lanes: int = 8) -> list[AttentionState]:
     """Make states of random numbers, as NumPy arrays, aligned to 64 bytes as those that rau allocates."""
     kind = named_dtype(dtype)
     random = np.random.default_rng(0)
-    attn_shape, stats_shape = size.shapes
+    attn_shape, stats_shape = size.shapes(lanes)
     rows = size.tokens * size.heads
     made = []
     for _ in range(count):
         pattern = random.standard_normal(min(_PATTERN, rows * size.head_dim), dtype=np.float32).astype(kind)
-        state = AttentionState(aligned(attn_shape, kind), aligned(stats_shape, "f4"), aligned(stats_shape, "f4"))
+        stats = "f8" if dtype == "float64" else "f4"
+        state = AttentionState(aligned(attn_shape, kind), aligned(stats_shape, stats), aligned(stats_shape, stats))
         state.attn_out[...] = np.resize(pattern, attn_shape)
-        state.softmax_max.reshape(rows, 8)[...] = random.standard_normal((rows, 1), dtype=np.float32)
-        state.softmax_sum.reshape(rows, 8)[...] = random.uniform(1, 9, (rows, 1))
+        state.softmax_max.reshape(rows, lanes)[...] = random.standard_normal((rows, 1), dtype=np.float32)
+        state.softmax_sum.reshape(rows, lanes)[...] = random.uniform(1, 9, (rows, 1))
         made.append(state)
     return made
 
