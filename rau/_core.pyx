@@ -50,7 +50,13 @@ cdef extern from "versions.h" nogil:
         pass
 
     int rau_versions(const rau_version *found[3])
-    int rau_rows_ahead()
+    ctypedef struct rau_tuning:
+        Py_ssize_t tile_bytes
+        Py_ssize_t stream_bytes
+        Py_ssize_t worker_bytes
+        Py_ssize_t rows_ahead
+
+    rau_tuning rau_tuned()
     Py_ssize_t rau_most_weights(Py_ssize_t rows)
     rau_kernel rau_rows_kernel(const rau_version *version, int first, int later)
     rau_fenv rau_fenv_set()
@@ -79,6 +85,7 @@ cdef struct Call:
     Py_ssize_t tokens        # over all blocks
     Py_ssize_t tile_tokens
     Py_ssize_t tile_heads
+    Py_ssize_t rows_ahead
     Py_ssize_t first_item    # bytes of an element of the first state and the result, of later states, of statistics
     Py_ssize_t later_item
     Py_ssize_t stats_item
@@ -92,13 +99,11 @@ cdef struct Call:
 
 cdef enum:
     TILE_TOKENS = 1024       # each head's statistics run on for 32 KiB
-    TILE_WEIGHTS = 1 << 18   # bytes of weights in a tile: they stay in the second-level cache
-    STREAM_BYTES = 1 << 23   # an output larger than this leaves the cache before anybody reads it
-    WORKER_BYTES = 1 << 18   # less than this is not worth another thread
 
 _FORMATS = {"float32": RAU_F32, "float16": RAU_F16, "bfloat16": RAU_BF16, "float64": RAU_F64}
 
 cdef const rau_version *version = NULL
+cdef rau_tuning _tuning = rau_tuned()
 
 
 def simd_versions():
@@ -123,6 +128,20 @@ def use_simd(name):
 def simd():
     """Name of the version in use."""
     return version.name.decode()
+
+
+def tuning():
+    """What the speed depends on and the bits do not: bytes of weights in a tile, of an output that goes around the cache, of
+    work for another thread, and contiguous rows to prefetch."""
+    return dict(_tuning)
+
+
+def tune(Py_ssize_t tile_bytes, Py_ssize_t stream_bytes, Py_ssize_t worker_bytes, Py_ssize_t rows_ahead):
+    """Set what :func:`tuning` tells, for measuring, while no merge runs."""
+    global _tuning
+    if tile_bytes < 1 or stream_bytes < 0 or worker_bytes < 1 or not 0 <= rows_ahead <= 64:
+        raise ValueError("expected tile_bytes and worker_bytes from 1, stream_bytes from 0, rows_ahead from 0 to 64")
+    _tuning = rau_tuning(tile_bytes, stream_bytes, worker_bytes, rows_ahead)
 
 
 def processors():
@@ -184,15 +203,16 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
     call.weigh = version.weigh_f64 if wide else version.weigh_f32
     call.rows = rau_rows_kernel(version, first, later)
 
-    rows = max(TILE_WEIGHTS // (weight_item * states), 1)
+    rows = max(_tuning.tile_bytes // (weight_item * states), 1)
     call.tile_heads = min(heads, rows)
     call.tile_tokens = min(max(rows // call.tile_heads, 1), TILE_TOKENS, tokens)
 
     row_bytes = head_dim * (2 * call.first_item + (states - 1) * call.later_item)
     row_bytes += 2 * (states + 1) * max(lanes, 1) * call.stats_item
     bytes_ = tokens * heads * row_bytes
-    call.stream = not in_place and tokens * heads * head_dim * call.first_item > STREAM_BYTES
-    call.workers = min(threads, min(tokens, 1 + bytes_ // WORKER_BYTES))
+    call.stream = not in_place and tokens * heads * head_dim * call.first_item > _tuning.stream_bytes
+    call.rows_ahead = _tuning.rows_ahead
+    call.workers = min(threads, min(tokens, 1 + bytes_ // _tuning.worker_bytes))
     if rau_forked or not RAU_OPENMP:
         call.workers = 1
     if call.workers > 1:
@@ -258,7 +278,7 @@ cdef void _work(const Call *call, Py_ssize_t part) noexcept nogil:
 
     cdef char *at = <char *>((<uintptr_t>call.scratch + 63) // 64 * 64) + part * call.scratch_bytes
     tile.states, tile.head_dim, tile.lanes, tile.stream = call.states, call.head_dim, call.lanes, call.stream
-    tile.ahead = rau_rows_ahead()
+    tile.ahead = call.rows_ahead
     tile.weights = at
     at += call.weights_bytes
     tile.numbers = <double *>at

@@ -38,19 +38,17 @@ TESTS = ["tests/test_guard_pages.py", "tests/test_core.py", "tests/test_hostile.
 CHOSEN = "test_core or (guard_pages and {}) or writes_to_the_lengths or resized or axes_of_length_1 or not_aligned"
 # So that small cases take the ways of large ones: threads, and stores around the cache, which the processor refuses where
 # they are not aligned. gcc's AddressSanitizer does not look into those stores: under it they stay rare.
-SMALL = {"WORKER_BYTES = 1 << 18": "WORKER_BYTES = 1", "STREAM_BYTES = 1 << 23": "STREAM_BYTES = 0"}
+LARGE, SMALL = "{1 << 18, 1 << 23, 1 << 18, 0}", "{1 << 18, 0, 1, 0}"  # of rau_tuned
 
 
 def build(tool, folder):
     """Build the core in a copy of the sources."""
     find_spec("Cython") or sys.exit("The core is built from its Cython sources: pip install cython")
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "*.so", "__pycache__"))
-    core = folder / "rau" / "_core.pyx"
-    text = core.read_text()
-    for large, small in SMALL.items() if tool != "address" else ():
-        assert text.count(large) == 1, large
-        text = text.replace(large, small)
-    core.write_text(text)
+    tuning = folder / "rau" / "csrc" / "versions.h"
+    text = tuning.read_text()
+    assert text.count(LARGE) == 1
+    tuning.write_text(text if tool == "address" else text.replace(LARGE, SMALL))
     flags = "" if tool == "valgrind" else f"-fno-omit-frame-pointer -fsanitize={tool}"
     # By CC, since CFLAGS do not reach the link by which setup.py looks for OpenMP. Between the two come the interpreter's
     # own flags, whose -fwrapv makes overflow defined: nothing would be reported.

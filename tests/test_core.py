@@ -196,6 +196,51 @@ except rau.BackendUnavailableError as error:
     assert "RAU_SIMD = 'avx3': no version 'avx3'; this processor and build have baseline" in python(code, RAU_SIMD="avx3")
 
 
+@pytest.fixture
+def tuning():
+    own = _core.tuning()
+    yield own
+    _core.tune(**own)
+
+
+@pytest.mark.parametrize("simd", _core.simd_versions())
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tile_bytes": 1}, {"tile_bytes": 4096}, {"stream_bytes": 0}, {"stream_bytes": 1 << 62}, {"rows_ahead": 5},
+        {"worker_bytes": 1, "tile_bytes": 1 << 10, "stream_bytes": 0, "rows_ahead": 64},
+    ],
+)  # fmt: skip
+def test_bits_do_not_depend_on_what_the_speed_is_tuned_by(changed, simd, tuning):
+    cases = [
+        Case(id=f"{dtype}{layout}{states}", layout=layout, tokens=77, lengths=(40, 0, 37), heads=3, head_dim=40, dtype=dtype,
+             states=states, profile="portable", statistics="empty", softmax_layout="SBH")
+        for dtype in ("float32", "bfloat16", "float64") for layout in ("SBH", "TND") for states in (2, 5)
+    ]  # fmt: skip
+    calls = [case.make() for case in cases]
+    best = _core.simd()
+
+    def merged():
+        return [call.case.call(call.states, None, "cython") for call in calls]
+
+    expected = merged()
+    try:
+        _core.use_simd(simd)
+        _core.tune(**tuning | changed)
+        assert _core.tuning() == tuning | changed
+        result = merged()
+    finally:
+        _core.use_simd(best)
+    assert not [problem for mine, its in zip(result, expected, strict=True) for problem in same_bits(mine, its)]
+
+
+@pytest.mark.parametrize("wrong", [{"tile_bytes": 0}, {"stream_bytes": -1}, {"worker_bytes": 0}, {"rows_ahead": 65}])
+def test_what_nobody_can_tune(wrong, tuning):
+    with pytest.raises(ValueError, match="tile_bytes and worker_bytes from 1"):
+        _core.tune(**tuning | wrong)
+    assert _core.tuning() == tuning
+
+
 def test_threads_start_from_the_environment():
     code = "import rau; print(rau.get_num_threads())"
     assert python(code, OMP_NUM_THREADS="3,1").strip() == "3"

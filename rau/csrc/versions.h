@@ -7,6 +7,10 @@
 #include "threads.h"
 #include "tile.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 #define RAU_VERSION baseline
 #define RAU_TARGET
 #if defined(__GNUC__) && !defined(RAU_PLAIN_C)
@@ -54,14 +58,26 @@ static int rau_versions(const rau_version *found[3]) {
     return count;
 }
 
-/* Contiguous rows to prefetch ahead. Intel's processors gain from it, AMD's lose: theirs follow long rows by themselves. */
-static int rau_rows_ahead(void) {
+/* What the speed depends on and the bits do not, chosen from what the processor says of itself. */
+typedef struct {
+    ptrdiff_t tile_bytes;   /* of weights in a tile */
+    ptrdiff_t stream_bytes; /* an output larger than this goes around the cache */
+    ptrdiff_t worker_bytes; /* less than this is not worth another thread */
+    ptrdiff_t rows_ahead;   /* contiguous rows to prefetch; 0: leave it to the processor */
+} rau_tuning;
+
+static rau_tuning rau_tuned(void) {
+    /* The third level's size is not asked for: systems tell that of all the processor, of which a program has a share. */
+    rau_tuning tuning = {1 << 18, 1 << 23, 1 << 18, 0};
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const long second = sysconf(_SC_LEVEL2_CACHE_SIZE); /* 0 or less where the system does not say */
+    if (second > 0 && second / 2 < tuning.tile_bytes) tuning.tile_bytes = second / 2; /* the rest is for the rows that pass by */
+#endif
 #ifdef RAU_VERSIONS
     __builtin_cpu_init();
-    return __builtin_cpu_is("intel") ? 4 : 0;
-#else
-    return 0;
+    if (__builtin_cpu_is("intel")) tuning.rows_ahead = 4; /* which gain from it; AMD's lose: they follow long rows by themselves */
 #endif
+    return tuning;
 }
 
 static rau_kernel rau_rows_kernel(const rau_version *version, int first, int later) {
