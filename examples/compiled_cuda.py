@@ -39,7 +39,7 @@ from rich.table import Table
 from rau.arrays.numpy_ import ITEMSIZE
 from rau.backends import cuda_kernel
 from rau.backends.cuda_ import COMPILE, CudaBackend
-from rau.constraints import bind
+from rau.constraints import Options, bind
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
 DTYPES = (("float32", ""), ("float16", ""), ("bfloat16", ""), ("float64", ""), ("float32", "bfloat16"))  # later states'
@@ -113,7 +113,7 @@ def call(layout="SBH", B=2, S=40, N=3, D=64, dtype="float32", cur_dtype="", K=2,
         states.append([make(shape, dtype=narrow), *(make(stats, dtype=wide) for _ in "ml")])
     order = "SBH" if qlen else "TND"
     into = states[K] if states[K][0].device.type == "cpu" else None
-    problem, _ = bind("call", states[:K], lambda k, field: "", qlen, layout, order, into, "portable", "metadata")
+    problem, _ = bind("call", states[:K], lambda k, field: "", qlen, Options(layout, order, "portable", "metadata"), into)
     lengths = torch.tensor(qlen) if qlen else None
     return problem, [array for state in states for array in state], lengths
 

@@ -120,6 +120,19 @@ def narrowed(base: str) -> Callable[[np.random.Generator, int], Measured]:
     return measure
 
 
+def to_base_2(rng: np.random.Generator, count: int) -> Measured:
+    """A float32 maximum and sum to base 2, m + log(l), as a share of what from_max_sum promises."""
+    maximum = (rng.choice([-1.0, 1.0], count) * 2.0 ** rng.uniform(-20, 30, count)).astype(np.float32)
+    total = (2.0 ** rng.uniform(-30, 30, count)).astype(np.float32)
+    state = rau.AttentionState.from_max_sum(np.zeros((count, 1, 1), np.float32), maximum[:, None], total[:, None], base="2",
+                                            layout="TND", stats_layout="TN")  # fmt: skip
+    m, l = (np.asarray(part)[:, 0, 0].astype(np.float64) for part in state[1:])  # noqa: E741
+    natural = maximum.astype(np.float64) * np.log(2.0)
+    given = total.astype(np.float64)
+    error = np.abs((m - natural) + np.log(l / given))
+    return float((error / (2.0**-24 + 2.0**-52 * np.abs(m))).max()), 1.0
+
+
 def _arrays(kind: str, *arrays: np.ndarray) -> Iterator[object]:
     if kind == "numpy":
         return iter(arrays)
@@ -140,6 +153,7 @@ def quantities() -> Iterator[tuple[str, Callable[[np.random.Generator, int], Mea
         yield f"float64 merge, maxima {gap} apart, share of its bound", float64_rows(gap)
     for base in ("e", "2"):
         yield f"from_lse, base {base}, float64 beside float32, share of what is said", narrowed(base)
+    yield "from_max_sum, base 2, share of what is said", to_base_2
     for kind in ["numpy", *(["torch"] if find_spec("torch") else [])]:
         for dtype in ("float32", "float64"):
             for base in ("e", "2"):

@@ -23,20 +23,19 @@ def arranged(lse: Any, lse_layout: str) -> Any:
     return lse.swapaxes(-1, -2) if lse_layout in _SWAPPED else lse
 
 
-def statistics(lse: Any, dtype: str, base: str, inf_is_empty: bool, lanes: int) -> tuple[Any, Any]:
-    """Turn a log-sum-exp, with the axes of the statistics, into a maximum and a sum of shape (*lse.shape, lanes) and `dtype`.
+def statistics(maximum: Any, total: Any, dtype: str, base: str, lanes: int) -> tuple[Any, Any]:
+    """Turn rows' maximum to some base, and their sum, into statistics of shape (*maximum.shape, lanes) and `dtype`.
 
-    Views of stride 0 along the lanes; for base "e" and the dtype of `lse` the maximum is one of it, unless
-    `inf_is_empty`, where +inf stands for -inf. The sum is written out, a number for each row: four bytes buy a state whose
+    A `total` of None is that of a log-sum-exp, 1. Views of stride 0 along the lanes; for base "e" and the dtype of the
+    arguments they are views of these. A sum of ones is written out, a number for each row: four bytes buy a state whose
     arrays are all walked alike.
     """
-    xp = library(lse)
+    xp = library(maximum)
     own = getattr(xp, dtype)
-    if inf_is_empty:
-        lse = xp.where(lse == math.inf, -math.inf, lse)
-    maximum, total = lse, xp.ones_like(lse, dtype=own)
-    if base == "2" or lse.dtype != own:  # what the rounding of the maximum loses, the sum keeps
-        natural = cast(lse, xp.float64)
+    if total is None:
+        total = xp.ones_like(maximum, dtype=own)
+    if base == "2" or maximum.dtype != own:  # what the rounding of the maximum loses, the sum keeps
+        natural = cast(maximum, xp.float64)
         if base == "2":
             natural = natural * _LN2
         maximum = cast(natural, own)
@@ -44,8 +43,8 @@ def statistics(lse: Any, dtype: str, base: str, inf_is_empty: bool, lanes: int) 
         lost = xp.where(finite, natural, 0.0) - cast(xp.where(finite, maximum, 0.0), xp.float64)
         lost = xp.where(abs(lost) <= 64, lost, 0.0)  # beyond 2**30 a step of float32 is too much for l
         # What the maximum lost by rounding has no gradient: with it the two parts of one number would cancel.
-        total = cast(exp_nonpositive(lost if xp is np else lost.detach()), own)
-    shape = (*lse.shape, lanes)
+        total = cast(cast(total, xp.float64) * exp_nonpositive(lost if xp is np else lost.detach()), own)
+    shape = (*maximum.shape, lanes)
     return xp.broadcast_to(maximum[..., None], shape), xp.broadcast_to(total[..., None], shape)
 
 

@@ -429,14 +429,16 @@ def test_they_find_what_goes_wrong(name, mutant, monkeypatch):
     """A from_lse that takes every base for e, that leaves +inf, or that reads the heads in another order."""
     import rau.state as home
 
-    statistics, its = home.statistics, RECIPES[name]
+    statistics, from_lse, its = home.statistics, rau.AttentionState.from_lse, RECIPES[name]
 
-    def wrong(lse, dtype, base, inf_is_empty, lanes):
+    def wrong(maximum, total, dtype, base, lanes):
         if mutant == "order":
-            return tuple(part[..., ::-1, :, :] for part in statistics(lse, dtype, base, inf_is_empty, lanes))
-        return statistics(lse, dtype, "e" if mutant == "base" else base, inf_is_empty and mutant != "inf", lanes)
+            return tuple(part[..., ::-1, :, :] for part in statistics(maximum, total, dtype, base, lanes))
+        return statistics(maximum, total, dtype, "e" if mutant == "base" else base, lanes)
 
     monkeypatch.setattr(home, "statistics", wrong)
+    if mutant == "inf":
+        monkeypatch.setattr(rau.AttentionState, "from_lse", lambda *pair, **how: from_lse(*pair, **how | {"inf_is_empty": False}))
     wrongs = {"base": its.base == "2", "inf": its.inf_is_empty, "order": True}
     problems = check_recipe(rau.registry.get("numpy"), its, "float32")
     assert bool(problems) == wrongs[mutant], problems

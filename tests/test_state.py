@@ -435,3 +435,93 @@ def test_merging_parts_is_softmax_over_all_keys(layout, lse_layout, base, parts,
     out, lse = state(np.arange(keys))
     np.testing.assert_allclose(merged.attn_out, out, rtol=0, atol=2e-6)
     np.testing.assert_allclose(merged.lse(**options, lse_layout=lse_layout), lse, rtol=0, atol=2e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- from_max_sum
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+@pytest.mark.parametrize("given", [None, 1, 8])
+@pytest.mark.parametrize(("layout", "stats_layout"), FORMS)
+def test_a_kernels_own_maximum_and_sum(layout, stats_layout, given, base):
+    """With no lanes, 1 or 8; a sum of 1 is a log-sum-exp; the sum scales with what is given."""
+    shape, rows_shape = FORMS[layout, stats_layout]
+    rng = np.random.default_rng(0)
+    attn_out, maximum = np.zeros(shape, "f4"), rng.normal(size=rows_shape).astype("f4") * 9
+    how = {"base": base, "layout": layout}
+
+    def with_lanes(rows):
+        return rows if given is None else np.repeat(rows[..., None], given, -1)
+
+    ones, total = np.ones_like(maximum), rng.uniform(1, 9, rows_shape).astype("f4")
+    state = AttentionState.from_max_sum(attn_out, with_lanes(maximum), with_lanes(ones), stats_layout=stats_layout, **how)
+    assert bits(state) == bits(AttentionState.from_lse(attn_out, maximum, lse_layout=stats_layout, **how))
+    for lanes in (1, 8):
+        arrays = with_lanes(maximum), with_lanes(total)
+        state = AttentionState.from_max_sum(attn_out, *arrays, stats_layout=stats_layout, lanes=lanes, **how)
+        assert state.attn_out is attn_out
+        rows = in_order(total, stats_layout)
+        assert state.softmax_sum.shape == state.softmax_max.shape == (*rows.shape, lanes)
+        assert not (state.softmax_sum.flags.writeable or state.softmax_max.flags.writeable)
+        if base == "e":
+            assert all(np.shares_memory(mine, its) for mine, its in zip(state[1:], arrays, strict=True))
+        else:
+            np.testing.assert_allclose(state.softmax_sum[..., 0], rows, rtol=2.0**-23 * 32)
+        back = np.exp(in_order(maximum, stats_layout).astype("f8") * (1 if base == "e" else math.log(2))) * rows
+        mine = np.exp(state.softmax_max.astype("f8")) * state.softmax_sum
+        np.testing.assert_allclose(mine, np.repeat(back[..., None], lanes, -1), rtol=2.0**-23)
+
+
+def test_a_kernel_that_computes_by_exp2():
+    """Two parts of some keys by exp2 of scores that were multiplied by log2(e), as fused kernels do it."""
+    rng = np.random.default_rng(1)
+    scores, values = rng.normal(size=(5, 30)) * 40, rng.normal(size=(30, 4))
+
+    def part(keys):
+        two = (scores[:, keys] * math.log2(math.e)).astype("f4").astype("f8")
+        m = two.max(1, keepdims=True)
+        p = np.exp2(two - m)
+        out = (p @ values[keys] / p.sum(1, keepdims=True)).astype("f4")
+        return AttentionState.from_max_sum(out[:, None], m.astype("f4"), p.sum(1, keepdims=True).astype("f4"), base="2",
+                                           layout="TND", stats_layout="TN")  # fmt: skip
+
+    merged = rau.merge_states([part(slice(0, 11)), part(slice(11, 30))], layout="TND")
+    p = np.exp(scores - scores.max(1, keepdims=True))
+    np.testing.assert_allclose(merged.attn_out[:, 0], p @ values / p.sum(1, keepdims=True), atol=3e-5)
+
+
+def test_rows_without_keys_stay_empty_and_infinities_stay():
+    maximum = np.array([-np.inf, 3, np.inf, np.nan, 5], "f4")[:, None]
+    total = np.array([1, 0, 2, 3, np.inf], "f4")[:, None]
+    state = AttentionState.from_max_sum(np.zeros((5, 1, 2), "f4"), maximum, total, base="2", layout="TND", stats_layout="TN")
+    np.testing.assert_array_equal(state.softmax_max[[0, 2, 3], 0, 0], maximum[[0, 2, 3], 0])
+    np.testing.assert_array_equal(state.softmax_sum[:, 0, 0], total[:, 0])
+    assert state.lse(base="e", layout="TND", lse_layout="TN")[:2].tolist() == [[-np.inf], [-np.inf]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "rules", "says"),
+    [
+        ({"stats_layout": None}, ("lse-layout",), 'stats_layout is None; layout "TND" expects the axes of the statistics by name'),
+        ({"stats_layout": "HN"}, ("lse-layout",), "stats_layout = 'HN'; expected one of \"TN\", \"NT\""),
+        ({"stats_layout": "NT"}, ("shape-stats",) * 2, 'softmax_sum has shape (3, 4); for attn_out of shape (3, 4, 5), layout '
+         '"TND" expects (N, T) = (4, 3). It looks like (T, N): pass stats_layout="TN".'),
+        ({"base": None}, ("base",), "base = None"),
+        ({"softmax_sum": np.ones((3, 4), "f8")}, ("dtype-stats",), "softmax_sum has dtype float64; expected that of "
+         "softmax_max."),
+        ({"softmax_sum": np.ones((3, 4), "f2")}, ("dtype-stats",), "softmax_sum has dtype float16; expected one of float32"),
+        ({"softmax_max": np.ones((3, 4, 7), "f4")}, ("rank",), "softmax_max has shape (3, 4, 7); stats_layout \"TN\" expects"),
+        ({"softmax_sum": None}, ("array",), "softmax_sum is None"),
+        ({"lanes": 2}, ("lanes",), "lanes = 2; expected 1, or 8 for a call in a vendor's profile."),
+        ({"heads": 3}, ("heads",), "expected heads = 3"),
+    ],
+)  # fmt: skip
+def test_what_from_max_sum_refuses(changed, rules, says):
+    arguments = {
+        "attn_out": np.zeros((3, 4, 5), "f4"), "softmax_max": np.zeros((3, 4), "f4"), "softmax_sum": np.ones((3, 4), "f4"),
+        "base": "2", "layout": "TND", "stats_layout": "TN",
+    } | changed  # fmt: skip
+    with pytest.raises(rau.ConstraintError) as caught:
+        AttentionState.from_max_sum(**arguments)
+    assert caught.value.rules == rules
+    assert says in str(caught.value)

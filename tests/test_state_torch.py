@@ -320,3 +320,21 @@ def test_mindspore_tensors_are_refused_with_what_to_do(monkeypatch):
         "AttentionState.from_lse: [array] lse is a mindspore array; expected a NumPy array or a torch tensor. "
         "Convert it: lse.asnumpy()."
     )
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_from_max_sum_on_tensors(base):
+    """NumPy's bits, and a gradient to all three; that of the maximum to base 2 is ln 2 of that of the natural one."""
+    rng = np.random.default_rng(0)
+    arrays = rng.normal(size=(3, 4, 5)), rng.normal(size=(3, 4)) * 50, rng.uniform(1, 9, (3, 4))
+    how = {"base": base, "layout": "TND", "stats_layout": "TN"}
+    for dtype in ("float32", "float64"):
+        numbers = [array.astype(dtype) for array in arrays]
+        tensors = [torch.from_numpy(array).requires_grad_() for array in numbers]
+        state = AttentionState.from_max_sum(*tensors, **how)
+        for mine, its in zip(state, AttentionState.from_max_sum(*numbers, **how), strict=True):
+            np.testing.assert_array_equal(mine.detach().numpy(), its)
+        lse = state.lse(base="e", layout="TND", lse_layout="TN")
+        grads = torch.autograd.grad(lse.sum(), tensors[1:])
+        torch.testing.assert_close(grads[0], torch.full_like(grads[0], 1 if base == "e" else np.log(2)))
+        torch.testing.assert_close(grads[1], 1 / tensors[2].detach())

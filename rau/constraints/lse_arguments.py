@@ -32,24 +32,28 @@ def check_base(report: Violations, base: object) -> None:
     report.choice("base", "base", base, ("e", "2"), note)
 
 
-def check_layouts(report: Violations, layout: object, lse_layout: object) -> str:
-    """Check the names of an attention layout and of its log-sum-exp layout; return the latter, empty where they are wrong.
+def check_layouts(report: Violations, layout: object, axes: object, option: str = "lse_layout") -> str:
+    """Check the names of an attention layout and of the axes of what it has a row of; return the latter, empty where wrong.
+
+    `option` is what the caller knows the axes by.
 
     None stands for "BNS", except in layout "TND", which has no default: both orders are common there, no shape tells
     them apart where T = N, and mistaking one for the other silently gives wrong numbers.
     """
     known = check_layout(report, layout)
     names = lse_layouts(str(layout)) if known else tuple(LSE_LAYOUTS)
-    if lse_layout is None:
+    what = "lse" if option == "lse_layout" else "the statistics"
+    if axes is None:
         if known and layout != "TND":
             return names[0]
         if known:
-            report.add("lse-layout", 'lse_layout is None; layout "TND" expects the axes of lse by name: "TN" for (T, N) '
+            report.add("lse-layout", f'{option} is None; layout "TND" expects the axes of {what} by name: "TN" for (T, N) '
                        '(FlashInfer), "NT" for (N, T) (vLLM, FlashAttention\'s varlen calls).')  # fmt: skip
         return ""
-    note = f' With layout "{layout}" lse is {" or ".join(map(LSE_LAYOUTS.__getitem__, names))}.' if known else ""
-    named = report.choice("lse-layout", "lse_layout", lse_layout, names, note, OTHER_LSE_LAYOUTS)
-    return str(lse_layout) if named and known else ""
+    forms = " or ".join(map(LSE_LAYOUTS.__getitem__, names))
+    note = f' With layout "{layout}" {what} {"is" if what == "lse" else "are"} {forms}.' if known else ""
+    named = report.choice("lse-layout", option, axes, names, note, OTHER_LSE_LAYOUTS)
+    return str(axes) if named and known else ""
 
 
 class Described(NamedTuple):
@@ -130,26 +134,32 @@ def check_lanes(report: Violations, lanes: int) -> int:
     return 1
 
 
-def check_shapes(report: Violations, attn_out: Any, lse: Any, layout: str, lse_layout: str, heads: int | None) -> None:
-    """Check that an output and a log-sum-exp fit together; `heads` is what :func:`check_heads` returned."""
+def check_shapes(
+    report: Violations, attn_out: Any, rows: Any, layout: str, rows_layout: str, heads: int | None, name: str = "lse",
+    option: str = "lse_layout",
+) -> None:  # fmt: skip
+    """Check that an output and what it has a row of fit together; `heads` is what :func:`check_heads` returned.
+
+    `name` and `option` are what the caller knows the rows and their axes by.
+    """
     axes = LAYOUTS[layout]
-    shape, given = tuple(attn_out.shape), tuple(lse.shape)
+    shape, given = tuple(attn_out.shape), tuple(rows.shape)
     if len(shape) != axes.attn.count(",") + 1:
         report.add("rank", f'attn_out has shape {shape}; layout "{layout}" expects {axes.attn}.')
-    elif len(given) != len(lse_layout):
-        hint = " Drop its last axis: lse[..., 0]." if given == (*given[: len(lse_layout)], 1) else ""
-        if layout == "TND" and len(given) == 3 and not hint:
+    elif len(given) != len(rows_layout):
+        hint = f" Drop its last axis: {name}[..., 0]." if given == (*given[: len(rows_layout)], 1) else ""
+        if layout == "TND" and len(given) == 3 and not hint and name == "lse":
             hint = (" If it is padded, (sequences, N, longest), join its valid parts: concatenate([lse[i, :, :length] "
                     'for i, length in enumerate(lengths)], 1), which is lse_layout "NT".')  # fmt: skip
-        report.add("rank", f'lse has shape {given}; lse_layout "{lse_layout}" expects {LSE_LAYOUTS[lse_layout]}.{hint}')
+        report.add("rank", f'{name} has shape {given}; {option} "{rows_layout}" expects {LSE_LAYOUTS[rows_layout]}.{hint}')
     else:
         if heads is not None and axes.attn_head is not None and shape[axes.attn_head] != heads:
             report.add("heads", f'attn_out has N = {shape[axes.attn_head]} heads (shape {shape}, in layout "{layout}"); expected '
                        f"heads = {heads}.")  # fmt: skip
             return
         expected = {each: _expected(shape, given, layout, each, heads) for each in lse_layouts(layout)}
-        if given != expected[lse_layout]:
-            _say_shapes(report, shape, given, layout, lse_layout, heads, expected)
+        if given != expected[rows_layout]:
+            _say_shapes(report, shape, given, layout, rows_layout, heads, expected, name, option)
 
 
 def _expected(
@@ -173,27 +183,29 @@ def _say_shapes(
     shape: tuple[int, ...],
     given: tuple[int, ...],
     layout: str,
-    name: str,
+    axes: str,
     heads: int | None,
     expected: dict[str, tuple[int, ...] | None],
+    name: str,
+    option: str,
 ) -> None:
-    """Note a log-sum-exp that does not fit, and what it seems to be."""
+    """Note rows that do not fit, and what they seem to be."""
     hint = ""
     for other in expected:
-        if other != name and given == expected[other]:
-            hint = f' It looks like {LSE_LAYOUTS[other]}: pass lse_layout="{other}".'
-    wanted, its = expected[name], given[name.index("N")]
+        if other != axes and given == expected[other]:
+            hint = f' It looks like {LSE_LAYOUTS[other]}: pass {option}="{other}".'
+    wanted, its = expected[axes], given[axes.index("N")]
     if wanted is None:
         source = f"heads = {heads}"
         if heads is None:
-            source = f"lse N = {its} heads (shape {given}, read as {LSE_LAYOUTS[name]})"
+            source = f"{name} N = {its} heads (shape {given}, read as {LSE_LAYOUTS[axes]})"
         report.add("heads-divide-hidden", f"attn_out has H = {shape[-1]} and {source}; expected H = N * D.{hint}")
         return
-    number = wanted[name.index("N")]
+    number = wanted[axes.index("N")]
     if not hint and 0 < its < number and not number % its:
         hint = f" Its {its} heads seem to be the key heads of grouped-query attention: pass one number for each query head."
-    if not hint and name == "BNS" and given[:-1] == wanted[:-1] and given[-1] > wanted[-1]:
-        hint = f" Some kernels pad it: pass lse[..., :{wanted[-1]}]."
+    if not hint and axes == "BNS" and given[:-1] == wanted[:-1] and given[-1] > wanted[-1]:
+        hint = f" Some kernels pad it: pass {name}[..., :{wanted[-1]}]."
     known = "" if heads is None else f" and heads = {heads}"
-    report.add("shape-stats", f'lse has shape {given}; for attn_out of shape {shape}{known}, layout "{layout}" expects '
-               f"{LSE_LAYOUTS[name]} = {wanted}.{hint}")  # fmt: skip
+    report.add("shape-stats", f'{name} has shape {given}; for attn_out of shape {shape}{known}, layout "{layout}" expects '
+               f"{LSE_LAYOUTS[axes]} = {wanted}.{hint}")  # fmt: skip

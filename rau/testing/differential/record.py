@@ -186,7 +186,7 @@ def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str) -> AttentionSt
         if lse.dtype.kind != "f" or lse.ndim not in (2, 3):
             raise RecordError(f'{path}: "{prefix}lse" is {lse.dtype.name} of shape {lse.shape}; expected float32 or float64 of the '
                               "axes (B, N, S), or (T, N) in layout TND")  # fmt: skip
-        both = map(np.ascontiguousarray, statistics(lse, wide, _text(arrays, "lse_base", ""), False, lanes=8))
+        both = map(np.ascontiguousarray, statistics(lse, None, wide, _text(arrays, "lse_base", ""), lanes=8))
         arrays = arrays | dict(zip((prefix + FIELDS[1], prefix + FIELDS[2]), both, strict=True))
     for name in FIELDS:
         if prefix + name not in arrays:
