@@ -2,7 +2,7 @@
 
     python tests/large.py                        7 GiB of memory, some minutes; the suite does not run it
     python tests/large.py --backend numpy
-    python tests/large.py --torch                as torch tensors; with --backend torch it takes 21 GiB
+    python tests/large.py --torch                as torch tensors; with --backend torch 28 GiB
 
 The other side is one row, seen again and again (stride 0), and all that differs from row to row repeats itself after a few
 hundred tokens: so a call on these alone says what each row has to be, bit for bit, on both sides of element 2**31.
