@@ -5,7 +5,8 @@
 
 What may happen: a result, which a sample of is held against the oracle; or RauError, TypeError, ValueError. In both cases no input
 may have changed, nor any byte around any array, and after an error not even `out`. Everything else is a finding: another
-exception, a warning, a crash, a call that does not end. A call is made of its number alone, so that a finding can be replayed.
+exception, a warning, a crash, a call that does not end. A call is made of its number alone (and of whether `--torch` is given), so
+that a finding can be replayed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import threading
 import time
 import warnings
 
+import ml_dtypes
 import numpy as np
 
 import rau
@@ -30,12 +32,7 @@ from rau.errors import RauError
 from rau.layouts import LAYOUTS, shapes
 from rau.testing import compare, oracle
 
-try:
-    import ml_dtypes
-
-    DTYPES = ["f4", "f2", "f8", ml_dtypes.bfloat16]
-except ImportError:
-    DTYPES = ["f4", "f2", "f8"]
+DTYPES = ["f4", "f2", "f8", ml_dtypes.bfloat16]
 torch = None
 GUARD = 0xA5
 BESIDE = 64  # bytes of it before and after each array

@@ -2,6 +2,7 @@
 
     python tests/large.py                        7 GiB of memory, some minutes; the suite does not run it
     python tests/large.py --backend numpy
+    python tests/large.py --torch                as torch tensors; with --backend torch 28 GiB
 
 The other side is one row, seen again and again (stride 0), and all that differs from row to row repeats itself after a few
 hundred tokens: so a call on these alone says what each row has to be, bit for bit, on both sides of element 2**31.
@@ -59,10 +60,18 @@ def by_token(name, state):
     return attn_out, *stats
 
 
+def tensor(array):
+    """See an array as a torch tensor; one row seen again and again, which NumPy has read-only, as the same of torch's."""
+    from torch import from_numpy
+
+    return from_numpy(array) if array.flags.writeable else from_numpy(array[:1].copy()).expand(array.shape)
+
+
 def main():
     """Merge and compare: 0 where every row is right."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--backend", default="cython")
+    parser.add_argument("--torch", action="store_true", help="give torch tensors")
     parser.add_argument("--only", choices=CALLS)
     given, failed = parser.parse_args(), False
     for name, options in CALLS.items():
@@ -71,10 +80,9 @@ def main():
         merged = []
         for repeats in (1, REPEATS):
             prev, cur, lengths = states(name, repeats)
+            old, new = ([tensor(part) if given.torch else part for part in state] for state in (prev, cur))  # the same memory
             started = time.monotonic()
-            rau.ring_attention_update(
-                *prev, *cur, lengths, name[:3], out=prev, backend=given.backend, profile="portable", **options
-            )
+            rau.ring_attention_update(*old, *new, lengths, name[:3], out=old, backend=given.backend, profile="portable", **options)
             took = time.monotonic() - started
             merged.append(by_token(name, prev))
         wrong = [
@@ -87,7 +95,7 @@ def main():
         where = f", the first at token {wrong[0]}" if wrong else ""
         print(f"{name:18} {given.backend}: {attn_out.size:,} elements, {attn_out.nbytes / 2**30:.2f} GiB, {took:.1f} s, "
               f"{len(wrong)} of {REPEATS} periods differ{where}", flush=True)  # fmt: skip
-        del prev, cur, merged, attn_out
+        del prev, cur, old, new, merged, attn_out
     return int(failed)
 
 

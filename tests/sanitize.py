@@ -9,7 +9,8 @@ Builds the core in a copy of the sources, and runs there: the conformance checks
 the core, and the fuzzer, with nothing but the tool's own guard beside its arrays. For each version, reports come in full,
 and a line says what ran; with a report, or a command that fails, the exit status is 1. Minutes; with valgrind an hour.
 
-Needs Linux, gcc with its sanitizers, Cython, and what the tests need; `apt-get install valgrind libomp-dev` for the last two.
+Needs Linux, gcc with its sanitizers, Cython, setuptools, what the tests need, and torch for those of tensors;
+`apt-get install valgrind libomp-dev` for the last two.
 - `thread`: how libgomp synchronizes threads is not seen, and every parallel loop would be reported. LLVM's OpenMP runtime
   answers to libgomp's names, and tells the sanitizer by way of Archer. Races within the interpreter and NumPy are not seen.
 - `valgrind` reports on the interpreter too (it finds small ints by digits that may be unset): those from the core count.
@@ -43,7 +44,8 @@ LARGE, SMALL = "{1 << 18, 1 << 23, 1 << 18, 0}", "{1 << 18, 0, 1, 0}"  # of rau_
 
 def build(tool, folder):
     """Build the core in a copy of the sources."""
-    find_spec("Cython") or sys.exit("The core is built from its Cython sources: pip install cython")
+    if not (find_spec("Cython") and find_spec("setuptools")):
+        sys.exit("The core is built from its Cython sources: pip install cython setuptools")
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "*.so", "__pycache__"))
     tuning = folder / "rau" / "csrc" / "versions.h"
     text = tuning.read_text()

@@ -184,6 +184,15 @@ def test_a_full_disk(words):
     assert done.stderr.splitlines()[-1].endswith("No space left on device") and "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no limit on the size of files here")
+def test_a_report_that_cannot_be_written(tmp_path):
+    words = ["difftest", "--backends", "numpy", "--select", "smallest/one-token-one-head", "--report", str(tmp_path)]
+    code = f"import resource; from rau.__main__ import main; resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1)); exit(main({words}))"
+    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("python -m rau difftest: error: [Errno 27] File too large\n")
+    assert "Traceback" not in done.stderr
+
+
 def test_what_a_terminal_would_obey(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("RAU_X", "\x1b[31mred\x1b]0;title\x07")
     assert status(["info"]) == 0

@@ -16,7 +16,11 @@ def small(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["large.py"])
 
 
-def test_right():
+@pytest.mark.parametrize("words", [[], ["--torch"], ["--torch", "--backend", "torch"]], ids=["arrays", "tensors", "torch"])
+def test_right(words, monkeypatch):
+    if "--torch" in words:
+        pytest.importorskip("torch")
+    monkeypatch.setattr(sys, "argv", ["large.py", *words])
     assert large.main() == 0
 
 

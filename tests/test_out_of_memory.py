@@ -62,7 +62,9 @@ EACH = """
 """
 
 
-@pytest.mark.skipif(sysconfig.get_config_var("Py_GIL_DISABLED") == 1, reason="it crashes in 3.13")
+@pytest.mark.skipif(
+    sysconfig.get_config_var("Py_GIL_DISABLED") == 1, reason="PyList_New frees a list that it has not set up (cpython gh-152125)"
+)
 def test_each_allocation_of_pythons():
     """Of a call that is known, of one that is new, and of an update of a running state."""
     pytest.importorskip("_testcapi")
@@ -87,7 +89,13 @@ def test_each_allocation_of_pythons():
         ring.update(*cur)
         merged = ring.result()
         print(each(lambda: ring.update(*cur), became, before) > 100)
+    """
+    assert alone(EACH, code).split() == ["True"] * 3
 
+
+def test_each_allocation_of_the_core():
+    pytest.importorskip("_testcapi")
+    code = """
         arrays = (*prev, *cur, *out)
         seen = []
         class Core:
@@ -101,7 +109,7 @@ def test_each_allocation_of_pythons():
         print(each(lambda: _core.signature(arrays, 6), lambda error: True) >= 0)
         print([sys.getrefcount(one) for one in (*arrays, *seen[:4])] == before)
     """
-    assert alone(EACH, code).split() == ["True"] * 6
+    assert alone(EACH, code).split() == ["True"] * 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on addresses, and glibc's malloc")
