@@ -9,10 +9,11 @@ from lse_kernels import Base2, Guarded, Sigmoid, Weights
 from rau import AttentionState, registry
 from rau.__main__ import main
 from rau.testing.cases import Case, generated
-from rau.testing.diagnosis import diagnose
+from rau.testing.diagnosis import diagnose, mistakes
 from rau.testing.diagnosis.lse_mistakes import mistakes_with_lse
 from rau.testing.diagnosis.steps import Steps
-from rau.testing.differential.record import Record
+from rau.testing.differential import run_differential, run_recorded
+from rau.testing.differential.record import Record, read_record, write_record
 from rau.testing.trial import run_case
 
 MISTAKES = mistakes_with_lse()
@@ -151,3 +152,56 @@ def test_a_file_with_log_sum_exps(tmp_path, capsys):
     np.savez(path, **arrays)
     assert main(["diagnose", path]) == 2
     assert 'expected lse_base, "e" or "2"' in capsys.readouterr().err
+
+
+# What is not promised
+
+
+def test_a_kernel_is_held_to_what_it_promises(tmp_path, capsys):
+    """Its file says what it does not; one that says nothing, as all once did, is of a kernel that promises everything."""
+    case = Case(id="promises", tokens=40, heads=3, head_dim=32, statistics="empty", outputs="special")
+    numbers, without = case.fill(), Sigmoid.capabilities.unpromised
+    with registry.provisionally(Sigmoid()):
+        result, _ = run_case(Sigmoid(), case, numbers)
+    path = str(tmp_path / "sigmoid.npz")
+    write_record(path, case, numbers, result, "e")
+    assert main(["diagnose", path]) == 1 and run_recorded(read_record(path), []).wrong
+    assert "sigmoid-form" in capsys.readouterr().out
+    write_record(path, case, numbers, result, "e", without)
+    assert main(["diagnose", path]) == 0 and not run_recorded(read_record(path), []).wrong
+    assert f"not held to {', '.join(without)}, which the kernel does not promise" in capsys.readouterr().out
+    with np.load(path) as file:
+        np.savez(path, **{**file, "unpromised": "payloads"})
+    assert main(["diagnose", path]) == 2
+    assert "unpromised names 'payloads'; expected some of one-empty, " in capsys.readouterr().err
+
+
+class SigmoidRoundsStatistics(Sigmoid):
+    name = "sigmoid-rounds-statistics"
+
+    def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
+        halves = (np.float32(np.float16(lse)) for lse in (prev_lse, cur_lse))
+        out, lse = super().merge_lse(prev_out, next(halves), cur_out, next(halves))
+        return out, np.float32(np.float16(lse))
+
+
+def test_the_harness_writes_down_what_a_kernel_does_not_promise(tmp_path):
+    case = Case(id="written", tokens=40, heads=3, head_dim=32, statistics="empty")
+    (finding,) = run_differential([SigmoidRoundsStatistics], [case], folder=tmp_path).findings
+    recorded = read_record(finding.file)
+    assert recorded.unpromised == Sigmoid.capabilities.unpromised
+    assert [each.mistake.name for each in diagnose(recorded).recognised] == ["statistics-in-float16"]
+
+
+def test_a_mistake_beside_what_is_not_promised_accounts_for_everything():
+    """Of a kernel that keeps maximum and sum: rows of which nothing is asked, the maximum neither, speak for no mistake."""
+    case = Case(id="beside", tokens=40, heads=3, head_dim=32, statistics="empty")
+    numbers = case.fill()
+    observed = mistakes.MISTAKES["sums-left-out"](Steps(numbers, None, case.layout, case.softmax_layout))
+    nothing = (observed.softmax_sum == 0)[..., 0]
+    assert nothing.any()
+    observed.softmax_max[nothing] = observed.softmax_sum[nothing] = np.nan
+    (best,) = diagnose(Record(case, numbers, observed, "", ("two-empty",))).recognised
+    assert (best.mistake.name, best.misfit, best.everything) == ("sums-left-out", 0, True)
+    (best,) = diagnose(Record(case, numbers, observed)).recognised
+    assert not best.everything

@@ -52,7 +52,7 @@ def check_backend(
     cases : iterable of Case, optional
         What to run: by default the named cases and several hundred generated ones.
     select : str, default "*"
-        Pattern for the ids of the checks to run.
+        Pattern for the ids of the checks to run; those of what is not promised are "unpromised/NAME".
     progress : callable, optional
         Called with (id, how many checks are done, how many there are) before each check.
     into : Report, optional
@@ -82,19 +82,20 @@ def check_backend(
     """
     backend = load(backend)
     report = into if into is not None else Report(backend.name)
-    every = checks(backend, cases, select)
+    takes = backend.capabilities
+    aside = {f"unpromised/{name}": name for name in (*takes.unpromised, *[STRIDES] * takes.contiguous)}
+    tries = [Check(id, partial(tried, backend, name), []) for id, name in aside.items() if fnmatchcase(id, select)]
+    every = [*checks(backend, cases, select), *tries]
     with registry.provisionally(backend):
         for done, check in enumerate(every):
             if progress is not None:
                 progress(check.id, done, len(every))
-            if check.excluded:
+            if check.id in aside:
+                report.unpromised[aside[check.id]] = check.problems()
+            elif check.excluded:
                 report.exclude(check.id, check.excluded)
             else:
                 report.record(check.id, check.problems())
-        takes = backend.capabilities
-        for name in (*takes.unpromised, *[STRIDES] * takes.contiguous):
-            if fnmatchcase(f"unpromised/{name}", select):
-                report.unpromised[name] = Check(name, partial(tried, backend, name), []).problems()
     report.expect(expected_failures or {})
     return report
 
