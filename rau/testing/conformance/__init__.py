@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -103,7 +103,7 @@ def check_backend(
 def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*") -> list[Check]:
     """List all the checks of a backend whose ids match a pattern, those of the cases first."""
     every = []
-    for case in [*named(), *generated(0, GENERATED)] if cases is None else cases:
+    for case in _cases() if cases is None else cases:
         case = _fitting(backend, case)
         if fnmatchcase(case.id, select):
             every.append(Check(case.id, partial(_case, backend, case), excluded_by(backend, case)))
@@ -113,6 +113,12 @@ def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*")
     together = partial(_several_threads, backend, several)
     every.append(Check("calls/several-threads-at-once", together, excluded_by(backend, several[0])))
     return [check for check in every if fnmatchcase(check.id, select)]
+
+
+@cache
+def _cases() -> tuple[Case, ...]:
+    """What is run by default. Made once: who checks many backends on few cases each would wait for these alone."""
+    return *named(), *generated(0, GENERATED)
 
 
 def _fitting(backend: Any, case: Case) -> Case:
