@@ -7,6 +7,7 @@ import time
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from rau.backends import PROPERTIES
 from rau.cli import session
 from rau.cli.console import progress
 
@@ -96,6 +97,10 @@ def _declared(capabilities: Any) -> str:
         "deterministic" if capabilities.deterministic else "not deterministic",
         f"tolerance {capabilities.tolerance:g}",
     ]
+    if capabilities.statistics == "lse":
+        parts.append(f"a log-sum-exp to base {capabilities.lse_base}")
+    if capabilities.unpromised:
+        parts.append(f"promises {', '.join(name for name in PROPERTIES if name not in capabilities.unpromised) or 'nothing beyond'}")
     return "; ".join(parts)
 
 
