@@ -28,7 +28,8 @@ needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is no
     ids=lambda kernel: kernel.name,
 )
 def test_what_is_right_in_its_own_way_passes(kernel):
-    numbers = ("dtype/", "layout/", "outputs/", "states/", "statistics/", "tnd/")  # memory is the same matter for all of them
+    # What is in memory is the same matter for all of them.
+    numbers = ("dtype/", "layout/", "outputs/", "states/", "statistics/", "tnd/")
     cases = [case for case in named() if kernel is Guarded or case.id.startswith(numbers)]
     report = check_backend(kernel, cases=[*cases, *generated(0, 40)])
     assert report.passed, str(report)

@@ -100,7 +100,8 @@ def _declared(capabilities: Any) -> str:
     if capabilities.statistics == "lse":
         parts.append(f"a log-sum-exp to base {capabilities.lse_base}")
     if capabilities.unpromised:
-        parts.append(f"promises {', '.join(name for name in PROPERTIES if name not in capabilities.unpromised) or 'nothing beyond'}")
+        promised = [name for name in PROPERTIES if name not in capabilities.unpromised]
+        parts.append(f"promises {', '.join(promised) or 'none of the properties'}")
     return "; ".join(parts)
 
 

@@ -62,7 +62,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed unexpectedly, and something was checked at all; what is not promised counts if asked alone."""
+        """Whether nothing failed unexpectedly, and something was checked at all, be it what is not promised alone."""
         return not self.failures and bool(self.succeeded or (self.unpromised and not self.excluded))
 
     def record(self, id: str, problems: list[str]) -> None:

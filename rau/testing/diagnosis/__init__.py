@@ -165,9 +165,8 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     call, case = record.case.make(record.states), record.case
     problem_of(call)
     kind = {"statistics": "lse", "lse_base": record.lse_base} if record.lse_base else {}
-    expected = oracle(
-        call.states, case.lengths_argument(), case.layout, softmax_layout=case.softmax_layout, unpromised=record.unpromised, **kind
-    )
+    order, excused = case.softmax_layout, record.unpromised
+    expected = oracle(call.states, case.lengths_argument(), case.layout, softmax_layout=order, unpromised=excused, **kind)
     comparison = compare(record.observed, expected, tolerance=tolerance)
     wrong = not comparison.passed and _comparable(record.observed, expected)
     slight = wrong and compare(record.observed, expected, tolerance=_SLIGHT).passed
