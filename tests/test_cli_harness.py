@@ -206,6 +206,20 @@ def test_expected_failures_are_strict(folder, capsys):
     assert main([*check, *known, "--expect-failure", "tnd/*=not selected"]) == 0
 
 
+def test_what_is_not_promised_can_be_tried_alone(folder, capsys):
+    check = ["check", "lse_kernels:Weights", "--select"]
+    assert main([*check, "unpromised/*"]) == 0
+    out = capsys.readouterr().out
+    assert "; a log-sum-exp to base e; promises one-empty, small-weights, infinity, nan\n" in out
+    assert out.count("does not promise ") == 3 and "does not promise payload " in out and "does it: no: " in out
+    assert out.splitlines()[-1].startswith("PASSED: weights: 0 passed, 3 not promised (")
+    assert main([*check, "*/two-empty", "--json"]) == 0
+    found = document(capsys)
+    assert found["checks"] == 1 and found["unpromised"].keys() == {"two-empty"} and not found["succeeded"]
+    assert status([*check, "unpromised/nan"]) == 2  # which it promises
+    assert "--select 'unpromised/nan' matches no check of weights" in capsys.readouterr().err
+
+
 def test_the_whole_kit_on_a_kernel_of_ones_own(folder, capsys):
     """All of it passes, in under a minute; the one failure is an expectation that matches nothing."""
     assert main(["check", "kernel_at_hand:Mine", "--json", "--expect-failure", "nothing/at-all=why not"]) == 1

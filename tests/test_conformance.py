@@ -1,5 +1,6 @@
 """The conformance kit: backends of every kind are held to what they declare, no more and no less."""
 
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
-from mutants import NUMPY, Plain
+from mutants import NUMPY, OneLane, Plain
 
 from rau import merge_states, registry
 from rau.backends import AttentionState, Backend, Capabilities
@@ -115,7 +116,7 @@ def test_arrays_of_ones_own_are_refused_by_others(loopback):
 
 
 def test_the_kit_takes_a_module_and_class_that_nobody_has_registered(folder):
-    report = check_backend("loopback:Loopback")
+    report = check_backend("loopback:Loopback", cases=named())
     assert report.passed, str(report)
     assert {excluded.message for excluded in report.excluded} == {"its arrays cannot be indexed", "it takes no torch tensors"}
     assert "loopback" not in registry.names()
@@ -184,11 +185,11 @@ class Narrow(Plain):
 
 def test_what_capabilities_exclude_is_listed_and_not_run():
     backend = Narrow()
-    report = check_backend(backend)
+    report = check_backend(backend, cases=named())
     assert report.passed, str(report)
     assert backend.given
     assert not [reason for problem in backend.given for reason in backend.capabilities.limits_broken(problem)]
-    assert ids(report.excluded) | set(report.succeeded) == {check.id for check in checks(backend)}
+    assert ids(report.excluded) | set(report.succeeded) == {check.id for check in checks(backend, named())}
     reasons = dict(report.excluded)
     assert reasons["dtype/float32@TND"] == "dtype float32 is not one of float16"  # in the layout that it has
     assert reasons["layout/BSND"] == "dtype float32 is not one of float16; layout BSND is not one of TND; N = 5 > 4"
@@ -340,20 +341,16 @@ CONFORMANCE = """
         backend = OneLane
         expected_failures = {"layout/SBH*": "lane 3 is to be repaired"}
 
-    class TestRepaired(BackendConformance):
+    class TestMistaken(BackendConformance):
         backend = Plain()
-        expected_failures = {"layout/SBH": "was wrong once"}
-
-    class TestMisspelt(BackendConformance):
-        backend = Plain()
-        expected_failures = {"layuot/SBH": "lane 3 is to be repaired"}
+        expected_failures = {"layout/SBH": "was wrong once", "layuot/BSND": "lane 3 is to be repaired"}
 """
 
 
 def test_the_kit_as_a_pytest_class(tmp_path):
     (tmp_path / "test_mine.py").write_text(dedent(CONFORMANCE))
     (tmp_path / "mutants.py").write_bytes((Path(__file__).parent / "mutants.py").read_bytes())
-    status, text = run_pytest(tmp_path, "-rA", "-k", "TestRight or layout or match")
+    status, text = run_pytest(tmp_path, "-rA", "-k", "TestRight and not generated or layout or match")
     assert status == 1, text
     lines = text.splitlines()
 
@@ -362,7 +359,9 @@ def test_the_kit_as_a_pytest_class(tmp_path):
 
     right = outcomes("TestRight", "PASSED") + outcomes("TestRight", "SKIPPED")
     without_torch = 0 if find_spec("torch") else 1  # which is skipped, and listed by its place in the file alone
-    assert len(right) == len(checks(registry.get("numpy"))) + 1 - without_torch
+    assert len(right) == len(checks(registry.get("numpy"), named())) + 1 - without_torch
+    made = sum(map(int, re.findall(r"(\d+) (?:passed|failed|skipped|xfailed|deselected)", lines[-1])))
+    assert made == sum(len(checks(backend)) + 1 for backend in (registry.get("numpy"), OneLane(), Plain()))
     assert not outcomes("TestRight", "FAILED")
 
     expected = outcomes("TestKnown", "XFAIL")
@@ -370,10 +369,9 @@ def test_the_kit_as_a_pytest_class(tmp_path):
     assert [line for line in outcomes("TestKnown", "FAILED") if "[layout/BSND]" in line]
     assert [line for line in outcomes("TestKnown", "PASSED") if "match_something" in line]
 
-    (passing,) = outcomes("TestRepaired", "FAILED")
+    passing, idle = outcomes("TestMistaken", "FAILED")
     assert "[layout/SBH]" in passing and "XPASS(strict)" in text
-    (idle,) = outcomes("TestMisspelt", "FAILED")
-    assert "match_something" in idle and "layuot/SBH" in text
+    assert "match_something" in idle and "match no check: ['layuot/BSND']" in text
 
 
 def run_pytest(folder, *arguments):

@@ -1,6 +1,7 @@
 """``python -m rau diagnose`` for kernels that keep a log-sum-exp: what is right, and each mistake by its name."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from lse_kernels import Base2, Guarded, Sigmoid, Weights
 from rau import AttentionState, registry
 from rau.__main__ import main
 from rau.testing.cases import Case, generated
-from rau.testing.diagnosis import diagnose
+from rau.testing.diagnosis import diagnose, mistakes
 from rau.testing.diagnosis.lse_mistakes import mistakes_with_lse
 from rau.testing.diagnosis.steps import Steps
-from rau.testing.differential.record import Record
+from rau.testing.differential import run_differential, run_recorded
+from rau.testing.differential.record import Record, read_record, write_record
 from rau.testing.trial import run_case
 
 MISTAKES = mistakes_with_lse()
@@ -43,9 +45,14 @@ def make(case, base, mistake=None, rows=Steps):
         return numbers, plain.merge() if mistake is None else MISTAKES[mistake](plain)
 
 
+# The kernel's own arithmetic on every case, and another base or other rows beside it.
 # Single rows have natural logarithms: those to base 2 would be rounded once more, in a base that is not the kernel's.
-@pytest.mark.parametrize(("rows", "base"), [(Steps, "e"), (Steps, "2"), (SingleRows, "e")])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+OTHER = {"sbh": (Steps, "2"), "packed": (Steps, "2")}
+MADE = [(case, *kind) for case in CASES for kind in ((Steps, "e"), OTHER.get(case.id, (SingleRows, "e")))]
+IDS = [f"{case.id}-{rows.__name__}-{base}" for case, rows, base in MADE]
+
+
+@pytest.mark.parametrize(("case", "rows", "base"), MADE, ids=IDS)
 @pytest.mark.parametrize("name", MISTAKES)
 def test_every_mistake_is_named_first(name, case, rows, base):
     numbers, observed = make(case, base, name, rows)
@@ -61,7 +68,6 @@ def test_every_mistake_is_named_first(name, case, rows, base):
         assert name in [candidate.mistake.name for candidate in diagnosis.recognised], str(diagnosis)
 
 
-# Single rows have natural logarithms: those to base 2 would be rounded once more, in a base that is not the kernel's.
 @pytest.mark.parametrize(("rows", "base"), [(Steps, "e"), (Steps, "2"), (SingleRows, "e")])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_a_right_result_is_given_no_name(case, rows, base):
@@ -76,6 +82,15 @@ def test_nothing_at_all_is_right(layout, nothing):
     sizes["head_dim"] *= nothing != "heads"  # N = 0 needs H = 0
     case = Case(id="nothing", layout=layout, **sizes, lengths=(sizes["tokens"], 0))
     assert diagnose(Record(case, *make(case, "e"), "e")).right
+
+
+def small(seed, count):
+    """Generated cases but the largest, which take most of the time and show no more."""
+
+    def elements(case):
+        return case.batch * case.tokens * case.heads * case.head_dim * case.states
+
+    return islice((case for case in generated(seed, 2 * count) if elements(case) < 20_000), count)
 
 
 class NaturalReadAsBase2(Guarded):
@@ -105,7 +120,7 @@ class NaturalLogarithmOfABase2Sum(Base2):
 def test_a_mixed_up_base_is_named_on_nine_cases_of_ten(kernel, name):
     """Of all kinds of numbers, sizes and layouts: those on which it is wrong at all."""
     backend, wrong, found, others = kernel(), 0, 0, []
-    for case in generated(1, 30):
+    for case in small(1, 30):
         numbers = case.fill()
         with registry.provisionally(backend):
             result, _ = run_case(backend, case, numbers)
@@ -128,7 +143,7 @@ def test_a_mixed_up_base_is_named_on_nine_cases_of_ten(kernel, name):
 def test_no_mistake_is_named_that_a_kernel_does_not_make(kernel, theirs):
     """Two empty sides and what stands behind one: where those alone are, the two forms are alike."""
     backend, names = kernel(), set()
-    for case in generated(3, 25):
+    for case in small(3, 25):
         numbers = case.fill()
         with registry.provisionally(backend):
             result, _ = run_case(backend, case, numbers)
@@ -151,3 +166,56 @@ def test_a_file_with_log_sum_exps(tmp_path, capsys):
     np.savez(path, **arrays)
     assert main(["diagnose", path]) == 2
     assert 'expected lse_base, "e" or "2"' in capsys.readouterr().err
+
+
+# What is not promised
+
+
+def test_a_kernel_is_held_to_what_it_promises(tmp_path, capsys):
+    """Its file says what it does not; one that says nothing, as all once did, is of a kernel that promises everything."""
+    case = Case(id="promises", tokens=40, heads=3, head_dim=32, statistics="empty", outputs="special")
+    numbers, without = case.fill(), Sigmoid.capabilities.unpromised
+    with registry.provisionally(Sigmoid()):
+        result, _ = run_case(Sigmoid(), case, numbers)
+    path = str(tmp_path / "sigmoid.npz")
+    write_record(path, case, numbers, result, "e")
+    assert main(["diagnose", path]) == 1 and run_recorded(read_record(path), []).wrong
+    assert "sigmoid-form" in capsys.readouterr().out
+    write_record(path, case, numbers, result, "e", without)
+    assert main(["diagnose", path]) == 0 and not run_recorded(read_record(path), []).wrong
+    assert f"not held to {', '.join(without)}, which the kernel does not promise" in capsys.readouterr().out
+    with np.load(path) as file:
+        np.savez(path, **{**file, "unpromised": "payloads"})
+    assert main(["diagnose", path]) == 2
+    assert "unpromised names 'payloads'; expected some of one-empty, " in capsys.readouterr().err
+
+
+class SigmoidRoundsStatistics(Sigmoid):
+    name = "sigmoid-rounds-statistics"
+
+    def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
+        halves = (np.float32(np.float16(lse)) for lse in (prev_lse, cur_lse))
+        out, lse = super().merge_lse(prev_out, next(halves), cur_out, next(halves))
+        return out, np.float32(np.float16(lse))
+
+
+def test_the_harness_writes_down_what_a_kernel_does_not_promise(tmp_path):
+    case = Case(id="written", tokens=40, heads=3, head_dim=32, statistics="empty")
+    (finding,) = run_differential([SigmoidRoundsStatistics], [case], folder=tmp_path).findings
+    recorded = read_record(finding.file)
+    assert recorded.unpromised == Sigmoid.capabilities.unpromised
+    assert [each.mistake.name for each in diagnose(recorded).recognised] == ["statistics-in-float16"]
+
+
+def test_a_mistake_beside_what_is_not_promised_accounts_for_everything():
+    """Of a kernel that keeps maximum and sum: rows of which nothing is asked, the maximum neither, speak for no mistake."""
+    case = Case(id="beside", tokens=40, heads=3, head_dim=32, statistics="empty")
+    numbers = case.fill()
+    observed = mistakes.MISTAKES["sums-left-out"](Steps(numbers, None, case.layout, case.softmax_layout))
+    nothing = (observed.softmax_sum == 0)[..., 0]
+    assert nothing.any()
+    observed.softmax_max[nothing] = observed.softmax_sum[nothing] = np.nan
+    (best,) = diagnose(Record(case, numbers, observed, "", ("two-empty",))).recognised
+    assert (best.mistake.name, best.misfit, best.everything) == ("sums-left-out", 0, True)
+    (best,) = diagnose(Record(case, numbers, observed)).recognised
+    assert not best.everything

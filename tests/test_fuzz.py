@@ -22,7 +22,7 @@ def one_backend(monkeypatch):
 
 
 def findings():
-    return [wrong for wrong in (fuzz.fuzz(number)[1] for number in CALLS) if wrong]
+    return filter(None, (fuzz.fuzz(number)[1] for number in CALLS))  # one at a time: the first may be enough
 
 
 def test_nothing_is_found():

@@ -12,10 +12,10 @@ from rau.testing.comparison import compare, same_bits
 from rau.testing.trial import check_case, expected_of, problem_of
 
 sought = settings(max_examples=5000, database=None, phases=[Phase.generate])  # and not shrunk
-slow_to_draw = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+slow_to_draw = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
-@slow_to_draw
+@settings(slow_to_draw, max_examples=150)
 @given(strategies.calls())
 def test_backends_agree_and_the_oracle_confirms(call):
     case, numbers = call
@@ -102,7 +102,8 @@ def test_it_shrinks_to_the_simplest():
     [
         lambda output, maximum, total: np.isnan(output).any(),
         lambda output, maximum, total: np.signbit(output[output == 0]).any(),
-        lambda output, maximum, total: (maximum == -np.inf).any() and (maximum == np.inf).any(),
+        lambda output, maximum, total: (maximum == -np.inf).any(),
+        lambda output, maximum, total: (maximum == np.inf).any(),
         lambda output, maximum, total: ((total > 0) & (total < 2.0**-126)).any() and (total == 0).any(),
         lambda output, maximum, total: np.isnan(maximum).any() and not np.isnan(maximum).all(),
     ],

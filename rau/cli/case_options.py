@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -76,16 +77,17 @@ def generated_cases(options: argparse.Namespace, count: int = sys.maxsize) -> It
     if in_full:
         yield from filter(matches, generated(int(in_full[1]), min(count, 1), int(in_full[2])))
         return
-    seed = re.match(rf"generated/{_NUMBER}/", options.select)
+    in_part = re.match(rf"generated/{_NUMBER}/", options.select)
+    seed = int(in_part[1]) if in_part else options.seed
     found = idle = 0
-    for case in generated(int(seed[1]) if seed else options.seed, sys.maxsize):
+    for index in itertools.count():
         if found >= count or idle > _LOOK_AHEAD:
             return
-        if matches(case):
-            found, idle = found + 1, 0
-            yield case
-        else:
-            idle += 1
+        idle += 1
+        if fnmatchcase(f"generated/{seed}/{index}", options.select):  # else it need not be made, which takes its time
+            for case in filter(matches, generated(seed, 1, index)):
+                found, idle = found + 1, 0
+                yield case
 
 
 def describe(case: Case) -> str:

@@ -7,6 +7,7 @@ import time
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from rau.backends import PROPERTIES
 from rau.cli import session
 from rau.cli.console import progress
 
@@ -28,7 +29,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("backend", metavar="NAME", help=session.BACKEND)
     text = "a check, or a pattern of checks, known to fail; if it passes or matches nothing, the run fails"
     parser.add_argument("--expect-failure", type=_expectation, action="append", default=[], metavar="ID=REASON", help=text)
-    text = "only checks whose id matches, such as 'tnd/*' or 'algebra/*'"
+    text = "only checks whose id matches, such as 'tnd/*', 'algebra/*' or 'unpromised/*'"
     parser.add_argument("--select", default="*", metavar="GLOB", help=text)
     return parser
 
@@ -96,6 +97,11 @@ def _declared(capabilities: Any) -> str:
         "deterministic" if capabilities.deterministic else "not deterministic",
         f"tolerance {capabilities.tolerance:g}",
     ]
+    if capabilities.statistics == "lse":
+        parts.append(f"a log-sum-exp to base {capabilities.lse_base}")
+    if capabilities.unpromised:
+        promised = [name for name in PROPERTIES if name not in capabilities.unpromised]
+        parts.append(f"promises {', '.join(promised) or 'none of the properties'}")
     return "; ".join(parts)
 
 
@@ -107,8 +113,9 @@ def _matches(pattern: str, report: Report) -> bool:
 
 def _verdict(report: Report, total: int, interrupted: bool, seconds: float) -> str:
     counts = [f"{len(report.succeeded):,} passed"]
-    for items, word in ((report.failures, "failed"), (report.expected, "failed as expected"), (report.excluded, "excluded")):
-        counts += [f"{len(items):,} {word}"] * bool(items)
+    items = report.failures, report.expected, report.excluded, report.unpromised
+    for found, word in zip(items, ("failed", "failed as expected", "excluded", "not promised"), strict=True):
+        counts += [f"{len(found):,} {word}"] * bool(found)
     tally = f"{', '.join(counts)} ({seconds:.1f} s)"
     if interrupted:
         return f"INTERRUPTED: {report.backend}: of {session.counted(total, 'check')}, {tally}"

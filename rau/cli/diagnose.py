@@ -16,6 +16,7 @@ FILE is NumPy's .npz, without pickle:
   prev_attn_out prev_softmax_max prev_softmax_sum and cur_... (or states.0.attn_out and so on): the inputs
   attn_out softmax_max softmax_sum: the output
   of a kernel that keeps a log-sum-exp: lse_base "e" or "2", and prev_lse, cur_lse, lse in place of max and sum
+  of a kernel that does not promise everything: unpromised, names of what it is not held to (see `python -m rau matrix`)
   layout, softmax_layout: strings, "SBH" and "TND" if absent; actual_seq_qlen: cumulative lengths, for TND
 bfloat16 is stored as uint16. numpy.savez(FILE, prev_attn_out=..., ...) writes it.
 
@@ -49,12 +50,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         session.print_json(
             {"file": arguments.file, "call": describe(recorded.case), "right": diagnosis.right}
+            | {"unpromised": recorded.unpromised}
             | vars(diagnosis)
             | {"candidates": [_plain(candidate) for candidate in diagnosis.candidates]}
             | {"recognised": [candidate.mistake.name for candidate in diagnosis.recognised]}
         )
     else:
         print(f"{arguments.file}: {describe(recorded.case)}")
+        if recorded.unpromised:
+            print(f"not held to {', '.join(recorded.unpromised)}, which the kernel does not promise")
         print(diagnosis)
     return 0 if diagnosis.right else 1
 

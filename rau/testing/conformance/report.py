@@ -62,8 +62,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed unexpectedly, and something was checked at all."""
-        return not self.failures and bool(self.succeeded)
+        """Whether nothing failed unexpectedly, and something was checked at all, be it what is not promised alone."""
+        return not self.failures and bool(self.succeeded or (self.unpromised and not self.excluded))
 
     def record(self, id: str, problems: list[str]) -> None:
         """Note the outcome of one check: no problems if it passed."""

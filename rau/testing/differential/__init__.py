@@ -256,7 +256,7 @@ def run_recorded(recorded: Record, backends: Sequence[Any]) -> Differential:
     ConstraintError
         If the arrays do not make a valid call.
     """
-    observed = [] if recorded.observed is None else [Recorded(recorded.observed, recorded.lse_base)]
+    observed = [] if recorded.observed is None else [Recorded(recorded.observed, recorded.lse_base, recorded.unpromised)]
     report = Differential(cases=1)
     for who, message in run_on_all(_instances([*observed, *backends]), recorded.case, report, recorded.states):
         if not who.startswith(f"{Recorded.name}, "):
@@ -366,7 +366,8 @@ def _write(finding: Finding, instances: Sequence[Any], folder: Path) -> None:
         observed = run_case(first, case).result
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_record(path, case, case.make().states, observed, first.capabilities.lse_base if keeps_lse(first) else "")
+        base = first.capabilities.lse_base if keeps_lse(first) else ""
+        write_record(path, case, case.make().states, observed, base, first.capabilities.unpromised)
     except OSError as error:
         finding.message += f" (and the case could not be written: {error})"
     else:

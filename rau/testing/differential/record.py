@@ -11,6 +11,7 @@ The keys, all optional but the arrays of at least one state:
 ``layout``, ``softmax_layout``        strings; "SBH" and "TND" by default
 ``lse_base``                          "e" or "2", where it keeps a log-sum-exp: by that it is judged
 ``states.K.lse`` and so on, ``lse``   in place of maximum and sum: log-sum-exps to that base, with the axes of the statistics
+``unpromised``                        names from `rau.backends.PROPERTIES`, to which it is not held; absent: to everything
 ``case``                              JSON of a `rau.testing.cases.Case`: how the arrays lay in memory
 ====================================  =====================================================================
 
@@ -30,12 +31,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.arrays.numpy_ import named_dtype
-from rau.backends import Backend, Capabilities
+from rau.backends import PROPERTIES, Backend, Capabilities
 from rau.constraints.hints import meant
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.profiles import PROFILES
 from rau.constraints.rules import Violations
-from rau.errors import RauError
+from rau.errors import RauError, shown
 from rau.layouts import FIELDS, LAYOUTS, OTHER_LAYOUTS
 from rau.lse import statistics
 from rau.problem import Problem
@@ -51,6 +52,7 @@ class Record(NamedTuple):
     states: list[AttentionState]  # the inputs, C-contiguous; ``case.make(states)`` lays them out as they were
     observed: AttentionState | None  # what some implementation returned
     lse_base: str = ""  # "e" or "2" where it keeps a log-sum-exp
+    unpromised: tuple[str, ...] = ()  # what it does not promise, of PROPERTIES
 
 
 class RecordError(RauError, ValueError):
@@ -63,10 +65,11 @@ class Recorded(Backend):
     name = "the recorded output"
     capabilities = Capabilities(array_types=("numpy:ndarray",))
 
-    def __init__(self, observed: AttentionState, lse_base: str = "") -> None:
+    def __init__(self, observed: AttentionState, lse_base: str = "", unpromised: tuple[str, ...] = ()) -> None:
         self.observed = observed
-        if lse_base:
-            vars(self)["capabilities"] = replace(self.capabilities, statistics="lse", lse_base=lse_base)
+        kept = "lse" if lse_base else "max_sum"
+        kind = replace(self.capabilities, statistics=kept, lse_base=lse_base or "e", unpromised=unpromised)
+        vars(self)["capabilities"] = kind
 
     def update(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
@@ -90,6 +93,7 @@ def write_record(
     states: Sequence[Any],
     observed: Sequence[Any] | None = None,
     lse_base: str = "",
+    unpromised: tuple[str, ...] = (),
 ) -> None:
     """Write a call to a file .npz: its inputs, as they were before it, and what was observed, of what kind of kernel."""
     arrays = {f"states.{k}.{name}": part for k, state in enumerate(states) for name, part in zip(FIELDS, state, strict=True)}
@@ -101,6 +105,7 @@ def write_record(
         stored["actual_seq_qlen"] = np.asarray(lengths)
     stored |= {"layout": np.array(case.layout), "softmax_layout": np.array(case.softmax_layout)}
     stored |= {"lse_base": np.array(lse_base)} if lse_base else {}
+    stored |= {"unpromised": np.array(unpromised)} if unpromised else {}
     stored["case"] = np.array(json.dumps(asdict(case)))
     np.savez(path, allow_pickle=False, **stored)
 
@@ -129,6 +134,9 @@ def read_record(path: str | PathLike[str]) -> Record:
     described, lse_base = _text(arrays, "case", ""), _text(arrays, "lse_base", "")
     if lse_base not in ("", "e", "2") or (not lse_base and any(name.rpartition(".")[2] == "lse" for name in arrays)):
         raise RecordError(f'{path}: a log-sum-exp to base {lse_base!r}; expected lse_base, "e" or "2"')
+    unpromised = tuple(map(str, np.ravel(arrays.get("unpromised", ())).tolist()))
+    if unknown := [name for name in unpromised if name not in PROPERTIES]:
+        raise RecordError(f"{path}: unpromised names {shown(unknown[0])}; expected some of {', '.join(PROPERTIES)}")
     count = 0
     while f"states.{count}.attn_out" in arrays:
         count += 1
@@ -137,7 +145,7 @@ def read_record(path: str | PathLike[str]) -> Record:
     states = [_state(path, arrays, f"states.{k}.") for k in range(count)]
     observed = _state(path, arrays, "") if "attn_out" in arrays else None
     case = _described_case(path, described, states, arrays) if described else _describe(path, states, arrays)
-    return Record(case, states[:1] if case.aliased else states, observed, lse_base)
+    return Record(case, states[:1] if case.aliased else states, observed, lse_base, unpromised)
 
 
 # What the words of a case may be, beyond what the arrays tell.
