@@ -1,8 +1,8 @@
 """Merge partial attention states: Huawei's ``ring_attention_update`` on every device, with the same bits.
 
 Long sequences do not fit on one accelerator, so attention is computed in pieces and the pieces are merged. This
-package does that merge. Start with :func:`merge_states` and :meth:`AttentionState.from_lse` if your kernel returns
-(out, lse), or with :func:`ring_attention_update` if it returns the softmax's max and sum.
+package does that merge. Start with :func:`merge_lse` if your kernel returns (out, lse), with :func:`merge_states` and
+:meth:`AttentionState.from_lse` if you go on to merge what comes out, or with :func:`ring_attention_update` if it returns the softmax's max and sum.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rau.explain import explain
 from rau.registry import use_backend
 from rau.state import AttentionState, reorder_softmax
 from rau.threads import get_num_threads, set_num_threads
-from rau.update import merge_states, ring_attention_update
+from rau.update import merge_lse, merge_states, ring_attention_update
 
 if TYPE_CHECKING:
     from rau import compat, registry, testing
@@ -47,6 +47,7 @@ __all__ = [
     "compat",
     "explain",
     "get_num_threads",
+    "merge_lse",
     "merge_states",
     "registry",
     "reorder_softmax",

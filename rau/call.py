@@ -25,7 +25,11 @@ def _state_name(state: int, field: int) -> str:
     return f"states[{state}].{FIELDS[field]}"
 
 
-NAMES = {"ring_attention_update": _update_name, "merge_states": _state_name}
+def _pair_name(state: int, field: int) -> str:
+    return f"{'lse' if field else 'attn_out'} of pairs[{state}]"
+
+
+NAMES = {"ring_attention_update": _update_name, "merge_states": _state_name, "merge_lse": _pair_name}
 
 
 def run(
@@ -36,7 +40,7 @@ def run(
     out: Any,
     backend: Any,
 ) -> AttentionState:
-    """Check a call, choose who runs it, and run it; `call` is "ring_attention_update" or "merge_states".
+    """Check a call, choose who runs it, and run it; `call` is one of `NAMES`.
 
     Without statistics, `out` is a sequence of attn_out alone, and the result has None in their places.
     """
@@ -56,7 +60,7 @@ def _state(arrays: Sequence[Any]) -> AttentionState:
 def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> AttentionState:
     """Have a backend merge states: the one way to a backend, so that none of them has to think of autograd.
 
-    "merge_states" takes its `merge`, any other call its `update`. The arrays' library is told of a write before it, and
+    "merge_states" and "merge_lse" take its `merge`, any other call its `update`. The arrays' library is told of a write before it, and
     so where a backend fails half way, too; UnsupportedError where it forbids the write, or where the backend has no
     `merge`.
     """
@@ -70,7 +74,7 @@ def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequen
             kind = kind_of(out[0])
             assert kind is not None  # the validator has seen to that
             kind.will_write(out)
-    if call != "merge_states":
+    if call not in ("merge_states", "merge_lse"):
         result = backend.update(problem, *states, out)
     elif hasattr(backend, "merge"):
         result = backend.merge(problem, states, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -149,24 +150,9 @@ class AttentionState(NamedTuple):
         report = Violations("AttentionState.from_lse")
         check_base(report, base)
         axes = check_layouts(report, layout, lse_layout)
-        number = check_heads(report, heads)
         lanes = check_lanes(report, lanes)
-        out = check_array(report, "attn_out", attn_out, "dtype-attn", tuple(ITEMSIZE))
-        wide = out is not None and out.dtype == "float64"
-        its = check_array(report, "lse", lse, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
-        if out is not None and its is not None:
-            check_alike(report, "lse", its, "attn_out", out)
-            if its.dtype == "float64" or (isinstance(base, str) and base == "2"):
-                check_float64(report, "lse", lse, its)
-            if axes:
-                check_shapes(report, attn_out, lse, layout, axes, number)
-        report.raise_if_broken()
-        with _silent(lse):
-            lse = arranged(lse, axes)
-            if inf_is_empty:
-                lse = library(lse).where(lse == math.inf, -math.inf, lse)
-            kept = statistics(lse, None, "float64" if wide else "float32", base, lanes)
-        return cls(attn_out, *kept)
+        (state,) = states_of([(attn_out, lse)], report, _of_pair, base, layout, axes, inf_is_empty, heads, lanes)
+        return state if cls is AttentionState else cls(*state)
 
     @classmethod
     def from_max_sum(
@@ -335,6 +321,51 @@ class AttentionState(NamedTuple):
         with _silent(maximum):
             result = log_sum_exp(maximum, total, base)
         return arranged(result, axes)
+
+
+def _of_pair(pair: int, what: str) -> str:
+    return what
+
+
+def states_of(
+    pairs: Sequence[Sequence[Any]],
+    report: Violations,
+    names: Callable[[int, str], str],
+    base: str,
+    layout: str,
+    axes: str,
+    inf_is_empty: bool,
+    heads: int | None,
+    lanes: int,
+) -> list[AttentionState]:
+    """Make states of pairs (attn_out, lse), as :meth:`AttentionState.from_lse` says, or raise what `report` then holds.
+
+    `names` gives the caller's name of "attn_out" or "lse" of a pair. `base` was checked; `axes` and `lanes` are what the checks of
+    them returned.
+    """
+    number = check_heads(report, heads)
+    dtypes = []
+    for k, (attn_out, lse) in enumerate(pairs):
+        out_name, name = names(k, "attn_out"), names(k, "lse")
+        out = check_array(report, out_name, attn_out, "dtype-attn", tuple(ITEMSIZE))
+        wide = out is not None and out.dtype == "float64"
+        its = check_array(report, name, lse, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
+        dtypes.append("float64" if wide else "float32")
+        if out is not None and its is not None:
+            check_alike(report, name, its, out_name, out)
+            if its.dtype == "float64" or (isinstance(base, str) and base == "2"):
+                check_float64(report, name, lse, its)
+            if axes:
+                check_shapes(report, attn_out, lse, layout, axes, number, name)
+    report.raise_if_broken()
+    states = []
+    for (attn_out, lse), dtype in zip(pairs, dtypes, strict=True):
+        with _silent(lse):
+            lse = arranged(lse, axes)
+            if inf_is_empty:
+                lse = library(lse).where(lse == math.inf, -math.inf, lse)
+            states.append(AttentionState(attn_out, *statistics(lse, None, dtype, base, lanes)))
+    return states
 
 
 def reorder_softmax(stats: Any, actual_seq_qlen: Any, *, to: str) -> Any:

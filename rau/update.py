@@ -1,4 +1,4 @@
-"""The public calls: ring_attention_update and merge_states."""
+"""The public calls: ring_attention_update, merge_states and merge_lse."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+from rau.arrays import kind_of
 from rau.call import run
 from rau.constraints import Options
+from rau.constraints.lse_arguments import check_base, check_layouts, check_lse_out, check_pairs
+from rau.constraints.rules import Violations
 from rau.constraints.stacked import as_states
-from rau.state import AttentionState
+from rau.lse import arranged
+from rau.state import AttentionState, states_of
 
 
 def ring_attention_update(
@@ -221,6 +225,88 @@ def merge_states(
     if statistics is not False:
         return _call("merge_states", states, actual_seq_qlen, options, out, backend)
     return _call("merge_states", states, actual_seq_qlen, options, None if out is None else (out,), backend).attn_out
+
+
+def merge_lse(
+    pairs: Sequence[Sequence[Any]],
+    layout: str = "SBH",
+    *,
+    base: str,
+    lse_layout: str | None = None,
+    inf_is_empty: bool = False,
+    heads: int | None = None,
+    out: Any = None,
+    backend: Any = None,
+    check: str = "metadata",
+) -> tuple[Any, Any]:
+    """Merge partial attention outputs and their log-sum-exps, as most kernels return them, into one of each.
+
+    It is :meth:`AttentionState.from_lse`, :func:`merge_states` and :meth:`AttentionState.lse`, in one call, and in place where
+    that is wanted.
+
+    Parameters
+    ----------
+    pairs : list or tuple of pairs (attn_out, lse)
+        At least one, each as :meth:`AttentionState.from_lse` takes it. All have the first one's shapes; later outputs may be
+        16-bit where the first is float32.
+    layout, base, lse_layout, inf_is_empty, heads
+        As in :meth:`AttentionState.from_lse`; of all pairs.
+    out : pair of arrays, optional
+        Arrays to write into: an output of the first one's shape and dtype, and a log-sum-exp of the dtype that the result has.
+        They may be those of a pair themselves, which makes the merge in place. Any other overlap is refused.
+    backend, check
+        As in :func:`merge_states`.
+
+    Returns
+    -------
+    attn_out, lse : array
+        The output has the first one's dtype, the log-sum-exp is float32 (float64 with a float64 output), of the same base and
+        axes as those given; -inf for a row without keys. The arrays of `out` where it was given.
+
+    Raises
+    ------
+    ConstraintError, UnknownBackendError, BackendUnavailableError, UnsupportedError
+        As :func:`merge_states`; nothing has been written then.
+
+    Notes
+    -----
+    The bounds are those of :func:`merge_states` and :meth:`AttentionState.lse`. Merged one pair after another, the running
+    log-sum-exp is rounded to float32 at each step, which changes weights by up to abs(lse) * 2**-24, a relative error:
+    :class:`StreamingMerge` does not lose that.
+
+    Examples
+    --------
+    >>> import numpy as np, rau
+    >>> pairs = [(np.full((1, 1, 2), x, np.float32), np.full((1, 1, 1), np.log(w), np.float32)) for x, w in ((4, 1), (8, 3))]
+    >>> out, lse = rau.merge_lse(pairs, base="e")
+    >>> out.tolist(), bool(np.allclose(lse, np.log(4)))
+    ([[[7.0, 7.0]]], True)
+    >>> rau.merge_lse(pairs, base="e", out=pairs[0])[0] is pairs[0][0]  # in place
+    True
+    """
+    report = Violations("merge_lse")
+    check_base(report, base)
+    axes = check_layouts(report, layout, lse_layout)
+    check_pairs(report, pairs, out)
+    states = states_of(pairs, report, _of_pair, base, layout, axes, inf_is_empty, heads, 1)
+    options = Options(layout, "TND", "portable", check)
+    if out is None:
+        merged = _call("merge_lse", states, None, options, None, backend)
+        return merged.attn_out, merged.lse(base=base, layout=layout, lse_layout=lse_layout)
+    attn_out, lse = out
+    check_lse_out(report, lse, [pair[1] for pair in pairs], states[0], layout, axes)
+    # The maximum is merged into the place of the log-sum-exp, which so meets what every output meets.
+    kind = kind_of(lse)
+    assert kind is not None  # as was just checked
+    place = arranged(lse, axes)[..., None]
+    total = kind.full(lse, tuple(place.shape), kind.dtype(lse), 0.0)
+    merged = _call("merge_lse", states, None, options, (attn_out, place, total), backend)
+    lse[...] = merged.lse(base=base, layout=layout, lse_layout=lse_layout)
+    return attn_out, lse
+
+
+def _of_pair(pair: int, what: str) -> str:
+    return f"{what} of pairs[{pair}]"
 
 
 def _call(

@@ -49,7 +49,7 @@ FLASH, VARLEN = recipe("FlashAttention 0"), recipe("FlashAttention, variable len
 FLASHINFER, VLLM = recipe("FlashInfer 0"), recipe("vLLM 0")
 NPU, NPU_TND = recipe("npu_fusion_attention 0"), recipe("npu_fusion_attention 1")
 ROWS_LSE, ROWS_SUM = recipe("Rows without keys 0"), recipe("Rows without keys 1")
-ALONE, GRADIENTS = recipe("One lane or eight 0"), recipe("Gradients 0")
+PAIRS, ALONE, GRADIENTS = recipe("A pair in, a pair out 0"), recipe("One lane or eight 0"), recipe("Gradients 0")
 
 
 def test_every_block_is_run():
@@ -367,6 +367,20 @@ def test_rows_without_keys_with_a_sum():
     out, lse = exact(q, k, v, mask)
     close(merged.attn_out, out.transpose(2, 0, 1, 3).reshape(S, B, N * D), 2e-6)
     close(merged.lse(base="e"), lse, 2e-6)
+
+
+def test_a_running_pair():
+    q, k, v = (array[0] for array in inputs(1, N))
+    parts = []
+    for part in split(k, v, 1):
+        if part[0].size:
+            out, lse = exact(q, *part)
+            parts.append((np.ascontiguousarray(out.swapaxes(0, 1).astype("f4")), lse.astype("f4")))
+    out, lse = run(PAIRS, parts=parts)["running"]
+    expected, its_lse = exact(q, k, v)
+    assert out is parts[0][0]
+    close(out, expected.swapaxes(0, 1), 4e-6)
+    close(lse, its_lse, 2e-6)
 
 
 def test_the_output_alone_and_the_bytes_that_the_page_counts():

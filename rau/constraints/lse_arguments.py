@@ -6,13 +6,14 @@ Everything here can be traced by torch.compile: shapes are compared, no value is
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.arrays import kind_of
+from rau.arrays import kind_of, looks_like_array
 from rau.arrays.torch_ import TorchKind, has_float64, tensor_inside
-from rau.constraints.hints import another_dtype, not_an_array, swapped
+from rau.constraints.hints import another_dtype, described, not_an_array, swapped
 from rau.constraints.lengths import NAME
 from rau.constraints.options import check_layout
 from rau.constraints.rules import Violations
@@ -132,6 +133,54 @@ def check_lanes(report: Violations, lanes: int) -> int:
         return lanes
     report.add("lanes", f"lanes = {shown(lanes)}; expected 1, or 8 for a call in a vendor's profile.")
     return 1
+
+
+def check_pairs(report: Violations, pairs: Any, out: Any) -> None:
+    """Check that these are pairs (attn_out, lse), at least one, and that `out` is one or None; raise at once if not."""
+    expected = "expected a list of pairs (attn_out, lse)"
+    if not isinstance(pairs, (list, tuple)) or not pairs:
+        got = f"is {described(pairs)}" if not isinstance(pairs, (list, tuple)) else "is empty"
+        report.add("states", f"pairs {got}; {expected}, at least one.")
+        raise report.error()
+    if len(pairs) == 2 and all(map(looks_like_array, pairs)):
+        report.add("states", f"pairs is one pair of arrays; {expected}: pass [pair].")
+        raise report.error()
+    for k, pair in enumerate(pairs):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            got = f"has {len(pair)} items" if isinstance(pair, (list, tuple)) else f"is {described(pair)}"
+            hint = " States are for rau.merge_states." if isinstance(pair, (list, tuple)) and len(pair) == 3 else ""
+            report.add("states", f"pairs[{k}] {got}; {expected}.{hint}")
+    if out is not None and (not isinstance(out, (list, tuple)) or len(out) != 2):
+        got = f"has {len(out)} items" if isinstance(out, (list, tuple)) else f"is {described(out)}"
+        report.add("out", f"out {got}; expected a pair (attn_out, lse) of arrays to write into.")
+    report.raise_if_broken()
+
+
+def check_lse_out(
+    report: Violations, lse: Any, given: Sequence[Any], first: Sequence[Any], layout: str, axes: str
+) -> None:
+    """Check that a log-sum-exp can be written into an array, which may be one of those given, and meets no part of them.
+
+    `first` is the state of the first pair.
+    """
+    like = check_array(report, "", first[1], "dtype-stats")
+    assert like is not None  # it was made by us
+    its = check_array(report, "lse of out", lse, "out-dtype", (like.dtype,))
+    if its is not None:
+        check_alike(report, "lse of out", its, "the pairs' lse", like)
+        check_shapes(report, first[0], lse, layout, axes, first[1].shape[LAYOUTS[layout].stats_head], "lse of out")
+        kind = kind_of(lse)
+        assert kind is not None  # check_array has seen to that
+        if not kind.writable(lse):
+            report.add("out-writable", "lse of out is read-only; expected an array that may be written to.")
+        if not report.broken:
+            mine = kind.memory(lse)
+            for k, other in enumerate(given):
+                its_memory = kind.memory(other)
+                if mine.overlaps(its_memory) and not mine.same_view(its_memory):
+                    report.add("out-overlap", f"lse of out shares memory with lse of pairs[{k}]; expected separate memory or, to "
+                               "work in place, exactly that array: the same address, shape and strides.")  # fmt: skip
+    report.raise_if_broken()
 
 
 def check_shapes(
