@@ -128,7 +128,8 @@ def call(number):
     stats_dtype = "f8" if np.dtype(dtype) == np.float64 else "f4"
 
     def state():
-        parts = [buffers.array(attn, dtype), buffers.array(stats, stats_dtype), buffers.array(stats, stats_dtype)]
+        own = stats if rng.random() > 0.1 else (*stats[:-1], rng.choice([1, 8]))
+        parts = [buffers.array(attn, dtype), buffers.array(own, stats_dtype), buffers.array(own, stats_dtype)]
         return [part if rng.random() > 0.02 else anything(rng, buffers) for part in parts]
 
     lengths = sorted(rng.randrange(S + 1) for _ in range(rng.randrange(3)))
@@ -142,7 +143,10 @@ def call(number):
     for name in list(options):
         if rng.random() < 0.02:
             options[name] = anything(rng, buffers)
-    kind = rng.choice(["update"] * 4 + ["merge"] * 3 + ["stream"] * 2 + ["from_lse", "lse", "reorder", "explain", "compat", "threads"])
+    kind = rng.choice(
+        ["update"] * 4 + ["merge"] * 3 + ["stream", "pairs"] * 2
+        + ["from_lse", "from_max_sum", "lse", "reorder", "explain", "compat", "threads"]
+    )  # fmt: skip
     states = [state() for _ in range(2 if kind != "merge" else rng.choice([1, 2, 3, 4, 9]))]
     if rng.random() < 0.05:  # aliasing
         states[-1][rng.randrange(3)] = states[0][rng.randrange(3)]
@@ -156,8 +160,30 @@ def call(number):
             return rau.ring_attention_update(*states[0], *states[1], lengths, out=out, **options)
     elif kind == "merge":
         given = rng.choice([states, states, tuple(states), anything(rng, buffers)])
+        statistics = rng.choice([True, True, True, False, False, anything(rng, buffers)])
+        if statistics is False and writes:
+            out = writes[0]
+            del writes[1:]
         def make():
-            return rau.merge_states(given, lengths, out=out, **options)
+            return rau.merge_states(given, lengths, out=out, statistics=statistics, **options)
+    elif kind == "pairs":
+        axes = rng.choice([None, "BNS", "BSN", "TN", "NT"])
+        turned = (lambda shape: (*shape[:-2], shape[-1], shape[-2])) if axes in ("BSN", "NT") else lambda shape: shape
+        pairs = [(part[0], buffers.array(turned(stats[:-1]), stats_dtype)) for part in states]
+        if out is not None:
+            out = rng.choice([pairs[0], pairs[-1], (writes or [None])[0], (buffers.array(attn, dtype), pairs[0][1])])
+            writes = list(out) if isinstance(out, tuple) else []
+        how = {name: options[name] for name in ("layout", "check", "backend")}
+        how |= {"base": rng.choice(["e", "2"]), "lse_layout": axes, "inf_is_empty": rng.random() < 0.3, "heads": rng.choice([None, N, 3])}
+        def make():
+            return rau.merge_lse(rng.choice([pairs, tuple(pairs)]), out=out, **how)
+    elif kind == "from_max_sum":
+        own = rng.choice([stats, stats[:-1], stats[:-1][::-1]])
+        rows = [buffers.array(own, stats_dtype) for _ in range(2)]
+        how = {"base": rng.choice(["e", "2", anything(rng, buffers)]), "layout": options["layout"], "heads": rng.choice([None, N, 3])}
+        how |= {"stats_layout": rng.choice([None, "BNS", "BSN", "TN", "NT"]), "lanes": rng.choice([1, 8, anything(rng, buffers)])}
+        def make():
+            return rau.AttentionState.from_max_sum(states[0][0], *rows, **how)
     elif kind == "stream":
         wanted = rng.choice([None, "float16", "float32", np.float64, anything(rng, buffers)])
         tokens = rng.choice([None, None, "front", "back", slice(0, 1), slice(None, None, 2), slice(1, None, -1), anything(rng, buffers)])
@@ -207,10 +233,12 @@ def call(number):
         def judge(result):
             if any(copy is None for copy in copies) or (kind == "merge" and given is not states and given != tuple(states)):
                 return ""
-            comparison = compare(
-                [host(part) for part in result],
-                oracle(copies, None if lengths is None else np.asarray(host(lengths)), layout, softmax_layout=options["softmax_layout"]),
-            )
+            # The result has the lanes of `out`, where that is given; lane 0 is what counts.
+            copies[0][1:] = [np.repeat(part[..., :1], result[1].shape[-1] if isinstance(result, tuple) else 1, -1) for part in copies[0][1:]]
+            where = None if lengths is None else np.asarray(host(lengths)), layout
+            if not isinstance(result, tuple):  # the output alone: what it is judged with is judged where it is a result
+                result = result, *rau.merge_states(copies, *where, softmax_layout=options["softmax_layout"], backend="numpy")[1:]
+            comparison = compare([host(part) for part in result], oracle(copies, *where, softmax_layout=options["softmax_layout"]))
             return "; ".join(comparison.problems)
     return make, buffers, writes, judge, f"{kind}, {layout}, B {B}, S {S}, N {N}, D {D}, {np.dtype(dtype).name}, {lanes} lanes, {options}"
 

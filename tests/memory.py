@@ -137,6 +137,8 @@ for _backend in ("cython", "numpy"):
     _add(f"{_backend}, TND, packed", T_TWO, np.array(QLEN), "TND", softmax_layout="SBH", backend=_backend)
     _add(f"{_backend}, three states", THREE, function="merge_states", backend=_backend)
     _add(f"{_backend}, three states, out", THREE, function="merge_states", out=sbh(seed=3), backend=_backend)
+    _add(f"{_backend}, the output alone", THREE, function="merge_states", statistics=False, backend=_backend)
+    _add(f"{_backend}, 1 lane beside 8", [*TWO, sbh(lanes=1)], function="merge_states", backend=_backend)
     _add(f"{_backend}, bfloat16", [sbh(dtype="bfloat16", seed=seed) for seed in range(2)], backend=_backend)
     _wide = [sbh(D=16, lanes=16, seed=seed) for seed in range(2)]
     _add(f"{_backend}, strided", [rau.AttentionState(*(part[..., ::2] for part in one)) for one in _wide], backend=_backend)
@@ -153,6 +155,18 @@ KINDS["explain"] = lambda: (lambda: str(rau.explain(*TWO[0], *TWO[1])), _flat(*T
 def from_lse():
     attn_out, lse = sbh()[0], np.ones((2, 3, 4), "f4")
     return lambda: [rau.AttentionState.from_lse(attn_out, lse, base=base).lse(base=base) for base in "e2"], [attn_out, lse]
+
+
+@kind
+def from_max_sum():
+    attn_out, rows = sbh()[0], np.ones((2, 3, 4), "f4")
+    return lambda: [rau.AttentionState.from_max_sum(attn_out, rows, rows, base=base) for base in "e2"], [attn_out, rows]
+
+
+@kind
+def pairs_in_place():
+    pairs = [(sbh(seed=seed)[0], np.ones((2, 3, 4), "f4")) for seed in range(2)]
+    return lambda: rau.merge_lse(pairs, base="e", out=pairs[0]), [part for pair in pairs for part in pair]
 
 
 @kind

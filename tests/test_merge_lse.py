@@ -176,3 +176,10 @@ def test_a_gradient_to_outputs_and_log_sum_exps():
     arrays = [tuple(part.clone().requires_grad_() for part in pair) for pair in given]
     with pytest.raises(rau.UnsupportedError, match="out is given"):
         rau.merge_lse(arrays, **GOOD, out=tuple(part.clone() for part in given[0]))
+
+
+def test_pairs_of_two_libraries_are_told(backend):
+    torch = pytest.importorskip("torch")
+    first, second = pairs(("TND", "TN"), 2)
+    with pytest.raises(rau.DTypeError, match="attn_out of pairs.1. is a torch array and attn_out of pairs.0. a numpy one"):
+        rau.merge_lse([first, tuple(map(torch.from_numpy, second))], **GOOD, out=first, backend=backend)
