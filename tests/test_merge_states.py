@@ -143,6 +143,16 @@ def test_states_of_1_and_8_lanes_are_merged_together(any_backend, lanes, layout)
         same(on_host(backend, out), into)
 
 
+def test_unequal_lanes_are_seen_beside_1_lane():
+    """Though only one of them is given to the backend."""
+    first, second = states(2)
+    unequal = second.softmax_max.copy()
+    unequal[0, 1, 2, 5] += 1
+    with pytest.raises(rau.ConstraintError, match=r"states\[1\]\.softmax_max\[0, 1, 2, 5\]") as caught:
+        rau.merge_states([one_lane(first), second._replace(softmax_max=unequal)], check="values")
+    assert "value-lanes" in caught.value.rules
+
+
 def test_a_lane_of_an_input_is_no_place_for_1_lane():
     """Lane 1 is not read, and yet part of an input; with lane 0 its lanes would no longer be equal."""
     first, second = states(2)

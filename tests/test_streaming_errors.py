@@ -58,7 +58,7 @@ WRONG = {
         "softmax_max has shape (2, 4, 6, 8); for the running attn_out",
     ),
     "other lanes": (
-        sbh(lanes=1), {}, rau.ShapeError, "softmax_max has shape (2, 2, 6, 1); for the running attn_out of shape (6, 2, 8)",
+        sbh(lanes=2), {}, rau.ShapeError, "softmax_max has shape (2, 2, 6, 2); for the running attn_out of shape (6, 2, 8)",
     ),
     "float64 into float32": (
         sbh(dtype="float64"), {}, rau.DTypeError,

@@ -125,7 +125,7 @@ def bind(
     in_place = into is not None and check_out(report, kind, states, into, names, found, (dtype, stats_dtype), packed)
     report.raise_if_broken()
     if options.check != "metadata":
-        check_values(report, kind, regular, names, options.check)
+        check_values(report, kind, states, names, options.check)
         report.raise_if_broken()
         check_memory(report, kind, states, regular, names)
         report.raise_if_broken()
