@@ -2,7 +2,8 @@
 
 Long sequences do not fit on one accelerator, so attention is computed in pieces and the pieces are merged. This
 package does that merge. Start with :func:`merge_lse` if your kernel returns (out, lse), with :func:`merge_states` and
-:meth:`AttentionState.from_lse` if you go on to merge what comes out, or with :func:`ring_attention_update` if it returns the softmax's max and sum.
+:meth:`AttentionState.from_lse` if you go on to merge what comes out, or with :func:`ring_attention_update` if it returns
+the softmax's max and sum.
 """
 
 from __future__ import annotations

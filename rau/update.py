@@ -182,8 +182,9 @@ def merge_states(
     Parameters
     ----------
     states : list or tuple of AttentionState, or AttentionState
-        At least one state. All have the first one's shapes, though the statistics may have 1 lane in some and 8 in others;
-        later outputs may be 16-bit where the first is float32. Or a single triple whose three arrays hold K states along a new first axis: (K, S, B, H) and (K, B, N, S, 8), for example.
+        At least one state. All have the first one's shapes, though the statistics may have 1 lane in some and 8 in
+        others; later outputs may be 16-bit where the first is float32. Or a single triple whose three arrays hold K
+        states along a new first axis: (K, S, B, H) and (K, B, N, S, 8), for example.
     statistics : bool, default True
         False for the output alone, where nobody goes on to merge it: the last merge of a ring, a decode step. No statistics
         are then allocated or written, by the backends of this package.

@@ -184,11 +184,10 @@ def merge(states, lengths, sequences: tl.int64, steps: tl.int64, middles: tl.int
         Lengths of the middle and the inner axis; tiles of ROWS along the inner one.
     head_dim : int64
     K, FIRST, LATER, STATS, LANES, ALIGNED, PACKED, HALF, ROWS, GROUP, BLOCK_D, BY_INTEGERS
-        States; dtypes of the first state and the result, of later states, of statistics; lanes of the result, 0 where it has no
-        statistics; whether every row of
-        elements, and of 8 lanes in the result, stands at a multiple of 16 bytes; whether statistics are packed; which half
-        of the first state and the result is meant, "" for all; rows of a program, of those whose elements are in registers
-        together, and how many elements of each; see :func:`_narrow`.
+        States; dtypes of the first state and the result, of later states, of statistics; lanes of the result, 0 where it has
+        no statistics; whether every row of elements, and of 8 lanes in the result, stands at a multiple of 16 bytes; whether
+        statistics are packed; which half of the first state and the result is meant, "" for all; rows of a program, of those
+        whose elements are in registers together, and how many elements of each; see :func:`_narrow`.
     """
     program = tl.program_id(0).to(tl.int64)
     middle = program % middles

@@ -118,7 +118,8 @@ class LSEBackend(Backend):
             target[...] = self._tokens_apart(merged, target.shape)
             lse = self._tokens_apart(lse, target.shape[:-1])
             lse = _stats_by_tokens(lse, problem.layout, back=True)
-            maximum, total = statistics(reordered(lse, lengths, "SBH") if packed else lse, None, problem.stats_dtype, base, problem.lanes)
+            lse = reordered(lse, lengths, "SBH") if packed else lse
+            maximum, total = statistics(lse, None, problem.stats_dtype, base, problem.lanes)
             out.softmax_max[...] = maximum
             out.softmax_sum[...] = total
         return out

@@ -32,7 +32,10 @@ def check_out(
     dtypes: tuple[str, str],
     packed: bool,
 ) -> bool:
-    """Check the arrays to write into, a state's or its output alone; return whether the call is in place: an output stands on an input."""
+    """Check the arrays to write into, a state's or its output alone.
+
+    Returns whether the call is in place: an output stands on an input.
+    """
     broken = len(report.broken)
     device = kind.device(states[0][0])
     for field, array in enumerate(out):

@@ -154,8 +154,8 @@ class StreamingMerge:
             Attention output over some keys, in the layout; float64 where the first one was. It need not be contiguous
             and is not kept.
         softmax_max, softmax_sum : array, float32 (float64 with a float64 output)
-            Its statistics: (B, N, S, 8), or (T, N, 8) in "TND"; 1 lane will do as well in profile "portable". The running ones
-        have as many as the first.
+            Its statistics: (B, N, S, 8), or (T, N, 8) in "TND"; 1 lane will do as well in profile "portable". The running
+            ones have as many as the first.
         tokens : slice or {"front", "back"}, optional
             Which tokens the partial state covers; all by default. A slice along the token axis, in the layouts SBH,
             BSND and BNSD. "front" and "back" are the first and the second half of every sequence, in all layouts and both
