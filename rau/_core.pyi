@@ -24,6 +24,7 @@ def merge(
     heads: int,
     head_dim: int,
     lanes: int,
+    statistics: bool,
     in_place: bool,
     threads: int,
 ) -> None: ...

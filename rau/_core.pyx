@@ -164,7 +164,8 @@ def build():
 
 
 def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:, ::1] terms, tuple arrays, str dtype,
-          str cur_dtype, Py_ssize_t heads, Py_ssize_t head_dim, Py_ssize_t lanes, bint in_place, Py_ssize_t threads):
+          str cur_dtype, Py_ssize_t heads, Py_ssize_t head_dim, Py_ssize_t lanes, bint statistics, bint in_place,
+          Py_ssize_t threads):
     """Merge K states.
 
     Parameters
@@ -172,11 +173,12 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
     starts, lengths, terms : int64, shapes (blocks,), (blocks,), (3, 2 + 9 * (K + 1))
         The blocks: a rau.layouts.BlockTerms.
     arrays : tuple of 3 * (K + 1) ndarrays, or tensors with a data_ptr
-        attn_out, softmax_max, softmax_sum of each input, then of the result; no lanes, None in place of its statistics.
+        attn_out, softmax_max, softmax_sum of each input, then of the result.
     dtype, cur_dtype : str
         Of the first state and the result; of the later states.
     heads, head_dim, lanes : int
-        Lanes of the result's statistics; 0: it has none.
+    statistics : bool
+        Whether the result has any; if not, None stands in their places.
     in_place : bool
         The result stands on an input: it is in the cache when it is written.
     threads : int
@@ -195,7 +197,8 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
         tokens += _entry(&call, i, 0)
     if tokens == 0 or heads == 0:
         return
-    call.tokens, call.states, call.heads, call.head_dim, call.lanes = tokens, states, heads, head_dim, lanes
+    call.tokens, call.states, call.heads, call.head_dim = tokens, states, heads, head_dim
+    call.lanes = lanes if statistics else 0  # that are written
     cdef int first = _FORMATS[dtype], later = _FORMATS[cur_dtype]
     call.first_item, call.later_item = RAU_ITEM(first), RAU_ITEM(later)
     cdef bint wide = dtype == "float64"
@@ -208,7 +211,7 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
     call.tile_tokens = min(max(rows // call.tile_heads, 1), TILE_TOKENS, tokens)
 
     row_bytes = head_dim * (2 * call.first_item + (states - 1) * call.later_item)
-    row_bytes += 2 * (states + 1) * max(lanes, 1) * call.stats_item
+    row_bytes += 2 * (states + statistics) * lanes * call.stats_item
     bytes_ = tokens * heads * row_bytes
     call.stream = not in_place and tokens * heads * head_dim * call.first_item > _tuning.stream_bytes
     call.rows_ahead = _tuning.rows_ahead
@@ -240,7 +243,7 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
                 continue
             # What was checked may have been changed since, by a log handler or another thread: seen for the last time here,
             # where nobody else can run.
-            elements = tokens * heads * (max(lanes, 1) if i % 3 else head_dim)
+            elements = tokens * heads * (lanes if i % 3 else head_dim)
             if type(array) is _ndarray:
                 call.arrays[i] = data_of(array, &elements)
             else:

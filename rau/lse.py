@@ -38,6 +38,11 @@ def statistics(maximum: Any, total: Any, dtype: str, base: str, lanes: int) -> t
         natural = cast(maximum, xp.float64)
         if base == "2":
             natural = natural * _LN2
+        if total.dtype != own:  # and might be infinite or 0 there, though its logarithm is an ordinary number
+            fraction, exponent = xp.frexp(total)
+            far = xp.isfinite(total) & (abs(exponent) > 64)
+            total = xp.where(far, fraction, total)
+            natural = xp.where(far, natural + cast(exponent, xp.float64) * _LN2, natural)
         maximum = cast(natural, own)
         finite = xp.isfinite(natural)
         lost = xp.where(finite, natural, 0.0) - cast(xp.where(finite, maximum, 0.0), xp.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -109,9 +109,10 @@ class AttentionState(NamedTuple):
         Returns
         -------
         AttentionState
-            Its statistics are float32, or float64 with a float64 output, and not to be written to (read-only in NumPy): 8 lanes
-            have stride 0. For base "e" and an `lse` of that dtype softmax_max is a view of `lse` (with `inf_is_empty`, of a
-            copy of it), with softmax_sum = 1.
+            Its statistics are float32, or float64 with a float64 output; 8 lanes have stride 0. For base "e" and an `lse` of that
+            dtype softmax_max is a view of `lse` (with `inf_is_empty`, of a copy of it), with softmax_sum = 1. Do not write to
+            them, as a merge with ``out=`` this state would: NumPy refuses it, torch lets it overwrite `lse` with a maximum.
+            :func:`rau.merge_lse` merges into a pair (out, lse).
 
         Raises
         ------
@@ -151,7 +152,8 @@ class AttentionState(NamedTuple):
         check_base(report, base)
         axes = check_layouts(report, layout, lse_layout)
         lanes = check_lanes(report, lanes)
-        (state,) = states_of([(attn_out, lse)], report, _of_pair, base, layout, axes, inf_is_empty, heads, lanes)
+        names = (("attn_out", "lse"),)
+        (state,) = states_of([(attn_out, lse)], names, report, base, layout, axes, inf_is_empty, heads, lanes)
         return state if cls is AttentionState else cls(*state)
 
     @classmethod
@@ -172,11 +174,11 @@ class AttentionState(NamedTuple):
         Parameters
         ----------
         attn_out : ndarray or torch.Tensor, float16, bfloat16, float32 or float64
-            In `layout`; it is taken as it is, not copied.
+            In `layout`, and divided by the sum, as kernels do it at their end; it is taken as it is, not copied.
         softmax_max : ndarray or torch.Tensor, float32 or float64 (float64 with a float64 output)
             Maximum m of each row of scores, in `stats_layout`; with 1 or 8 lanes on a last axis more, of which lane 0 is read,
             or without. On the device of `attn_out`.
-        softmax_sum : ndarray or torch.Tensor, shape and dtype of `softmax_max`
+        softmax_sum : ndarray or torch.Tensor, dtype of `softmax_max`, with or without lanes
             Sum of exp(score - m) over the row; to base 2, of 2**(score - m), which is the same number.
         base : {"e", "2"}
             What the scores were when the maximum was taken: "2" where they had been multiplied by log2(e), as in kernels that
@@ -223,6 +225,7 @@ class AttentionState(NamedTuple):
         wide = out is not None and out.dtype == "float64"
         dtypes = ("float64",) if wide else ("float32", "float64")
         rows: list[Any] = []
+        dtype = ""
         for name, array in (("softmax_max", softmax_max), ("softmax_sum", softmax_sum)):
             its = check_array(report, name, array, "dtype-stats", dtypes)
             if out is None or its is None:
@@ -232,9 +235,10 @@ class AttentionState(NamedTuple):
                 check_float64(report, name, array, its)
             if axes:
                 array = array[..., 0] if array.ndim == len(axes) + 1 and array.shape[-1] in (1, 8) else array
-                check_shapes(report, attn_out, array, layout, axes, number, name, "stats_layout")
-            if rows and array.dtype != rows[0].dtype:
+                check_shapes(report, attn_out, array, layout, axes, number, name=name, option="stats_layout")
+            if rows and its.dtype != dtype:
                 report.add("dtype-stats", f"softmax_sum has dtype {its.dtype}; expected that of softmax_max.")
+            dtype = its.dtype
             rows.append(array)
         report.raise_if_broken()
         with _silent(softmax_max):
@@ -323,14 +327,10 @@ class AttentionState(NamedTuple):
         return arranged(result, axes)
 
 
-def _of_pair(pair: int, what: str) -> str:
-    return what
-
-
 def states_of(
     pairs: Sequence[Sequence[Any]],
+    names: Sequence[tuple[str, str]],
     report: Violations,
-    names: Callable[[int, str], str],
     base: str,
     layout: str,
     axes: str,
@@ -340,13 +340,12 @@ def states_of(
 ) -> list[AttentionState]:
     """Make states of pairs (attn_out, lse), as :meth:`AttentionState.from_lse` says, or raise what `report` then holds.
 
-    `names` gives the caller's name of "attn_out" or "lse" of a pair. `base` was checked; `axes` and `lanes` are what the checks of
-    them returned.
+    `names` are the caller's, of the arrays of each pair. `base` was checked; `axes` and `lanes` are what the checks of them
+    returned.
     """
     number = check_heads(report, heads)
     dtypes = []
-    for k, (attn_out, lse) in enumerate(pairs):
-        out_name, name = names(k, "attn_out"), names(k, "lse")
+    for (attn_out, lse), (out_name, name) in zip(pairs, names, strict=True):
         out = check_array(report, out_name, attn_out, "dtype-attn", tuple(ITEMSIZE))
         wide = out is not None and out.dtype == "float64"
         its = check_array(report, name, lse, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
@@ -356,7 +355,7 @@ def states_of(
             if its.dtype == "float64" or (isinstance(base, str) and base == "2"):
                 check_float64(report, name, lse, its)
             if axes:
-                check_shapes(report, attn_out, lse, layout, axes, number, name)
+                check_shapes(report, attn_out, lse, layout, axes, number, out_name, name)
     report.raise_if_broken()
     states = []
     for (attn_out, lse), dtype in zip(pairs, dtypes, strict=True):

@@ -7,7 +7,7 @@ the validator in their fake functions, at run time the whole call in their kerne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -48,6 +48,15 @@ def wanted(states: Sequence[Sequence[Any]]) -> bool:
     return found
 
 
+def refuse_out(call: str) -> NoReturn:
+    """Say that nothing is written into where there is a graph."""
+    raise UnsupportedError(
+        f"{call}: out is given, and the inputs require grad or are being traced (compile, export, functorch); an "
+        "output that is written into has no gradient and no place in a graph. Leave out=None, or call under "
+        "torch.no_grad() outside of tracing."
+    )
+
+
 def through_operator(
     call: str, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, options: Options, out: Any, backend: Any
 ) -> Triple:
@@ -57,11 +66,7 @@ def through_operator(
     forward-mode AD.
     """
     if out is not None:
-        raise UnsupportedError(
-            f"{call}: out is given, and the inputs require grad or are being traced (compile, export, functorch); an "
-            "output that is written into has no gradient and no place in a graph. Leave out=None, or call under "
-            "torch.no_grad() outside of tracing."
-        )
+        refuse_out(call)
     if backend is not None and not isinstance(backend, str):
         raise UnsupportedError(f"{call}: backend is a {type(backend).__name__}; expected a name where torch traces the call")
     for state in states:

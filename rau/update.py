@@ -9,10 +9,10 @@ from typing import Any, Literal, overload
 from rau.arrays import kind_of
 from rau.call import run
 from rau.constraints import Options
-from rau.constraints.lse_arguments import check_base, check_layouts, check_lse_out, check_pairs
+from rau.constraints.options import check_statistics
+from rau.constraints.lse_arguments import check_base, check_layouts, check_pair_out, check_pairs
 from rau.constraints.rules import Violations
 from rau.constraints.stacked import as_states
-from rau.lse import arranged
 from rau.state import AttentionState, states_of
 
 
@@ -50,6 +50,7 @@ def ring_attention_update(
     cur_attn_out : array, shape and dtype of `prev_attn_out`
         The second part; in profile "portable" it may be 16-bit where `prev_attn_out` is float32.
     cur_softmax_max, cur_softmax_sum : array, shape and dtype of `prev_softmax_max`
+        In profile "portable" of 1 or 8 lanes, whatever the others have.
     actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
         Cumulative sequence lengths in tokens, non-decreasing from 0 to T; padding at the buffer's end is a sequence of its
         own. Read in layout "TND" only; required there, except for token-major statistics in profile "portable", where int32
@@ -60,8 +61,8 @@ def ring_attention_update(
         Order of the statistics in layout "TND": "TND" token-major, the statistic of token t and head n at [t, n];
         "SBH" packed per sequence, as the vendor's kernels emit it. Mixing them up raises no error: read the Notes.
     out : triple of arrays, optional
-        Arrays to write into, of the shapes and dtypes of the `prev` arrays; they may be the `prev` (or `cur`) arrays
-        themselves, which makes the update in place. Any other overlap is refused. What Ctrl-C, or another thread, can do to
+        Arrays to write into, of the shapes and dtypes of the `prev` arrays (in profile "portable" of 1 or 8 lanes); they may
+        be the `prev` (or `cur`) arrays themselves, which makes the update in place. Any other overlap is refused. What Ctrl-C, or another thread, can do to
         them meanwhile is in docs/reliability.md.
     backend : str or Backend, optional
         The backend that computes. Default: `use_backend`, then the environment variable ``RAU_BACKEND``, then the best one
@@ -76,8 +77,8 @@ def ring_attention_update(
     Returns
     -------
     AttentionState
-        (attn_out, softmax_max, softmax_sum), each with the shape and dtype of its `prev` counterpart, 8 equal lanes in the
-        statistics; the arrays of `out` where it was given.
+        (attn_out, softmax_max, softmax_sum), each with the shape and dtype of its `prev` counterpart, the lanes of the
+        statistics equal; the arrays of `out` where it was given.
 
     Raises
     ------
@@ -157,7 +158,7 @@ def merge_states(
     layout: str = "SBH",
     *,
     softmax_layout: str = "TND",
-    statistics: Literal[False],
+    statistics: bool,
     out: Any = None,
     backend: Any = None,
     profile: str = "portable",
@@ -221,9 +222,10 @@ def merge_states(
     >>> rau.merge_states(parts).attn_out.item()
     7.0
     """
+    check_statistics(Violations("merge_states"), statistics, out)
     states = as_states(states, layout)
     options = Options(layout, softmax_layout, profile, check, statistics)
-    if statistics is not False:
+    if statistics:
         return _call("merge_states", states, actual_seq_qlen, options, out, backend)
     return _call("merge_states", states, actual_seq_qlen, options, None if out is None else (out,), backend).attn_out
 
@@ -238,7 +240,6 @@ def merge_lse(
     heads: int | None = None,
     out: Any = None,
     backend: Any = None,
-    check: str = "metadata",
 ) -> tuple[Any, Any]:
     """Merge partial attention outputs and their log-sum-exps, as most kernels return them, into one of each.
 
@@ -254,8 +255,9 @@ def merge_lse(
         As in :meth:`AttentionState.from_lse`; of all pairs.
     out : pair of arrays, optional
         Arrays to write into: an output of the first one's shape and dtype, and a log-sum-exp of the dtype that the result has.
-        They may be those of a pair themselves, which makes the merge in place. Any other overlap is refused.
-    backend, check
+        They may be those of a pair themselves, which makes the merge in place (unless its log-sum-exp is float64 beside a
+        narrower output). Any other overlap is refused.
+    backend
         As in :func:`merge_states`.
 
     Returns
@@ -275,6 +277,8 @@ def merge_lse(
     log-sum-exp is rounded to float32 at each step, which changes weights by up to abs(lse) * 2**-24, a relative error:
     :class:`StreamingMerge` does not lose that.
 
+    Its states have 1 lane, which the vendor's operator does not take. In place, temporaries take some 50 bytes a row.
+
     Examples
     --------
     >>> import numpy as np, rau
@@ -289,25 +293,32 @@ def merge_lse(
     check_base(report, base)
     axes = check_layouts(report, layout, lse_layout)
     check_pairs(report, pairs, out)
-    states = states_of(pairs, report, _of_pair, base, layout, axes, inf_is_empty, heads, 1)
-    options = Options(layout, "TND", "portable", check)
+    names = [(f"pairs[{k}][0]", f"pairs[{k}][1]") for k in range(len(pairs))]
+    states = states_of(pairs, names, report, base, layout, axes, inf_is_empty, heads, 1)
+    options = Options(layout, "TND", "portable", "metadata")
+    how: dict[str, Any] = {"base": base, "layout": layout, "lse_layout": lse_layout}
     if out is None:
         merged = _call("merge_lse", states, None, options, None, backend)
-        return merged.attn_out, merged.lse(base=base, layout=layout, lse_layout=lse_layout)
-    attn_out, lse = out
-    check_lse_out(report, lse, [pair[1] for pair in pairs], states[0], layout, axes)
-    # The maximum is merged into the place of the log-sum-exp, which so meets what every output meets.
-    kind = kind_of(lse)
+        return merged.attn_out, merged.lse(**how)
+    _refuse_graph("merge_lse", states)
+    check_pair_out(report, out, pairs, names, states[0], layout, axes)
+    # The log-sum-exp first, as the merge of outputs without an element: once an output is written, nothing may fail.
+    rows = [state._replace(attn_out=state.attn_out[..., :0]) for state in states]
+    lse = _call("merge_lse", rows, None, options, None, backend).lse(**how)
+    _call("merge_lse", states, None, options._replace(statistics=False), out[:1], backend)
+    kind = kind_of(out[1])
     assert kind is not None  # as was just checked
-    place = arranged(lse, axes)[..., None]
-    total = kind.full(lse, tuple(place.shape), kind.dtype(lse), 0.0)
-    merged = _call("merge_lse", states, None, options, (attn_out, place, total), backend)
-    lse[...] = merged.lse(base=base, layout=layout, lse_layout=lse_layout)
-    return attn_out, lse
+    kind.assign(out[1], lse)
+    return out[0], out[1]
 
 
-def _of_pair(pair: int, what: str) -> str:
-    return f"{what} of pairs[{pair}]"
+def _refuse_graph(call: str, states: Sequence[Sequence[Any]]) -> None:
+    """Refuse `out` where torch traces a call or wants a gradient of it, before anything is asked of the arrays."""
+    if "torch" in sys.modules:
+        from rau import torch_op  # imports torch, which is loaded by now
+
+        if torch_op.wanted(states):
+            torch_op.refuse_out(call)
 
 
 def _call(

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
@@ -106,6 +107,42 @@ def test_lanes_of_arrays_of_ones_own_are_as_many_everywhere(loopback):
     (first, _), (_, second) = ([AttentionState(*map(loopback.asarray, state)) for state in pair] for pair in states)
     with pytest.raises(ShapeError, match=r"states\[1\]\.softmax_max .* 8 lane\(s\); expected as many"):
         merge_states([first, second], backend=loopback)
+
+
+class Alone(Plain):
+    """Leaves statistics out, and is wrong only then, where `wrong` says so."""
+
+    capabilities = replace(Plain.capabilities, without_statistics=True)
+    wrong = staticmethod(lambda problem: False)
+
+    def merge(self, problem, states, out):
+        result = registry.get("numpy").merge(problem, states, out)
+        if not problem.statistics and self.wrong(problem):
+            result.attn_out[...] = 0
+        return result
+
+    def update(self, problem, prev, cur, out):
+        return self.merge(problem, (prev, cur), out)
+
+
+@pytest.mark.parametrize("what", [None, "K", "lanes", "packed", "statistics"])
+def test_an_output_alone_that_is_wrong_is_found(what):
+    wrongs = {
+        None: lambda problem: False, "K": lambda problem: problem.K > 2, "lanes": lambda problem: problem.lanes == 1,
+        "packed": lambda problem: problem.packed,
+    }  # fmt: skip
+
+    class Mine(Alone):
+        wrong = staticmethod(wrongs.get(what, wrongs[None]))
+
+    if what == "statistics":  # which it says that it leaves out
+        Mine.merge = lambda self, problem, states, out: rau_state(Alone.merge(self, problem, states, out), states)
+    report = check_backend(Mine(), select="algebra/output-alone-float32")
+    assert bool(report.failures) == (what is not None), str(report)
+
+
+def rau_state(result, states):
+    return result if result.softmax_max is not None else result._replace(softmax_max=states[0][1], softmax_sum=states[0][2])
 
 
 def test_arrays_of_ones_own_are_refused_by_others(loopback):

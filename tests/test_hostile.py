@@ -144,17 +144,26 @@ def test_a_subclass_that_is_written_into_comes_back_itself():
 
 
 @needs_core
-def test_an_array_that_is_resized_after_it_was_checked():
+@pytest.mark.parametrize(
+    ("shrunk", "call"),
+    [
+        ("prev[0].resize((1, 1, 1), refcheck=False)", 'rau.ring_attention_update(*prev, *cur, backend="cython")'),
+        # As many lanes are counted where none are written.
+        ("cur[2].resize((1, 2, 40_000, 1), refcheck=False)",
+         'rau.merge_states([prev, cur], statistics=False, backend="cython")'),
+    ],
+)  # fmt: skip
+def test_an_array_that_is_resized_after_it_was_checked(shrunk, call):
     """By a log handler here, which runs between check and use."""
-    code = """
+    code = f"""
         import logging, rau
         prev, cur = state(40_000, 2, 64), state(40_000, 2, 64, seed=1)
         class Handler(logging.Handler):
             def emit(self, record):
-                prev[0].resize((1, 1, 1), refcheck=False)
+                {shrunk}
         logging.getLogger("rau").setLevel(logging.DEBUG); logging.getLogger("rau").addHandler(Handler())
         try:
-            rau.ring_attention_update(*prev, *cur, backend="cython")
+            {call}
         except ValueError as error:
             print(error)
     """

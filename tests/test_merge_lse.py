@@ -101,19 +101,25 @@ GOOD = {"layout": "TND", "lse_layout": "TN", "base": "e"}
         ([], {}, ("states",), "merge_lse: [states] pairs is empty; expected a list of pairs (attn_out, lse), at least one."),
         (None, {}, ("states",), "pairs is None; expected a list of pairs"),
         (pairs(("TND", "TN"), 1)[0], {}, ("states",), "pairs is one pair of arrays; expected a list of pairs (attn_out, lse): pass"),
-        ([(1, 2, 3)], {}, ("states",), "pairs[0] has 3 items; expected a list of pairs (attn_out, lse). States are for rau.merge_"),
+        ([(1, 2, 3)], {}, ("states",), "pairs[0] has 3 items; expected a pair (attn_out, lse). States are for rau.merge_states."),
         (None, {"base": "10"}, ("base", "states"), "pairs is None"),
         ("two", {"base": "10"}, ("base",), "base = '10'"),
         ("two", {"lse_layout": None}, ("lse-layout",), "lse_layout is None"),
-        ("two", {"lse_layout": "NT"}, ("shape-stats",) * 2, "lse of pairs[1] has shape (5, 4); for attn_out of shape"),
-        ("two", {"out": np.zeros((5, 4, 6), "f4")}, ("out",), "; expected a pair (attn_out, lse) of arrays to write into."),
-        ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.zeros((4, 5), "f4"))}, ("shape-stats",), "lse of out has shape (4, 5)"),
-        ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.zeros((5, 4), "f8"))}, ("out-dtype",), "lse of out has dtype float64; exp"),
-        ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.zeros(4, "f4"))}, ("rank",), "lse of out has shape (4,); lse_layout"),
-        ("two", {"out": (np.zeros((5, 4, 7), "f4"), np.zeros((5, 4), "f4"))}, ("out-shape",), "out.attn_out has shape (5, 4, 7)"),
+        ("two", {"lse_layout": "NT"}, ("shape-stats",) * 2, "pairs[1][1] has shape (5, 4); for pairs[1][0] of shape"),
+        ("two", {"out": np.zeros((5, 4, 6), "f4")}, ("out",), "; expected a pair (attn_out, lse)."),
+        ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.zeros((4, 5), "f4"))}, ("shape-stats",), "out[1] has shape (4, 5)"),
+        ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.zeros((5, 4), "f8"))}, ("out-dtype",), "out[1] has dtype float64; expected float32"),
+        ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.zeros(4, "f4"))}, ("rank",), "out[1] has shape (4,); lse_layout"),
+        ("two", {"out": (np.zeros((5, 4, 7), "f4"), np.zeros((5, 4), "f4"))}, ("out-shape",), "out has shape (5, 4, 7)"),
         ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.broadcast_to(np.zeros((), "f4"), (5, 4)))}, ("out-writable",),
-         "lse of out is read-only"),
+         "out[1] is read-only"),
         ("two", {"backend": "nobody"}, None, "nobody"),
+        ("two", {"heads": 3}, ("heads",) * 2, "pairs[1][0] has N = 4 heads"),
+        ([pairs(("TND", "TN"), 1)[0][::-1]], {}, ("rank",), "pairs[0][0] has shape (5, 4); layout \"TND\" expects (T, N, D). "
+         "The pair seems to be swapped."),
+        (AttentionState(1, 2, 3), {}, ("states",), "pairs is an AttentionState; expected a list of pairs (attn_out, lse). States"),
+        (pairs(("TND", "TN"), 1) * 65537, {}, ("states",), "pairs has 65537 pairs; expected a list of pairs (attn_out, lse), at "
+         "most 65536."),
     ],
 )  # fmt: skip
 def test_what_is_refused(given, changed, rules, says):
@@ -129,24 +135,96 @@ def test_what_is_refused(given, changed, rules, says):
 
 
 @pytest.mark.parametrize("base", ["e", "2"])
-def test_a_log_sum_exp_to_write_into_meets_no_part_of_another(base):
+@pytest.mark.parametrize("role", [0, 1])
+@pytest.mark.parametrize("other", [(0, 0), (0, 1), (1, 0), (1, 1), "out"])
+def test_what_is_written_into_meets_no_part_of_what_is_given(other, role, base):
     """To base 2 as well, where the states' maxima are arrays of their own."""
-    memory = np.zeros((6, 4), "f4")
-    first, second = pairs(("TND", "TN"), 2)
-    memory[:5] = first[1]
-    given = [(first[0], memory[:5]), second]
-    out = np.zeros((5, 4, 6), "f4"), memory[1:]
-    with pytest.raises(rau.ConstraintError, match=r"lse of out shares memory with lse of pairs\[0\]; expected separate"):
+    memory = np.zeros(6 * 4 * 6, "f4")
+    given = [list(pair) for pair in pairs(("TND", "TN"), 2)]
+    out = [np.zeros((5, 4, 6), "f4"), np.zeros((5, 4), "f4")]
+
+    def placed(array, start):
+        view = memory[start : start + array.size].reshape(array.shape)
+        view[...] = array
+        return view
+
+    name = "out[0]" if other == "out" else f"pairs[{other[0]}][{other[1]}]"
+    if other == "out":
+        out = [placed(out[0], 0), placed(out[1], 4)]
+        role = 1
+    else:
+        given[other[0]][other[1]] = placed(given[other[0]][other[1]], 0)
+        out[role] = memory[4 : 4 + out[role].size].reshape(out[role].shape)
+    before = memory.copy()
+    with pytest.raises(rau.ConstraintError) as caught:
         rau.merge_lse(given, **GOOD | {"base": base}, out=out)
-    assert not out[0].any()
-    np.testing.assert_array_equal(memory[:5], first[1])
+    assert f"out[{role}] shares memory with {name}; expected separate memory" in str(caught.value)
+    np.testing.assert_array_equal(memory, before)
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_all_places_of_a_pair(base):
+    """The output on one pair's, the log-sum-exp on another's."""
+    expected = rau.merge_lse(pairs(("TND", "TN"), 3), **GOOD | {"base": base})
+    for first in range(3):
+        for second in range(3):
+            given = pairs(("TND", "TN"), 3)
+            out = given[first][0], given[second][1]
+            rau.merge_lse(given, **GOOD | {"base": base}, out=out)
+            same(out, expected)
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_it_is_one_softmax(base, backend):
+    rng = np.random.default_rng(3)
+    scores, values = rng.normal(size=(5, 30)) * 9, rng.normal(size=(30, 6))
+    given = []
+    for keys in (slice(0, 11), slice(11, 12), slice(12, 30)):
+        p = np.exp(scores[:, keys] - scores.max())
+        lse = (np.log(p.sum(1)) + scores.max()) / (1 if base == "e" else np.log(2))
+        given.append(((p @ values[keys] / p.sum(1, keepdims=True))[:, None].astype("f4"), lse[:, None].astype("f4")))
+    out, lse = rau.merge_lse(given, **GOOD | {"base": base}, backend=backend)
+    p = np.exp(scores - scores.max(1, keepdims=True))
+    np.testing.assert_allclose(out[:, 0], p @ values / p.sum(1, keepdims=True), atol=1e-5)
+    natural = scores.max(1) + np.log(p.sum(1))
+    np.testing.assert_allclose(lse[:, 0], natural / (1 if base == "e" else np.log(2)), atol=1e-5)
+
+
+def test_nothing_fails_once_an_output_is_written(monkeypatch):
+    """All that takes memory comes before."""
+    from rau.arrays.numpy_ import NumPyKind
+
+    order = []
+    merge = rau.registry.get("numpy").merge
+    monkeypatch.setattr(rau.registry.get("numpy"), "merge", lambda problem, *rest: order.append(problem.D) or merge(problem, *rest))
+    lse = AttentionState.lse
+    monkeypatch.setattr(AttentionState, "lse", lambda *state, **how: order.append("lse") or lse(*state, **how))
+    assign = NumPyKind.assign
+    monkeypatch.setattr(NumPyKind, "assign", lambda *given: order.append("assign") or assign(*given))
+    given = pairs(("TND", "TN"), 2)
+    rau.merge_lse(given, **GOOD, out=given[0], backend="numpy")
+    assert order == [0, "lse", 6, "assign"]
+
+
+def test_tensors_of_inference_and_without_memory():
+    torch = pytest.importorskip("torch")
+    expected = rau.merge_lse(pairs(("TND", "TN"), 2), **GOOD)
+    with torch.inference_mode():
+        given = [tuple(map(torch.tensor, pair)) for pair in pairs(("TND", "TN"), 2)]
+    rau.merge_lse(given, **GOOD, out=given[0])
+    same([part.numpy() for part in given[0]], expected)
+    meta = [tuple(part.to("meta") for part in pair) for pair in given]
+    assert rau.merge_lse(meta, **GOOD, out=meta[0], backend="torch")[1].shape == (5, 4)
+    graph = torch.compile(lambda given: rau.merge_lse(given, **GOOD, out=given[0]), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="out is given, and the inputs require grad or are being traced"):
+        graph([tuple(part.clone() for part in pair) for pair in given])
 
 
 def test_a_pair_of_another_shape_is_named():
     first, second = pairs(("TND", "TN"), 1)[0], pairs(("TND", "NT"), 1)[0]
-    with pytest.raises(rau.ShapeError, match=r"lse of pairs\[1\] has shape \(4, 5\)"):
+    with pytest.raises(rau.ShapeError, match=r"pairs\[1\]\[1\] has shape \(4, 5\)"):
         rau.merge_lse([first, second], **GOOD)
-    with pytest.raises(rau.DTypeError, match=r"attn_out of pairs\[1\] has dtype float64 and attn_out of pairs\[0\] float32"):
+    with pytest.raises(rau.DTypeError, match=r"pairs\[1\]\[0\] has dtype float64 and pairs\[0\]\[0\] float32"):
         rau.merge_lse([first, pairs(("TND", "TN"), 1, "float64")[0]], **GOOD)
 
 
@@ -181,5 +259,5 @@ def test_a_gradient_to_outputs_and_log_sum_exps():
 def test_pairs_of_two_libraries_are_told(backend):
     torch = pytest.importorskip("torch")
     first, second = pairs(("TND", "TN"), 2)
-    with pytest.raises(rau.DTypeError, match="attn_out of pairs.1. is a torch array and attn_out of pairs.0. a numpy one"):
+    with pytest.raises(rau.DTypeError, match=r"pairs\[1\]\[0\] is a torch array and pairs\[0\]\[0\] a numpy one"):
         rau.merge_lse([first, tuple(map(torch.from_numpy, second))], **GOOD, out=first, backend=backend)

@@ -525,3 +525,17 @@ def test_what_from_max_sum_refuses(changed, rules, says):
         AttentionState.from_max_sum(**arguments)
     assert caught.value.rules == rules
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_sums_that_float32_does_not_have(base):
+    """Of a float64 sum the logarithm counts: beside a float32 output it goes into the maximum."""
+    sums = np.array([1e-60, 1e60, 1e300, 1e-300, 0.0, 2.0])[:, None]
+    maximum = np.full((6, 1), 200.0)
+    how = {"layout": "TND", "stats_layout": "TN", "base": base}
+    state = AttentionState.from_max_sum(np.ones((6, 1, 2), "f4"), maximum, sums, **how)
+    lse = 200 * (1 if base == "e" else math.log(2)) + np.log(np.where(sums == 0, 1, sums))
+    mine = state.lse(base="e", layout="TND", lse_layout="TN")
+    assert mine[4, 0] == -np.inf
+    np.testing.assert_allclose(np.delete(mine, 4, 0), np.delete(lse, 4, 0), rtol=2.0**-23)
+    assert (state.softmax_sum[[5], 0, 0] > 1).all(), "an ordinary one stays a sum"

@@ -338,3 +338,18 @@ def test_from_max_sum_on_tensors(base):
         grads = torch.autograd.grad(lse.sum(), tensors[1:])
         torch.testing.assert_close(grads[0], torch.full_like(grads[0], 1 if base == "e" else np.log(2)))
         torch.testing.assert_close(grads[1], 1 / tensors[2].detach())
+
+
+def test_sums_that_float32_does_not_have_on_tensors():
+    arrays = np.ones((4, 1, 2), "f4"), np.full((4, 1), 200.0), np.array([1e-60, 1e60, 1e300, 3.0])[:, None]
+    how = {"layout": "TND", "stats_layout": "TN", "base": "2"}
+    for mine, its in zip(AttentionState.from_max_sum(*map(torch.from_numpy, arrays), **how),
+                         AttentionState.from_max_sum(*arrays, **how), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(mine.numpy(), its)
+
+
+@pytest.mark.parametrize("statistics", [0, None, "no", np.False_])
+def test_whether_statistics_are_wanted_is_asked_before_there_is_a_graph(statistics):
+    state = [torch.ones(2, 1, 4, requires_grad=True), *(torch.ones(1, 1, 2, 1) for _ in range(2))]
+    with pytest.raises(rau.OptionError, match="statistics is"):
+        rau.merge_states([state], statistics=statistics)

@@ -64,6 +64,9 @@ class Kind(Protocol):
     def regular_copy(self, array: Any) -> Any:
         """Return a C-contiguous, aligned copy."""
 
+    def assign(self, array: Any, values: Any) -> None:
+        """Write values of the array's own shape and dtype into it; nothing is allocated."""
+
     def lanes(self, stats: Any, lanes: int) -> Any:
         """See statistics with a number of lanes, each of them lane 0."""
 

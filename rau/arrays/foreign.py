@@ -57,6 +57,9 @@ class ForeignKind:
     def regular_copy(self, array: Any) -> Any:
         return array
 
+    def assign(self, array: Any, values: Any) -> None:
+        raise NotImplementedError("nobody but its backend writes to it")
+
     def lanes(self, stats: Any, lanes: int) -> Any:
         raise NotImplementedError("nothing is known of its views")
 

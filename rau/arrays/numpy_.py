@@ -92,6 +92,9 @@ class NumPyKind:
     def regular_copy(self, array: np.ndarray) -> np.ndarray:
         return np.array(array, order="C", copy=True, subok=False)
 
+    def assign(self, array: np.ndarray, values: np.ndarray) -> None:
+        array[...] = values
+
     def lanes(self, stats: np.ndarray, lanes: int) -> np.ndarray:
         return np.broadcast_to(stats[..., :1], (*stats.shape[:-1], lanes))
 

@@ -164,6 +164,11 @@ class TorchKind:
         copy = array.resolve_neg().contiguous()
         return copy if _aligned(copy) else copy.clone()
 
+    def assign(self, array: Any, values: Any) -> None:
+        torch = sys.modules["torch"]
+        with torch.inference_mode() if array.is_inference() else torch.no_grad():  # which alone lets one write to such a tensor
+            array.copy_(values)
+
     def lanes(self, stats: Any, lanes: int) -> Any:
         return stats[..., :1].expand(*stats.shape[:-1], lanes)
 

@@ -160,7 +160,8 @@ class Capabilities:
         if problem.layout == "TND" and problem.softmax_layout not in self.softmax_layouts:
             reasons.append(f"softmax_layout {problem.softmax_layout} is not one of {', '.join(self.softmax_layouts)}")
         if problem.lanes not in self.lanes:
-            reasons.append(f"the number of lanes is {problem.lanes}, not {' or '.join(map(str, self.lanes))}")
+            more = ": AttentionState.from_lse(..., lanes=8) makes 8" if problem.lanes == 1 else ""
+            reasons.append(f"the number of lanes is {problem.lanes}, not {' or '.join(map(str, self.lanes))}{more}")
         if problem.in_place and not self.in_place:
             reasons.append("it does not write over its inputs")
         if problem.half is not None and not self.halves:
@@ -244,7 +245,8 @@ class Backend:
             The arrays, of the types in `capabilities`.
         out : AttentionState or None
             Arrays to fill, those of `prev` or `cur` themselves where the call is in place; None means to allocate. Torch has
-            been told that its tensors will be written.
+            been told that its tensors will be written. Where ``problem.statistics`` is False, which only a backend meets that
+            declares `without_statistics`, attn_out alone is wanted, and None stands for the statistics, here and in the result.
 
         Returns
         -------

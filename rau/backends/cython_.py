@@ -49,7 +49,6 @@ class CythonBackend(Backend):
             arrays = tuple(map(settled, arrays))
         blocks = problem.block_terms
         assert blocks is not None  # host arrays have their lengths on the host
-        lanes = problem.lanes if problem.statistics else 0
-        self._merge(*blocks, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, lanes, problem.in_place,
-                    get_num_threads())  # fmt: skip
+        self._merge(*blocks, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, problem.lanes,
+                    problem.statistics, problem.in_place, get_num_threads())  # fmt: skip
         return out

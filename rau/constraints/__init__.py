@@ -210,7 +210,7 @@ def _check_shapes(
     for k, state in enumerate(shapes):
         for field, shape in enumerate(state):
             if len(shape) != ranks[field > 0]:
-                report.add("rank", _wrong_rank(names(k, field), shape, layout, field > 0))
+                report.add("rank", _wrong_rank(names(k, field), shape, layout, field > 0, limits))
                 state[field] = None
     attn_shape, stats_shape, _ = shapes[0]
     if attn_shape is None or stats_shape is None:
@@ -274,12 +274,14 @@ def _same_lanes(
     ]
 
 
-def _wrong_rank(name: str, shape: tuple[int, ...], layout: str, stats: bool) -> str:
+def _wrong_rank(name: str, shape: tuple[int, ...], layout: str, stats: bool, limits: Profile) -> str:
     axes = LAYOUTS[layout]
-    form = axes.stats.format(lanes=8) if stats else axes.attn
+    form = axes.stats.format(lanes=" or ".join(map(str, limits.lanes))) if stats else axes.attn
     rank = form.count(",") + 1
     text = f'{name} has shape {shape}, {len(shape)} axes; layout "{layout}" expects {rank}: {form}.'
-    if stats and len(shape) == rank - 1:
+    if stats and len(shape) == rank - 1 and 1 in limits.lanes:
+        text += " The last axis has 1 lane, x[..., None], or one number written 8 times."
+    elif stats and len(shape) == rank - 1:
         text += " The last axis holds one number, written 8 times: numpy.repeat(x[..., None], 8, axis=-1)."
     return text
 

@@ -35,7 +35,6 @@ def signature(
     if not (
         type(layout) is type(softmax_layout) is type(profile) is type(check) is str
         and check == "metadata"
-        and type(statistics) is bool
         and (layout != "TND" or actual_seq_qlen is None)
     ):
         return None

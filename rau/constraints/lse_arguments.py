@@ -17,8 +17,9 @@ from rau.constraints.hints import another_dtype, described, not_an_array, swappe
 from rau.constraints.lengths import NAME
 from rau.constraints.options import check_layout
 from rau.constraints.rules import Violations
+from rau.constraints.stacked import MOST_STATES
 from rau.errors import shown
-from rau.layouts import LAYOUTS, LSE_LAYOUTS, OTHER_LSE_LAYOUTS, lse_layouts
+from rau.layouts import FIELDS, LAYOUTS, LSE_LAYOUTS, OTHER_LSE_LAYOUTS, lse_layouts
 
 
 def check_base(report: Violations, base: object) -> None:
@@ -137,81 +138,99 @@ def check_lanes(report: Violations, lanes: int) -> int:
 
 def check_pairs(report: Violations, pairs: Any, out: Any) -> None:
     """Check that these are pairs (attn_out, lse), at least one, and that `out` is one or None; raise at once if not."""
-    expected = "expected a list of pairs (attn_out, lse)"
-    if not isinstance(pairs, (list, tuple)) or not pairs:
-        got = f"is {described(pairs)}" if not isinstance(pairs, (list, tuple)) else "is empty"
-        report.add("states", f"pairs {got}; {expected}, at least one.")
+    several = isinstance(pairs, (list, tuple))
+    wrong = ""
+    if getattr(type(pairs), "_fields", ()) == FIELDS:
+        wrong = "is an AttentionState; {}. States are for rau.merge_states."
+    elif not several or not pairs:
+        wrong = f"is {'empty' if several else described(pairs)}; {{}}, at least one."
+    elif len(pairs) == 2 and all(map(looks_like_array, pairs)):
+        wrong = "is one pair of arrays; {}: pass [pair], or list(zip(*pair)) if it is stacked."
+    elif len(pairs) > MOST_STATES:
+        wrong = f"has {len(pairs)} pairs; {{}}, at most {MOST_STATES}. Merge groups of them, and then the results."
+    if wrong:
+        report.add("states", f"pairs {wrong.format('expected a list of pairs (attn_out, lse)')}")
         raise report.error()
-    if len(pairs) == 2 and all(map(looks_like_array, pairs)):
-        report.add("states", f"pairs is one pair of arrays; {expected}: pass [pair].")
-        raise report.error()
-    for k, pair in enumerate(pairs):
+    named = [(f"pairs[{k}]", pair) for k, pair in enumerate(pairs)]
+    for name, pair in named if out is None else [*named, ("out", out)]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             got = f"has {len(pair)} items" if isinstance(pair, (list, tuple)) else f"is {described(pair)}"
             hint = " States are for rau.merge_states." if isinstance(pair, (list, tuple)) and len(pair) == 3 else ""
-            report.add("states", f"pairs[{k}] {got}; {expected}.{hint}")
-    if out is not None and (not isinstance(out, (list, tuple)) or len(out) != 2):
-        got = f"has {len(out)} items" if isinstance(out, (list, tuple)) else f"is {described(out)}"
-        report.add("out", f"out {got}; expected a pair (attn_out, lse) of arrays to write into.")
+            report.add("out" if name == "out" else "states", f"{name} {got}; expected a pair (attn_out, lse).{hint}")
     report.raise_if_broken()
 
 
-def check_lse_out(
-    report: Violations, lse: Any, given: Sequence[Any], first: Sequence[Any], layout: str, axes: str
-) -> None:
-    """Check that a log-sum-exp can be written into an array, which may be one of those given, and meets no part of them.
+def check_pair_out(
+    report: Violations, out: Sequence[Any], pairs: Sequence[Sequence[Any]], names: Sequence[tuple[str, str]],
+    first: Sequence[Any], layout: str, axes: str,
+) -> None:  # fmt: skip
+    """Check a pair to write into: all of its log-sum-exp, and what both arrays share memory with.
 
-    `first` is the state of the first pair.
+    `names` are those of the arrays of `pairs`; `first` is the state of the first pair.
     """
     like = check_array(report, "", first[1], "dtype-stats")
     assert like is not None  # it was made by us
-    its = check_array(report, "lse of out", lse, "out-dtype", (like.dtype,))
-    if its is not None:
-        check_alike(report, "lse of out", its, "the pairs' lse", like)
-        check_shapes(report, first[0], lse, layout, axes, first[1].shape[LAYOUTS[layout].stats_head], "lse of out")
-        kind = kind_of(lse)
-        assert kind is not None  # check_array has seen to that
+    attn_out, lse = out
+    its, kind = check_array(report, "out[1]", lse, "out-dtype", (like.dtype,)), kind_of(lse)
+    if its is not None and kind is not None:
+        check_alike(report, "out[1]", its, names[0][1], like)
+        check_shapes(report, first[0], lse, layout, axes, first[1].shape[LAYOUTS[layout].stats_head], names[0][0], "out[1]")
         if not kind.writable(lse):
-            report.add("out-writable", "lse of out is read-only; expected an array that may be written to.")
-        if not report.broken:
-            mine = kind.memory(lse)
-            for k, other in enumerate(given):
-                its_kind = kind_of(other)
-                if its_kind is None or its_kind.name != kind.name:
-                    continue  # of which the merge has something to say
-                its_memory = its_kind.memory(other)
-                if mine.overlaps(its_memory) and not mine.same_view(its_memory):
-                    report.add("out-overlap", f"lse of out shares memory with lse of pairs[{k}]; expected separate memory or, to "
-                               "work in place, exactly that array: the same address, shape and strides.")  # fmt: skip
+            report.add("out-writable", "out[1] is read-only; expected an array that may be written to.")
+        elif getattr(lse, "requires_grad", False):
+            report.add("out-writable", "out[1] requires grad, and would not have the gradient of what is written; expected a "
+                       "tensor that does not. Pass out[1].detach(), which is the same memory.")  # fmt: skip
+    report.raise_if_broken()
+    assert kind is not None
+    if kind.memory(lse).overlaps_itself():
+        report.add("out-overlap", "out[1] overlaps itself; expected separate memory for each element. Pass a copy.")
+    given = [(names[k][role], pair[role], role) for k, pair in enumerate(pairs) for role in (0, 1)]
+    for role, mine in enumerate(out):
+        others = [*given, ("out[0]", attn_out, None)] if role else given
+        for name, array, its_role in others:
+            if _meet(mine, array) and not (role == its_role and kind.memory(mine).same_view(kind.memory(array))):
+                report.add("out-overlap", f"out[{role}] shares memory with {name}; expected separate memory or, to work in "
+                           f"place, exactly a pair's [{role}]: the same address, shape and strides.")  # fmt: skip
     report.raise_if_broken()
 
 
+def _meet(one: Any, other: Any) -> bool:
+    """Tell whether two arrays share memory, as far as that is known of their kinds."""
+    kinds = kind_of(one), kind_of(other)
+    if kinds[0] is None or kinds[1] is None or kinds[0].name != kinds[1].name:
+        return False  # of which the merge has something to say
+    (low, high), (its_low, its_high) = kinds[0].extent(one), kinds[1].extent(other)
+    return low < its_high and its_low < high and kinds[0].memory(one).overlaps(kinds[1].memory(other))
+
+
 def check_shapes(
-    report: Violations, attn_out: Any, rows: Any, layout: str, rows_layout: str, heads: int | None, name: str = "lse",
-    option: str = "lse_layout",
+    report: Violations, attn_out: Any, rows: Any, layout: str, rows_layout: str, heads: int | None,
+    out_name: str = "attn_out", name: str = "lse", option: str = "lse_layout",
 ) -> None:  # fmt: skip
     """Check that an output and what it has a row of fit together; `heads` is what :func:`check_heads` returned.
 
-    `name` and `option` are what the caller knows the rows and their axes by.
+    `out_name`, `name` and `option` are what the caller knows the output, the rows and their axes by.
     """
     axes = LAYOUTS[layout]
     shape, given = tuple(attn_out.shape), tuple(rows.shape)
     if len(shape) != axes.attn.count(",") + 1:
-        report.add("rank", f'attn_out has shape {shape}; layout "{layout}" expects {axes.attn}.')
+        other_way = (len(given), len(shape)) == (axes.attn.count(",") + 1, len(rows_layout))
+        swapped_pair = " The pair seems to be swapped." if other_way else ""
+        report.add("rank", f'{out_name} has shape {shape}; layout "{layout}" expects {axes.attn}.{swapped_pair}')
     elif len(given) != len(rows_layout):
         hint = f" Drop its last axis: {name}[..., 0]." if given == (*given[: len(rows_layout)], 1) else ""
-        if layout == "TND" and len(given) == 3 and not hint and name == "lse":
+        if layout == "TND" and len(given) == 3 and not hint and option == "lse_layout":
             hint = (" If it is padded, (sequences, N, longest), join its valid parts: concatenate([lse[i, :, :length] "
                     'for i, length in enumerate(lengths)], 1), which is lse_layout "NT".')  # fmt: skip
         report.add("rank", f'{name} has shape {given}; {option} "{rows_layout}" expects {LSE_LAYOUTS[rows_layout]}.{hint}')
     else:
         if heads is not None and axes.attn_head is not None and shape[axes.attn_head] != heads:
-            report.add("heads", f'attn_out has N = {shape[axes.attn_head]} heads (shape {shape}, in layout "{layout}"); expected '
+            report.add("heads", f'{out_name} has N = {shape[axes.attn_head]} heads (shape {shape}, in layout "{layout}"); expected '
                        f"heads = {heads}.")  # fmt: skip
             return
         expected = {each: _expected(shape, given, layout, each, heads) for each in lse_layouts(layout)}
         if given != expected[rows_layout]:
-            _say_shapes(report, shape, given, layout, rows_layout, heads, expected, name, option)
+            _say_shapes(report, shape, given, layout, rows_layout, heads, expected, out_name, name, option)
 
 
 def _expected(
@@ -238,6 +257,7 @@ def _say_shapes(
     axes: str,
     heads: int | None,
     expected: dict[str, tuple[int, ...] | None],
+    out_name: str,
     name: str,
     option: str,
 ) -> None:
@@ -251,7 +271,7 @@ def _say_shapes(
         source = f"heads = {heads}"
         if heads is None:
             source = f"{name} N = {its} heads (shape {given}, read as {LSE_LAYOUTS[axes]})"
-        report.add("heads-divide-hidden", f"attn_out has H = {shape[-1]} and {source}; expected H = N * D.{hint}")
+        report.add("heads-divide-hidden", f"{out_name} has H = {shape[-1]} and {source}; expected H = N * D.{hint}")
         return
     number = wanted[axes.index("N")]
     if not hint and 0 < its < number and not number % its:
@@ -259,5 +279,5 @@ def _say_shapes(
     if not hint and axes == "BNS" and given[:-1] == wanted[:-1] and given[-1] > wanted[-1]:
         hint = f" Some kernels pad it: pass {name}[..., :{wanted[-1]}]."
     known = "" if heads is None else f" and heads = {heads}"
-    report.add("shape-stats", f'{name} has shape {given}; for attn_out of shape {shape}{known}, layout "{layout}" expects '
+    report.add("shape-stats", f'{name} has shape {given}; for {out_name} of shape {shape}{known}, layout "{layout}" expects '
                f"{LSE_LAYOUTS[axes]} = {wanted}.{hint}")  # fmt: skip

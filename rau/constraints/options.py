@@ -22,6 +22,19 @@ class Options(NamedTuple):
     statistics: bool = True
 
 
+def check_statistics(report: Violations, statistics: object, out: object) -> None:
+    """Check that statistics are wanted or not, and that `out` is not a state where they are not; raise at once.
+
+    Before torch makes part of a graph of them, or anything else is asked of the call.
+    """
+    if statistics is not True and statistics is not False:
+        report.add("statistics", f"statistics is {described(statistics)}; expected True, or False for the output alone.")
+    elif statistics is False and isinstance(out, (tuple, list)):
+        report.add("out", f"out has {len(out)} items; without statistics expected one array, for the output: pass "
+                   "out=state.attn_out.")  # fmt: skip
+    report.raise_if_broken()
+
+
 def check_layout(report: Violations, layout: object) -> bool:
     """Check the name of a layout of attention outputs."""
     note = " The letters are the axes of attn_out: B batch, S or T tokens, N heads, D head dimension, H = N * D."
@@ -36,12 +49,10 @@ def check_softmax_layout(report: Violations, rule: str, argument: str, order: ob
 
 def check_options(report: Violations, options: Options) -> tuple[str, Profile]:
     """Check them; return the layout, empty where there is no such, and the limits."""
-    layout, softmax_layout, profile, check, statistics = options
+    layout, softmax_layout, profile, check, _ = options
     known = check_layout(report, layout)
     check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
     report.choice("check", "check", check, CHECKS)
-    if not isinstance(statistics, bool):
-        report.add("statistics", f"statistics is {described(statistics)}; expected True, or False for the output alone.")
     if not report.choice("profile", "profile", profile, PROFILES):
         return (layout if known else ""), PROFILES["portable"]
     limits = PROFILES[profile]

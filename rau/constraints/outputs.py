@@ -15,7 +15,7 @@ Names = Callable[[int, int], str]  # (state, field) -> the name that the caller 
 
 def is_whole(report: Violations, out: Any, statistics: bool) -> bool:
     """Check that `out` is three things, or one where no statistics are wanted."""
-    if isinstance(out, (tuple, list)) and len(out) == (1 if statistics is False else 3):
+    if isinstance(out, (tuple, list)) and len(out) == (3 if statistics else 1):
         return True
     got = f"has {len(out)} items" if isinstance(out, (tuple, list)) else f"is {described(out)}"
     report.add("out", f"out {got}; expected an AttentionState or a triple (attn_out, softmax_max, softmax_sum).")

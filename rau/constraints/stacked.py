@@ -11,8 +11,8 @@ from rau.constraints.rules import Violations
 from rau.errors import ConstraintError
 from rau.layouts import FIELDS, LAYOUTS
 
-_MOST = 1 << 16  # states; each costs some microseconds before anything is merged
-_FEWER = f"expected at most {_MOST}. Merge groups of them, and then the results"
+MOST_STATES = 1 << 16  # states; each costs some microseconds before anything is merged
+_FEWER = f"expected at most {MOST_STATES}. Merge groups of them, and then the results"
 _EXPECTED = (
     "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or a single one whose arrays "
     "are stacked along a new first axis"
@@ -25,7 +25,7 @@ def as_states(states: Any, layout: Any) -> Sequence[Sequence[Any]]:
         isinstance(states, (list, tuple)) and len(states) == 3 and all(map(looks_like_array, states))
     ):
         return _unstacked(states, layout)
-    if isinstance(states, (list, tuple)) and len(states) > _MOST:
+    if isinstance(states, (list, tuple)) and len(states) > MOST_STATES:
         raise _error(f"has K = {len(states)} states; {_FEWER}.")
     if not isinstance(states, (list, tuple)) or not states:
         raise _error(f"is {'empty' if isinstance(states, (list, tuple)) else described(states)}; {_EXPECTED}.")
@@ -54,7 +54,7 @@ def _unstacked(stacked: Sequence[Any], layout: Any) -> Sequence[Sequence[Any]]:
         forms = ", ".join(f"(K, {form.format(lanes=8)[1:]}" for form in (axes.attn, axes.stats, axes.stats))
         raise _error(f'is one triple of arrays of shapes {", ".join(map(str, shapes))}; if stacked, layout "{layout}" expects '
                      f"{forms} with K >= 1.")  # fmt: skip
-    if shapes[0][0] > _MOST:
+    if shapes[0][0] > MOST_STATES:
         raise _error(f"has K = {shapes[0][0]} states; {_FEWER}.")
     if not all(hasattr(part, "__getitem__") for part in stacked):
         raise _error(f"is one triple of arrays that cannot be indexed; {_EXPECTED}.")

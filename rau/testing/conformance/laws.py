@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -152,10 +153,21 @@ def permutations(backend: Any, dtype: str) -> list[str]:
 
 def output_alone(backend: Any, dtype: str) -> list[str]:
     """Without statistics, in a new array, in a given one and in place, a merge has the output that it has with them."""
-    layout = _layout(backend)
-    numbers = _states(backend, dtype, 2, "empty")
+    takes, base = backend.capabilities, _case(backend, dtype, 2, "empty")
+    cases = [base, replace(base, states=3, lanes=1)]
+    if {"TND", "SBH"} <= {*takes.layouts, *takes.softmax_layouts} and "TND" in takes.layouts:
+        cases.append(replace(base, layout="TND", softmax_layout="SBH", batch=1, lengths=(4, 5), qlen="array"))
+    cases = [case for case in cases if case is base or not excluded_by(backend, case)]
+    return [problem for case in cases for problem in _output_alone(backend, case)]
+
+
+def _output_alone(backend: Any, case: Case) -> list[str]:
+    numbers = case.fill()
     states = [own_state(backend, state) for state in numbers]
-    merge = partial(merge_states, layout=layout, backend=backend)
+    merge = partial(
+        merge_states, layout=case.layout, softmax_layout=case.softmax_layout, actual_seq_qlen=case.lengths_argument(),
+        backend=backend,
+    )  # fmt: skip
     whole = host_state(backend, merge(states))
     alone = {"a new array": merge(states, statistics=False)}
     places = {"out=": np.full_like(whole.attn_out, np.nan)}
@@ -168,9 +180,9 @@ def output_alone(backend: Any, dtype: str) -> list[str]:
         if alone[how] is not out:
             return [f"{how}: returned another array than the one given"]
     found = {how: host_state(backend, states[0]._replace(attn_out=array)).attn_out for how, array in alone.items()}
-    return [
-        f"{how}: {problem}" for how, array in found.items() for problem in same_bits(whole._replace(attn_out=array), whole)
-    ]
+    problems = ((how, same_bits(whole._replace(attn_out=array), whole)) for how, array in found.items())
+    where = f"{case.states} states, {case.lanes} lanes, {case.layout}"
+    return [f"{where}, {how}: {problem}" for how, its in problems for problem in its]
 
 
 # Each law, and the dtypes that it can be held to: 16 bits are rounded at every merge.
