@@ -49,7 +49,8 @@ FLASH, VARLEN = recipe("FlashAttention 0"), recipe("FlashAttention, variable len
 FLASHINFER, VLLM = recipe("FlashInfer 0"), recipe("vLLM 0")
 NPU, NPU_TND = recipe("npu_fusion_attention 0"), recipe("npu_fusion_attention 1")
 ROWS_LSE, ROWS_SUM = recipe("Rows without keys 0"), recipe("Rows without keys 1")
-PAIRS, ALONE, GRADIENTS = recipe("A pair in, a pair out 0"), recipe("One lane or eight 0"), recipe("Gradients 0")
+OWN, PAIRS = recipe("A maximum and a sum of one's own 0"), recipe("A pair in, a pair out 0")
+ALONE, GRADIENTS = recipe("One lane or eight 0"), recipe("Gradients 0")
 
 
 def test_every_block_is_run():
@@ -367,6 +368,18 @@ def test_rows_without_keys_with_a_sum():
     out, lse = exact(q, k, v, mask)
     close(merged.attn_out, out.transpose(2, 0, 1, 3).reshape(S, B, N * D), 2e-6)
     close(merged.lse(base="e"), lse, 2e-6)
+
+
+def test_a_maximum_and_a_sum_to_base_2():
+    q, k, v = (array[0] for array in inputs(1, N))
+    parts = []
+    for key, value in (part for part in split(k, v, 1) if part[0].size):
+        two = q @ key.swapaxes(-1, -2) / math.sqrt(D) * math.log2(math.e)
+        m = two.max(-1, keepdims=True)
+        p = np.exp2(two - m)
+        out = p @ value / p.sum(-1, keepdims=True)
+        parts.append([array.swapaxes(0, 1).astype("f4") for array in (out, m[..., 0], p.sum(-1))])
+    close(run(OWN, parts=parts)["merged"].attn_out, exact(q, k, v)[0].swapaxes(0, 1), 4e-6)
 
 
 def test_a_running_pair():
