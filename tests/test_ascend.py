@@ -82,7 +82,9 @@ def test_other_limits():
     assert verdict(**wide).limits == ["dtype float64 is not one of float16, bfloat16, float32"]
     mixed = arguments(sbh) | {"cur_attn_out": arguments(sbh)["cur_attn_out"].astype("f2"), "profile": "portable"}
     assert verdict(**mixed).limits == ["it does not merge float16 into float32"]
-    assert verdict(**arguments(sbh, lanes=1), profile="portable").limits == ["the number of lanes is 1, not 8"]
+    assert verdict(**arguments(sbh, lanes=1), profile="portable").limits == [
+        "the number of lanes is 1, not 8: AttentionState.from_lse(..., lanes=8) makes 8"
+    ]
     out = [arguments(sbh)[name] for name in ("prev_attn_out", "prev_softmax_max", "prev_softmax_sum")]
     prev = dict(zip(("prev_attn_out", "prev_softmax_max", "prev_softmax_sum"), out, strict=True))
     assert verdict(**arguments(sbh) | prev, out=out).limits == []  # in place is fine
