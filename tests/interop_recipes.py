@@ -63,10 +63,12 @@ def check_recipe(backend: Any, recipe: Recipe, dtype: str) -> list[str]:
     q, k, v = _inputs(case)
     parts = [_part(case, recipe, q, k, v, keys) for keys in np.split(np.arange(case.tokens), _CUTS)]
     options: dict[str, Any] = {"base": recipe.base, "layout": recipe.layout, "lse_layout": recipe.lse_layout}
+    lanes = 1 if 1 in backend.capabilities.lanes else 8
 
     def states(convert: Any) -> list[AttentionState]:
         return [
-            AttentionState.from_lse(*map(convert, part), **options, inf_is_empty=recipe.inf_is_empty) for part in parts
+            AttentionState.from_lse(*map(convert, part), **options, inf_is_empty=recipe.inf_is_empty, lanes=lanes)
+            for part in parts
         ]
 
     numbers = states(np.asarray)

@@ -67,7 +67,7 @@ def test_limits_are_judged_apart_from_arrays_and_device():
          ["dtype float64 is not one of float16, float32"]),
         (lambda: arguments(N=1, D=16) | {"cur_attn_out": np.zeros((4, 2, 16), "f2"), "profile": "portable"},
          ["it does not merge float16 into float32"]),
-        (lambda: arguments(N=1, D=16, lanes=1) | {"profile": "portable"}, 
+        (lambda: arguments(N=1, D=16, lanes=1) | {"profile": "portable"},
              ["the number of lanes is 1, not 8: AttentionState.from_lse(..., lanes=8) makes 8"]),
         (lambda: dict.fromkeys(NAMES, np.ones((2, 1, 8, 16), "f4")[..., :8]) | {NAMES[0]: np.ones((2, 1, 8, 16), "f4"),
          NAMES[3]: np.ones((2, 1, 8, 16), "f4"), "layout": "BNSD", "profile": "portable"},
