@@ -48,7 +48,7 @@ def run(
     chosen, origin = registry.select(problem, backend)
     registry.log_call(call, chosen, origin)
     own = None if target is out else _state(out)  # the caller's objects; once they are written, nothing may fail
-    result = hand_over(call, chosen, problem, states, None if target is None else _state(target))
+    result = hand_over(call, chosen, problem, states, target)
     return result if own is None else own
 
 
@@ -60,20 +60,18 @@ def _state(arrays: Sequence[Any]) -> AttentionState:
 def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> AttentionState:
     """Have a backend merge states: the one way to a backend, so that none of them has to think of autograd.
 
-    "merge_states" and "merge_lse" take its `merge`, any other call its `update`. The arrays' library is told of a write before it, and
-    so where a backend fails half way, too; UnsupportedError where it forbids the write, or where the backend has no
+    "merge_states" and "merge_lse" take its `merge`, any other call its `update`. The arrays' library is told of a write before
+    it, and so where a backend fails half way, too; UnsupportedError where it forbids the write, or where the backend has no
     `merge`.
     """
     states = [state if type(state) is AttentionState else AttentionState(*state) for state in states]
+    out = None if out is None else _state(out)
     if not problem.statistics and not backend.capabilities.without_statistics:
         problem, out = _with_statistics(backend, problem, states, out)
-    if out is not None:
-        if type(out) is not AttentionState:
-            out = AttentionState(*out)
-        if problem.kind != "numpy":  # which keeps no account of writes
-            kind = kind_of(out[0])
-            assert kind is not None  # the validator has seen to that
-            kind.will_write(out)
+    if out is not None and problem.kind != "numpy":  # which keeps no account of writes
+        kind = kind_of(out[0])
+        assert kind is not None  # the validator has seen to that
+        kind.will_write(out)
     if call not in ("merge_states", "merge_lse"):
         result = backend.update(problem, *states, out)
     elif hasattr(backend, "merge"):

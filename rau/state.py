@@ -21,6 +21,7 @@ from rau.constraints.lse_arguments import (
     check_lanes,
     check_layouts,
     check_lengths_here,
+    check_rows,
     check_shapes,
 )
 from rau.constraints.options import check_softmax_layout
@@ -223,16 +224,12 @@ class AttentionState(NamedTuple):
         lanes = check_lanes(report, lanes)
         out = check_array(report, "attn_out", attn_out, "dtype-attn", tuple(ITEMSIZE))
         wide = out is not None and out.dtype == "float64"
-        dtypes = ("float64",) if wide else ("float32", "float64")
         rows: list[Any] = []
         dtype = ""
         for name, array in (("softmax_max", softmax_max), ("softmax_sum", softmax_sum)):
-            its = check_array(report, name, array, "dtype-stats", dtypes)
+            its = check_rows(report, name, array, "attn_out", out, base)
             if out is None or its is None:
                 continue
-            check_alike(report, name, its, "attn_out", out)
-            if its.dtype == "float64" or (isinstance(base, str) and base == "2"):
-                check_float64(report, name, array, its)
             if axes:
                 array = array[..., 0] if array.ndim == len(axes) + 1 and array.shape[-1] in (1, 8) else array
                 check_shapes(report, attn_out, array, layout, axes, number, name=name, option="stats_layout")
@@ -348,14 +345,10 @@ def states_of(
     for (attn_out, lse), (out_name, name) in zip(pairs, names, strict=True):
         out = check_array(report, out_name, attn_out, "dtype-attn", tuple(ITEMSIZE))
         wide = out is not None and out.dtype == "float64"
-        its = check_array(report, name, lse, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
         dtypes.append("float64" if wide else "float32")
-        if out is not None and its is not None:
-            check_alike(report, name, its, out_name, out)
-            if its.dtype == "float64" or (isinstance(base, str) and base == "2"):
-                check_float64(report, name, lse, its)
-            if axes:
-                check_shapes(report, attn_out, lse, layout, axes, number, out_name, name)
+        its = check_rows(report, name, lse, out_name, out, base)
+        if out is not None and its is not None and axes:
+            check_shapes(report, attn_out, lse, layout, axes, number, out_name, name)
     report.raise_if_broken()
     states = []
     for (attn_out, lse), dtype in zip(pairs, dtypes, strict=True):

@@ -9,8 +9,8 @@ from typing import Any, Literal, overload
 from rau.arrays import kind_of
 from rau.call import run
 from rau.constraints import Options
-from rau.constraints.options import check_statistics
 from rau.constraints.lse_arguments import check_base, check_layouts, check_pair_out, check_pairs
+from rau.constraints.options import check_statistics
 from rau.constraints.rules import Violations
 from rau.constraints.stacked import as_states
 from rau.state import AttentionState, states_of
@@ -62,8 +62,8 @@ def ring_attention_update(
         "SBH" packed per sequence, as the vendor's kernels emit it. Mixing them up raises no error: read the Notes.
     out : triple of arrays, optional
         Arrays to write into, of the shapes and dtypes of the `prev` arrays (in profile "portable" of 1 or 8 lanes); they may
-        be the `prev` (or `cur`) arrays themselves, which makes the update in place. Any other overlap is refused. What Ctrl-C, or another thread, can do to
-        them meanwhile is in docs/reliability.md.
+        be the `prev` (or `cur`) arrays themselves, which makes the update in place. Any other overlap is refused. What
+        Ctrl-C, or another thread, can do to them meanwhile is in docs/reliability.md.
     backend : str or Backend, optional
         The backend that computes. Default: `use_backend`, then the environment variable ``RAU_BACKEND``, then the best one
         available.

@@ -113,6 +113,19 @@ def check_float64(report: Violations, name: str, array: Any, its: Described) -> 
                        f"computed; expected one that has it. Pass {name}.cpu().")  # fmt: skip
 
 
+def check_rows(
+    report: Violations, name: str, rows: Any, out_name: str, out: Described | None, base: str
+) -> Described | None:
+    """Check that an array has a number for each row of an output, whatever its shape; None if not."""
+    wide = out is not None and out.dtype == "float64"
+    its = check_array(report, name, rows, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
+    if its is not None and out is not None:
+        check_alike(report, name, its, out_name, out)
+        if its.dtype == "float64" or (isinstance(base, str) and base == "2"):
+            check_float64(report, name, rows, its)
+    return its
+
+
 def check_lengths_here(report: Violations, lengths: Any, name: str, stats: Any) -> None:
     """Refuse lengths on a device for statistics, called `name`, that are on the host."""
     if isinstance(stats, np.ndarray) and lengths is not None and not isinstance(lengths, np.ndarray):
