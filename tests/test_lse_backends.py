@@ -125,6 +125,25 @@ def test_it_agrees_with_the_conversions_of_a_state():
     assert all(map(np.array_equal, result, expected))
 
 
+def test_rows_without_an_element_still_have_a_log_sum_exp():
+    """Kernels that take none are given rows of their own: some of Triton's make blocks of as many elements as a row has."""
+
+    class Blocks(Base2):
+        name = "blocks"
+        capabilities = replace(Base2.capabilities, head_dim_multiple=8)
+
+        def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
+            assert prev_out.shape[-1] % 8 == 0 < prev_out.shape[-1]
+            return super().merge_lse(prev_out, prev_lse, cur_out, cur_lse)
+
+    assert check_backend(Blocks(), select="none/head_dim").passed
+    rng = np.random.default_rng(0)
+    pairs = [(rng.normal(size=(5, 4, 8)).astype("f4"), rng.normal(size=(5, 4)).astype("f4")) for _ in range(2)]
+    how = {"base": "e", "layout": "TND", "lse_layout": "TN", "backend": Blocks()}
+    expected = rau.merge_lse(pairs, **how)
+    assert all(map(np.array_equal, rau.merge_lse(pairs, **how, out=pairs[0]), expected))
+
+
 # The bound
 
 

@@ -109,13 +109,16 @@ class LSEBackend(Backend):
             for state in states:
                 rows = self._tokens_flat(_by_tokens(state.attn_out, problem))
                 rows = rows if kind.contiguous(rows) or not self.capabilities.contiguous else kind.regular_copy(rows)
+                if problem.D == 0:  # which no kernel expects, though there is a log-sum-exp to merge
+                    some = (*rows.shape[:-1], self.capabilities.head_dim_multiple)
+                    rows = kind.full(first, some, kind.dtype(rows), 0.0)
                 lse = log_sum_exp(state.softmax_max[..., 0], state.softmax_sum[..., 0], base)
                 lse = self._tokens_flat(_stats_by_tokens(reordered(lse, lengths, "TND") if packed else lse, problem.layout))
                 outs.append(rows)
                 lses.append(lse if kind.contiguous(lse) else kind.regular_copy(lse))
             merged, lse = self._returned(kernel(outs, lses), (tuple(outs[0].shape), tuple(lses[0].shape)))
             target = _by_tokens(out.attn_out, problem)
-            target[...] = self._tokens_apart(merged, target.shape)
+            target[...] = self._tokens_apart(merged[..., : problem.D], target.shape)
             lse = self._tokens_apart(lse, target.shape[:-1])
             lse = _stats_by_tokens(lse, problem.layout, back=True)
             lse = reordered(lse, lengths, "SBH") if packed else lse
