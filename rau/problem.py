@@ -105,6 +105,7 @@ class Problem:
     in_place: bool
     half: str | None
     taken_by: Any
+    _kind: Kind
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name!r} of a Problem must not be written: later calls may be described by the same object")
@@ -152,7 +153,7 @@ class Problem:
             "dtype": dtype, "cur_dtype": kind.dtype(states[1][0]) if len(states) > 1 else dtype,
             "stats_dtype": kind.dtype(softmax_max), "actual_seq_qlen": lengths, "kind": kind.name,
             "array_types": type_names(type(attn_out)), "device": kind.device(attn_out), "in_place": in_place, "half": half,
-            "statistics": statistics, "taken_by": None,
+            "statistics": statistics, "taken_by": None, "_kind": kind,
         }  # fmt: skip
         if lengths is None:
             described["S"] = longest
@@ -171,14 +172,14 @@ class Problem:
         vars(self).update(described)
         return self
 
-    def result(self, like: Any) -> tuple[Any, Any, Any]:
-        """Allocate the arrays of a result in the kind of an input array; they have no values yet."""
-        kind = kind_of(like)
-        assert kind is not None
-        if not self.statistics:
-            return kind.empty(self.shape, self.dtype), None, None
-        stats = self.stats_shape, self.stats_dtype
-        return kind.empty(self.shape, self.dtype), kind.empty(*stats), kind.empty(*stats)
+    def result(self) -> tuple[Any, Any, Any]:
+        """Allocate the arrays of a result in the inputs' kind, in host memory; they have no values yet."""
+        output, statistics = self._allocators
+        return (output(), statistics(), statistics()) if self.statistics else (output(), None, None)
+
+    @_once
+    def _allocators(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        return self._kind.allocator(self.shape, self.dtype), self._kind.allocator(self.stats_shape, self.stats_dtype)
 
     @property
     def packed(self) -> bool:

@@ -300,7 +300,9 @@ def merge_lse(
     if out is None:
         merged = _call("merge_lse", states, None, options, None, backend)
         return merged.attn_out, merged.lse(**how)
-    _refuse_graph("merge_lse", states)
+    operators = _operators(states)
+    if operators is not None:  # before anything is asked of the arrays
+        operators.refuse_out("merge_lse")
     check_pair_out(report, out, pairs, names, states[0], layout, axes)
     # The log-sum-exp first, as the merge of outputs without an element: once an output is written, nothing may fail.
     rows = [state._replace(attn_out=state.attn_out[..., :0]) for state in states]
@@ -312,22 +314,24 @@ def merge_lse(
     return out[0], out[1]
 
 
-def _refuse_graph(call: str, states: Sequence[Sequence[Any]]) -> None:
-    """Refuse `out` where torch traces a call or wants a gradient of it, before anything is asked of the arrays."""
-    if "torch" in sys.modules:
+_torch_op: Any = None  # the module rau.torch_op, once torch is in use: to import it takes as long as a thirtieth of a small call
+
+
+def _operators(states: Sequence[Sequence[Any]]) -> Any:
+    """Return the module of torch's operators where torch traces a call or wants a gradient of it, else None."""
+    global _torch_op
+    if _torch_op is None and "torch" in sys.modules:
         from rau import torch_op  # imports torch, which is loaded by now
 
-        if torch_op.wanted(states):
-            torch_op.refuse_out(call)
+        _torch_op = torch_op
+    return _torch_op if _torch_op is not None and _torch_op.wanted(states) else None
 
 
 def _call(
     call: str, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, options: Options, out: Any, backend: Any
 ) -> AttentionState:
     """Make a call here, or by its torch operator where torch traces it or wants a gradient."""
-    if "torch" in sys.modules:
-        from rau import torch_op  # imports torch, which is loaded by now
-
-        if torch_op.wanted(states):
-            return AttentionState(*torch_op.through_operator(call, states, actual_seq_qlen, options, out, backend))
+    operators = _operators(states)
+    if operators is not None:
+        return AttentionState(*operators.through_operator(call, states, actual_seq_qlen, options, out, backend))
     return run(call, states, actual_seq_qlen, options, out, backend)

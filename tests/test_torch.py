@@ -74,6 +74,16 @@ def test_a_plain_cpu_tensor_runs_on_the_core_without_a_copy():
     assert result.attn_out is prev.attn_out
 
 
+@pytest.mark.parametrize("tokens", [5, 5_000], ids=["small", "large"])
+def test_fresh_results_are_beside_their_inputs_whatever_the_default_device_is(tokens):
+    prev, cur = (state(tokens, dtype=torch.float32, seed=seed) for seed in (0, 1))
+    expected = rau.merge_states([prev, cur])
+    with torch.device("meta"):
+        merged = rau.merge_states([prev, cur])
+    for got, wanted in zip(merged, expected):
+        assert torch.equal(got, wanted) and got.is_contiguous() and got.stride() == torch.empty(got.shape).stride()
+
+
 def test_fresh_results_own_their_memory():
     result = rau.ring_attention_update(*state(lanes=8, dtype=torch.float32), *state(lanes=8, dtype=torch.float32, seed=1))
     kept = result.attn_out.clone()

@@ -82,8 +82,8 @@ class Kind(Protocol):
     def signature(self, arrays: Sequence[Any], inputs: int) -> Hashable | None:
         """Describe the arrays of a call, the last ones to write into, for :mod:`rau.constraints.cache`; None: not plain."""
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Allocate an array in host memory, C-contiguous, without values."""
+    def allocator(self, shape: tuple[int, ...], dtype: str) -> Callable[[], Any]:
+        """Return what allocates such arrays in host memory, C-contiguous, without values."""
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
         """Return a new array beside `like`, on its device, every element of it `value`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,11 +83,13 @@ class MindSporeKind(TorchKind):
         dtype = self.dtype(array)
         return np.asarray(_Borrowed(array, self.memory(settled(array)), BITS.get(dtype, dtype)))
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+    def allocator(self, shape: tuple[int, ...], dtype: str) -> Callable[[], Any]:
         mindspore = sys.modules["mindspore"]
+        own = getattr(mindspore, dtype)
+        allocate = _HOST.allocator(shape, BITS.get(dtype, dtype))
         if dtype in BITS:
-            return mindspore.Tensor.from_numpy(_HOST.empty(shape, BITS[dtype])).view(getattr(mindspore, dtype))
-        return mindspore.Tensor.from_numpy(_HOST.empty(shape, dtype))
+            return lambda: mindspore.Tensor.from_numpy(allocate()).view(own)
+        return lambda: mindspore.Tensor.from_numpy(allocate())
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
         mindspore = sys.modules["mindspore"]

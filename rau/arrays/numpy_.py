@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,9 +112,9 @@ class NumPyKind:
     def signature(self, arrays: Sequence[Any], inputs: int) -> bytes | None:
         return signature(arrays, inputs)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    def allocator(self, shape: tuple[int, ...], dtype: str) -> Callable[[], np.ndarray]:
         own = _DTYPES.get(dtype, dtype)  # bfloat16 by its name, which NumPy knows since there is an input of it
-        return aligned(shape, own) if math.prod(shape) > LARGE else np.empty(shape, own)
+        return partial(aligned if math.prod(shape) > LARGE else np.empty, shape, own)
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> np.ndarray:
         array = aligned(shape, dtype, np.zeros)  # zeros cost nothing until touched

@@ -43,7 +43,7 @@ class CythonBackend(Backend):
 
     def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
         if out is None:
-            out = AttentionState(*problem.result(states[0].attn_out))
+            out = AttentionState(*problem.result())
         arrays = tuple([array for state in (*states, out) for array in state])
         if problem.kind == "mindspore":
             arrays = tuple(map(settled, arrays))

@@ -127,7 +127,9 @@ def tensor_signature(arrays, Py_ssize_t inputs, plain):
         if device is None and high[i] != low[i]:
             storage = array.untyped_storage()  # which may have been freed, or shrunk, under the tensor
             base = storage.data_ptr()
-            if low[i] % <Py_ssize_t>array.itemsize or low[i] < base or high[i] > base + <Py_ssize_t>storage.nbytes():
+            if low[i] < base or high[i] > base + <Py_ssize_t>storage.nbytes():
+                return None
+            if low[i] % 8 and low[i] % <Py_ssize_t>array.itemsize:
                 return None
     for i in range(inputs, count):
         for j in range(count):
