@@ -69,7 +69,7 @@ class ForeignKind:
     def host_view(self, array: Any) -> np.ndarray:
         raise NotImplementedError("where its memory lies, its library knows")
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+    def allocator(self, shape: tuple[int, ...], dtype: str) -> Any:
         raise NotImplementedError("its backend makes such arrays")
 
     def full(self, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
