@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.layouts import LAYOUTS
+
 LOG2_E = float.fromhex("0x1.71547652b82fep+0")
 ROUND = float.fromhex("0x1.8p52")  # added and subtracted, it rounds to the nearest integer
 LN2_HIGH = float.fromhex("0x1.62e42feep-1")
@@ -166,3 +168,22 @@ def merge_rows(weights: Sequence[Any], rows: Sequence[Any]) -> Any:
     assert result is not None
     _fill(result, xp.stack([weight == 0 for weight in weights]).all(0)[..., None], 0.0)
     return result
+
+
+def scaled(attn_out: Any, scale: Any, largest: float, layout: str, heads: int) -> Any:
+    """Scale a float32 output, by one number or by one a head, and limit it to the range of a format.
+
+    One rounding, that of the product; infinities become the largest numbers, and NaN stays NaN.
+    """
+    shape, axes = tuple(attn_out.shape), LAYOUTS[layout]
+    with np.errstate(all="ignore"):
+        if scale is not None:
+            rows, behind = attn_out, 1  # axes behind that of the heads
+            if axes.attn_head is None:
+                rows = attn_out.reshape(*shape[:-1], heads, shape[-1] // max(heads, 1))
+            else:
+                behind = len(shape) - 1 - axes.attn_head
+            if getattr(scale, "shape", ()) not in ((), (1,)):
+                scale = scale.reshape(-1, *(1,) * behind)
+            attn_out = (rows * scale).reshape(shape)
+        return attn_out.clip(-largest, largest)

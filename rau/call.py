@@ -47,12 +47,12 @@ def run(
     problem, states, target = checked(call, states, NAMES[call], actual_seq_qlen, options, out)
     chosen, origin = registry.select(problem, backend)
     registry.log_call(call, chosen, origin)
-    own = None if target is out else _state(out)  # the caller's objects; once they are written, nothing may fail
+    own = None if target is out else as_state(out)  # the caller's objects; once they are written, nothing may fail
     result = hand_over(call, chosen, problem, states, target)
     return result if own is None else own
 
 
-def _state(arrays: Sequence[Any]) -> AttentionState:
+def as_state(arrays: Sequence[Any]) -> AttentionState:
     """See a state's arrays, or its output alone, as a state."""
     return arrays if type(arrays) is AttentionState else AttentionState(*arrays, *(None,) * (3 - len(arrays)))
 
@@ -65,7 +65,7 @@ def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequen
     `merge`.
     """
     states = [state if type(state) is AttentionState else AttentionState(*state) for state in states]
-    out = None if out is None else _state(out)
+    out = None if out is None else as_state(out)
     if not problem.statistics and not backend.capabilities.without_statistics:
         problem, out = _with_statistics(backend, problem, states, out)
     if out is not None and problem.kind != "numpy":  # which keeps no account of writes

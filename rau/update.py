@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 from rau.arrays import kind_of
-from rau.call import run
-from rau.constraints import Options
-from rau.constraints.lse_arguments import check_base, check_layouts, check_pair_out, check_pairs
+from rau.call import NAMES, run
+from rau.constraints import Options, bind
+from rau.constraints.lse_arguments import check_base, check_layouts, check_pair_out, check_pairs, check_rows
 from rau.constraints.options import check_statistics
 from rau.constraints.rules import Violations
 from rau.constraints.stacked import as_states
+from rau.rows import Asked, Compute, asked_of, merge_counts, merge_pair_rows, merge_rows
 from rau.state import AttentionState, states_of
 
 
@@ -27,6 +28,8 @@ def ring_attention_update(
     layout: str = "SBH",
     *,
     softmax_layout: str = "TND",
+    cu_seqlens_padded: Any = None,
+    tokens: Any = None,
     out: Any = None,
     backend: Any = None,
     profile: str = "mindspore",
@@ -60,6 +63,13 @@ def ring_attention_update(
     softmax_layout : {"TND", "SBH"}, default "TND"
         Order of the statistics in layout "TND": "TND" token-major, the statistic of token t and head n at [t, n];
         "SBH" packed per sequence, as the vendor's kernels emit it. Mixing them up raises no error: read the Notes.
+    cu_seqlens_padded : array of int64, shape (sequences + 1,), or list of int, optional
+        In layout "TND" with token-major statistics, where each sequence stands in a slot that is longer than itself: the slots'
+        cumulative lengths, from 0 to T; `actual_seq_qlen` then holds the sequences' own. Padding is not read: in `out` it stays
+        as it is, in a new result it is empty (output 0, max -inf, sum 0).
+    tokens : array of bool, shape (T,), or of int, or slice, optional
+        In layout "TND" with token-major statistics: the tokens to merge. Of the others, `prev` comes back bit for bit, and
+        nothing of `cur` is read. A mask on a device is waited for.
     out : triple of arrays, optional
         Arrays to write into, of the shapes and dtypes of the `prev` arrays (in profile "portable" of 1 or 8 lanes); they may
         be the `prev` (or `cur`) arrays themselves, which makes the update in place. Any other overlap is refused. What
@@ -133,7 +143,8 @@ def ring_attention_update(
     prev = AttentionState(prev_attn_out, prev_softmax_max, prev_softmax_sum)
     cur = AttentionState(cur_attn_out, cur_softmax_max, cur_softmax_sum)
     options = Options(layout, softmax_layout, profile, check)
-    return _call("ring_attention_update", (prev, cur), actual_seq_qlen, options, out, backend)
+    asked = asked_of(tokens, cu_seqlens_padded)
+    return _call("ring_attention_update", (prev, cur), actual_seq_qlen, options, out, backend, asked)
 
 
 @overload
@@ -143,6 +154,11 @@ def merge_states(
     layout: str = "SBH",
     *,
     softmax_layout: str = "TND",
+    cu_seqlens_padded: Any = None,
+    tokens: Any = None,
+    indptr: Any = None,
+    dtype: Any = None,
+    scale: Any = None,
     statistics: Literal[True] = True,
     out: Any = None,
     backend: Any = None,
@@ -158,6 +174,11 @@ def merge_states(
     layout: str = "SBH",
     *,
     softmax_layout: str = "TND",
+    cu_seqlens_padded: Any = None,
+    tokens: Any = None,
+    indptr: Any = None,
+    dtype: Any = None,
+    scale: Any = None,
     statistics: bool,
     out: Any = None,
     backend: Any = None,
@@ -172,6 +193,11 @@ def merge_states(
     layout: str = "SBH",
     *,
     softmax_layout: str = "TND",
+    cu_seqlens_padded: Any = None,
+    tokens: Any = None,
+    indptr: Any = None,
+    dtype: Any = None,
+    scale: Any = None,
     statistics: bool = True,
     out: Any = None,
     backend: Any = None,
@@ -191,8 +217,19 @@ def merge_states(
         are then allocated or written, by the backends of this package.
     out : triple of arrays, optional
         As in :func:`ring_attention_update`, of 8 or 1 lanes; without `statistics` a single array, for the output.
-    actual_seq_qlen, layout, softmax_layout, backend, profile, check
-        As in :func:`ring_attention_update`, but the profile is "portable" by default, since no vendor offers this call.
+    indptr : array of int64, shape (T + 1,), or list of int, optional
+        Where rows have any number of states, in layout "TND" with token-major statistics: `states` is then one triple of arrays,
+        (M, N, D) and (M, N, 8), all rows' states one after another, those of row t from ``indptr[t]`` to ``indptr[t + 1]``. The
+        result has T rows; one without a state is empty. One call is made for each number of states that there is.
+    dtype : str or dtype, optional
+        Of the output, where it is not to be the first state's: "float32", "float16", "bfloat16", "float8_e4m3fn" or
+        "float8_e5m2", rounded once, to nearest even. Needs a float32 copy of the output, and of a narrower first state.
+    scale : float, or array of float32, shape () or (N,), optional
+        Of an output of eight bits, which is ``round(clip(output * scale))``: the product is rounded to float32, infinities
+        become the largest numbers, NaN stays NaN.
+    actual_seq_qlen, layout, softmax_layout, cu_seqlens_padded, tokens, backend, profile, check
+        As in :func:`ring_attention_update`, but the profile is "portable" by default, since no vendor offers this call; of tokens
+        that are not merged, the first state comes back.
 
     Returns
     -------
@@ -223,11 +260,15 @@ def merge_states(
     7.0
     """
     check_statistics(Violations("merge_states"), statistics, out)
-    states = as_states(states, layout)
     options = Options(layout, softmax_layout, profile, check, statistics)
+    asked = asked_of(tokens, cu_seqlens_padded, dtype, scale)
+    if indptr is not None:
+        merged = merge_counts("merge_states", _computing("merge_states", backend), states, indptr, options, out, asked)
+        return merged if statistics else merged.attn_out
+    states = as_states(states, layout)
     if statistics:
-        return _call("merge_states", states, actual_seq_qlen, options, out, backend)
-    return _call("merge_states", states, actual_seq_qlen, options, None if out is None else (out,), backend).attn_out
+        return _call("merge_states", states, actual_seq_qlen, options, out, backend, asked)
+    return _call("merge_states", states, actual_seq_qlen, options, None if out is None else (out,), backend, asked).attn_out
 
 
 def merge_lse(
@@ -238,6 +279,9 @@ def merge_lse(
     lse_layout: str | None = None,
     inf_is_empty: bool = False,
     heads: int | None = None,
+    actual_seq_qlen: Any = None,
+    cu_seqlens_padded: Any = None,
+    tokens: Any = None,
     out: Any = None,
     backend: Any = None,
 ) -> tuple[Any, Any]:
@@ -250,9 +294,11 @@ def merge_lse(
     ----------
     pairs : list or tuple of pairs (attn_out, lse)
         At least one, each as :meth:`AttentionState.from_lse` takes it. All have the first one's shapes; later outputs may be
-        16-bit where the first is float32.
+        16-bit where the first is float32. With None in the place of each output, the log-sum-exps alone, of any shape.
     layout, base, lse_layout, inf_is_empty, heads
         As in :meth:`AttentionState.from_lse`; of all pairs.
+    actual_seq_qlen, cu_seqlens_padded, tokens : optional
+        As in :func:`ring_attention_update`. The first is read together with the second alone.
     out : pair of arrays, optional
         Arrays to write into: an output of the first one's shape and dtype, and a log-sum-exp of the dtype that the result has.
         They may be those of a pair themselves, which makes the merge in place (unless its log-sum-exp is float64 beside a
@@ -293,16 +339,27 @@ def merge_lse(
     check_base(report, base)
     axes = check_layouts(report, layout, lse_layout)
     check_pairs(report, pairs, out)
+    if all([attn_out is None for attn_out, _ in pairs]):
+        return None, _lse_alone(report, pairs, base, inf_is_empty, out, backend)
     names = [(f"pairs[{k}][0]", f"pairs[{k}][1]") for k in range(len(pairs))]
     states = states_of(pairs, names, report, base, layout, axes, inf_is_empty, heads, 1)
     options = Options(layout, "TND", "portable", "metadata")
     how: dict[str, Any] = {"base": base, "layout": layout, "lse_layout": lse_layout}
+    asked = asked_of(tokens, cu_seqlens_padded)
+    if asked is not None:
+        bind("merge_lse", states, NAMES["merge_lse"], None, options, None)
+        if out is not None:
+            _refuse_graph(states)
+            check_pair_out(report, out, pairs, names, states[0], layout, axes)
+
+        def merge(chosen: Sequence[Any], into: Any) -> tuple[Any, Any]:
+            return merge_lse(chosen, inf_is_empty=inf_is_empty, out=into, backend=backend, **how)
+
+        return merge_pair_rows(merge, pairs, actual_seq_qlen, options, axes, out, asked)
     if out is None:
         merged = _call("merge_lse", states, None, options, None, backend)
         return merged.attn_out, merged.lse(**how)
-    operators = _operators(states)
-    if operators is not None:  # before anything is asked of the arrays
-        operators.refuse_out("merge_lse")
+    _refuse_graph(states)  # before anything is asked of the arrays
     check_pair_out(report, out, pairs, names, states[0], layout, axes)
     # The log-sum-exp first, as the merge of outputs without an element: once an output is written, nothing may fail.
     rows = [state._replace(attn_out=state.attn_out[..., :0]) for state in states]
@@ -312,6 +369,32 @@ def merge_lse(
     assert kind is not None  # as was just checked
     kind.assign(out[1], lse)
     return out[0], out[1]
+
+
+def _lse_alone(
+    report: Violations, pairs: Sequence[Sequence[Any]], base: str, inf_is_empty: bool, out: Any, backend: Any
+) -> Any:
+    """Merge log-sum-exps, as those of outputs without an element."""
+    if out is not None:
+        report.add("out", "out is given, and the pairs have no outputs; expected None. Assign from what is returned.")
+    first, like = pairs[0][1], None
+    for k, (_, lse) in enumerate(pairs):
+        its = check_rows(report, f"pairs[{k}][1]", lse, "pairs[0][1]", like, base)
+        like = its if k == 0 else like
+        if its is not None and like is not None and (tuple(lse.shape), its.dtype) != (tuple(first.shape), like.dtype):
+            report.add("shape-match", f"pairs[{k}][1] has shape {tuple(lse.shape)} and dtype {its.dtype}; expected those of "
+                       f"pairs[0][1], {tuple(first.shape)} and {like.dtype}.")  # fmt: skip
+    report.raise_if_broken()
+    rows = [lse.reshape(-1, 1) for _, lse in pairs]
+    flat = [(lse[..., None][..., :0], lse) for lse in rows]
+    return merge_lse(flat, "TND", base=base, lse_layout="TN", inf_is_empty=inf_is_empty, backend=backend)[1].reshape(first.shape)
+
+
+def _refuse_graph(states: Sequence[Sequence[Any]]) -> None:
+    """Refuse `out` where there is a graph."""
+    operators = _operators(states)
+    if operators is not None:
+        operators.refuse_out("merge_lse")
 
 
 _torch_op: Any = None  # the module rau.torch_op, once torch is in use: to import it takes as long as a thirtieth of a small call
@@ -328,10 +411,25 @@ def _operators(states: Sequence[Sequence[Any]]) -> Any:
 
 
 def _call(
-    call: str, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, options: Options, out: Any, backend: Any
+    call: str,
+    states: Sequence[Sequence[Any]],
+    actual_seq_qlen: Any,
+    options: Options,
+    out: Any,
+    backend: Any,
+    asked: Asked | None = None,
 ) -> AttentionState:
-    """Make a call here, or by its torch operator where torch traces it or wants a gradient."""
+    """Make a call here, or by its torch operator where torch traces it or wants a gradient; of some rows where that is asked."""
     operators = _operators(states)
+    if asked is not None:
+        if operators is not None and out is not None:
+            operators.refuse_out(call)
+        return merge_rows(call, _computing(call, backend), states, actual_seq_qlen, options, out, asked)
     if operators is not None:
         return AttentionState(*operators.through_operator(call, states, actual_seq_qlen, options, out, backend))
     return run(call, states, actual_seq_qlen, options, out, backend)
+
+
+def _computing(call: str, backend: Any) -> Compute:
+    """Return what makes calls of a name, by a backend."""
+    return lambda states, lengths, options, out: _call(call, states, lengths, options, out, backend)

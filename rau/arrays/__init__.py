@@ -67,6 +67,12 @@ class Kind(Protocol):
     def assign(self, array: Any, values: Any) -> None:
         """Write values of the array's own shape and dtype into it; nothing is allocated."""
 
+    def take(self, array: Any, rows: slice | np.ndarray, axis: int = 0) -> Any:
+        """Return some rows along an axis: a view for a slice, else a copy."""
+
+    def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> None:
+        """Write values to some rows along an axis; part of a graph where torch makes one."""
+
     def lanes(self, stats: Any, lanes: int) -> Any:
         """See statistics with a number of lanes, each of them lane 0."""
 

@@ -60,6 +60,12 @@ class ForeignKind:
     def assign(self, array: Any, values: Any) -> None:
         raise NotImplementedError("nobody but its backend writes to it")
 
+    def take(self, array: Any, rows: slice | np.ndarray, axis: int = 0) -> Any:
+        raise NotImplementedError("its rows are not chosen")
+
+    def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> None:
+        raise NotImplementedError("its rows are not chosen")
+
     def lanes(self, stats: Any, lanes: int) -> Any:
         raise NotImplementedError("nothing is known of its views")
 

@@ -61,6 +61,12 @@ class MindSporeKind(TorchKind):
     def assign(self, array: Any, values: Any) -> None:
         raise NotImplementedError("no log-sum-exp is taken from it")
 
+    def take(self, array: Any, rows: slice | np.ndarray, axis: int = 0) -> Any:
+        raise NotImplementedError("its rows are not chosen")
+
+    def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> None:
+        raise NotImplementedError("its rows are not chosen")
+
     def lanes(self, stats: Any, lanes: int) -> Any:
         return stats[..., :1].broadcast_to((*stats.shape[:-1], lanes))
 

@@ -165,6 +165,21 @@ class TorchKind:
         copy = array.resolve_neg().contiguous()
         return copy if _aligned(copy) else copy.clone()
 
+    def take(self, array: Any, rows: slice | np.ndarray, axis: int = 0) -> Any:
+        if isinstance(rows, slice):
+            return array[(slice(None),) * axis + (rows,)]
+        return array.index_select(axis, sys.modules["torch"].from_numpy(rows).to(array.device))
+
+    def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> None:
+        torch = sys.modules["torch"]
+        with torch.inference_mode(array.is_inference() or torch.is_inference_mode_enabled()):
+            if array.itemsize == 1:  # of which no gradient is wanted, and torch copies no rows
+                array, values = array.view(torch.uint8), values.view(torch.uint8)
+            if isinstance(rows, slice):
+                array[(slice(None),) * axis + (rows,)] = values
+            else:
+                array.index_copy_(axis, torch.from_numpy(rows).to(array.device), values)
+
     def assign(self, array: Any, values: Any) -> None:
         torch = sys.modules["torch"]
         with torch.inference_mode() if array.is_inference() else torch.no_grad():  # which alone lets one write to such a tensor

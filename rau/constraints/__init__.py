@@ -16,6 +16,7 @@ from rau.constraints.lengths import bind_lengths
 from rau.constraints.options import CHECKS, Options, check_options
 from rau.constraints.outputs import Names, check_out, is_whole
 from rau.constraints.profiles import PROFILES, Profile
+from rau.constraints.results import result_dtype
 from rau.constraints.rules import RULES, Rule, Violations
 from rau.constraints.values import check_memory, check_values
 from rau.layouts import FIELDS, LAYOUTS, dimensions, packed_row_stride
@@ -62,6 +63,7 @@ def bind(
     options: Options,
     out: Sequence[Any] | None,
     half: str | None = None,
+    dtype: Any = None,
 ) -> tuple[Problem, Sequence[Sequence[Any]]]:
     """Check a call and describe it.
 
@@ -80,6 +82,8 @@ def bind(
         A state's arrays, or its output alone where no statistics are wanted.
     half : {"front", "back"}, optional
         As in :class:`Problem`; here the first state and `out` nevertheless have the later state's shape.
+    dtype : optional
+        What the output is rounded to, by whoever calls, if not to the first state's dtype.
 
     Returns
     -------
@@ -100,7 +104,8 @@ def bind(
     kind = _check_arrays(report, states, names)
     found = None
     if kind is not None:
-        dtype, cur_dtype, stats_dtype = _check_dtypes(report, kind, states, names, limits)
+        own, _, stats_dtype = _check_dtypes(report, kind, states, names, limits)
+        out_dtype = result_dtype(report, dtype, own)
         if layout:
             found = _check_shapes(report, kind, states, into, names, layout, limits)
     lengths = None
@@ -108,7 +113,7 @@ def bind(
         tokens = None
         if found:
             _, _, tokens, N, D = dimensions(layout, *found[:2])
-            limits.limits(report, names(0, 0), N, D, dtype)
+            limits.limits(report, names(0, 0), N, D, own)
         lengths = bind_lengths(report, actual_seq_qlen, tokens, packed, limits.vendor)
         elsewhere = None if lengths is None or isinstance(lengths, np.ndarray) else kind_of(lengths)
         # A plugin's own arrays may go with lengths wherever its kernel finds them.
@@ -122,7 +127,7 @@ def bind(
     seen = _same_lanes(report, kind, states, names, found[1][-1])
     plain = all([kind.contiguous(array) for state in seen for array in state])
     regular = seen if plain else _regular_inputs(report, kind, seen, names, packed)
-    in_place = into is not None and check_out(report, kind, states, into, names, found, (dtype, stats_dtype), packed)
+    in_place = into is not None and check_out(report, kind, states, into, names, found, (out_dtype, stats_dtype), packed)
     report.raise_if_broken()
     if options.check != "metadata":
         check_values(report, kind, states, names, options.check)

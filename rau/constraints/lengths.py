@@ -15,9 +15,11 @@ NAME = "actual_seq_qlen"
 
 
 def bind_lengths(
-    report: Violations, value: Any, tokens: int | None, packed: bool, vendor: bool
+    report: Violations, value: Any, tokens: int | None, packed: bool, vendor: bool, name: str = NAME
 ) -> Any:
     """Check the cumulative sequence lengths of a TND call, of `tokens` tokens if that is known; a `vendor` wants int64.
+
+    `name` is what the caller knows them by.
 
     Return them as an int64 array of shape (sequences + 1,), a device array as it is; None without any, or where they are
     wrong.
@@ -29,28 +31,28 @@ def bind_lengths(
             wanted += f", such as [0, {tokens}] for a single sequence"
         if vendor:
             hint = "" if packed else ' profile="portable" takes token-major statistics without it.'
-            report.add("tnd-qlen-required", f'{NAME} is None; layout "TND" expects {wanted}.{hint}')
+            report.add("tnd-qlen-required", f'{name} is None; layout "TND" expects {wanted}.{hint}')
         elif packed:
-            report.add("packed-qlen-required", f'{NAME} is None; packed statistics expect {wanted}.')
+            report.add("packed-qlen-required", f'{name} is None; packed statistics expect {wanted}.')
         return None
     if isinstance(value, (list, tuple)):
-        lengths = _from_list(report, value)
+        lengths = _from_list(report, value, name)
         if lengths is None:
             return None
     else:
         value = plain(value)
         kind = kind_of(value)
         if kind is None:
-            report.add("qlen-dtype", f"{NAME} is {described(value)}; expected an int64 array or a list of ints."
+            report.add("qlen-dtype", f"{name} is {described(value)}; expected an int64 array or a list of ints."
                        f"{in_its_place(value)}")  # fmt: skip
             return None
         dtype, shape = kind.dtype(value), tuple(value.shape)
         if dtype != "int64" and (vendor or dtype != "int32"):
             hint = ' profile="portable" takes int32 too.' if dtype == "int32" else ""
-            report.add("qlen-dtype", f"{NAME} has dtype {dtype}; expected int64.{hint}")
+            report.add("qlen-dtype", f"{name} has dtype {dtype}; expected int64.{hint}")
             dtype = ""
         if len(shape) != 1 or shape[0] == 0:
-            report.add("qlen-rank", f"{NAME} has shape {shape}; expected one axis with one more entry than there are "
+            report.add("qlen-rank", f"{name} has shape {shape}; expected one axis with one more entry than there are "
                        "sequences, so at least [0].")  # fmt: skip
             return None
         if not dtype:
@@ -59,29 +61,29 @@ def bind_lengths(
             return value
         # A copy: what is checked is what is used, whoever writes to the caller's meanwhile.
         lengths = np.array(kind.to_numpy(value), dtype=np.int64)
-    return _check_cumulative(report, lengths, tokens)
+    return _check_cumulative(report, lengths, tokens, name)
 
 
-def _from_list(report: Violations, value: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
+def _from_list(report: Violations, value: list[Any] | tuple[Any, ...], name: str) -> np.ndarray | None:
     wrong = [item for item in value if isinstance(item, bool) or not isinstance(item, (int, np.integer))]
     if wrong:
         item: Any = wrong[0]
         tensors = looks_like_array(item) and tuple(item.shape) == () and not isinstance(item, np.generic)
         hint = " Pass the whole tensor's .tolist(), not a list of its elements." if tensors else ""
-        report.add("qlen-dtype", f"{NAME} holds {shown(wrong[0])}, {described(wrong[0])}; expected ints.{hint}")
+        report.add("qlen-dtype", f"{name} holds {shown(wrong[0])}, {described(wrong[0])}; expected ints.{hint}")
         return None
     if not value:
-        report.add("qlen-rank", f"{NAME} is empty; expected one more entry than there are sequences, so at least [0].")
+        report.add("qlen-rank", f"{name} is empty; expected one more entry than there are sequences, so at least [0].")
         return None
     try:
         return np.array(value, dtype=np.int64)
     except OverflowError:
-        report.add("qlen-dtype", f"{NAME} holds a number that does not fit into int64.")
+        report.add("qlen-dtype", f"{name} holds a number that does not fit into int64.")
         return None
 
 
 def _check_cumulative(
-    report: Violations, lengths: np.ndarray, tokens: int | None
+    report: Violations, lengths: np.ndarray, tokens: int | None, name: str
 ) -> np.ndarray | None:
     first, last = int(lengths[0]), int(lengths[-1])
     # Compared, not subtracted: a difference of two int64 may wrap.
@@ -99,7 +101,7 @@ def _check_cumulative(
     hint = ""
     if first == 0 and not falling:  # cumulative, even where it also adds up to T
         if tokens is not None and last < tokens:
-            whole = [*lengths.tolist(), tokens] if len(lengths) <= 8 else f"numpy.append({NAME}, {tokens})"
+            whole = [*lengths.tolist(), tokens] if len(lengths) <= 8 else f"numpy.append({name}, {tokens})"
             hint = " The buffer is longer than the last length: if the rest is padding, pass it as a sequence of its own: "
             hint += f"{whole}."
     elif (lengths >= 0).all() and int(lengths.sum(dtype=object)) == tokens:
@@ -110,7 +112,7 @@ def _check_cumulative(
     elif not falling and first > 0 and last == tokens:
         hint = " The leading 0 seems to be missing."
     end = "T" if tokens is None else f"T = {tokens}"
-    report.add("tnd-qlen-cumulative", f"{NAME} = {_short(lengths)}: {found}; expected a non-decreasing sequence from "
+    report.add("tnd-qlen-cumulative", f"{name} = {_short(lengths)}: {found}; expected a non-decreasing sequence from "
                f"0 to {end}.{hint}")  # fmt: skip
     return None
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from rau.arrays import Kind, plain
-from rau.arrays.numpy_ import ITEMSIZE, NARROW
 from rau.constraints import FIELDS, Options, bind, check_options, checked
 from rau.constraints.hints import described
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.outputs import Names
+from rau.constraints.results import result_dtype
 from rau.constraints.rules import Violations
 from rau.errors import ConstraintError, UnsupportedError, shown
 from rau.layouts import LAYOUTS
@@ -21,7 +21,6 @@ from rau.streaming.running_state import UPDATE, RunningState, of_part
 from rau.streaming.tokens import part, part_of
 
 _CLASS, _RESULT = "StreamingMerge", "StreamingMerge.result"
-_RESULTS = {"float32": ("float32", *NARROW), "float64": ("float64",)}  # of each running dtype
 
 
 def _of_like(state: int, field: int) -> str:
@@ -239,10 +238,9 @@ class StreamingMerge:
                           "StreamingMerge(like=...) a state of the full shape, for an empty result.")  # fmt: skip
         running.refuse_broken(_RESULT)
         own = running.asked.dtype
-        wanted = own if dtype is None else _dtype_name(dtype)
-        if wanted not in _RESULTS[own]:
-            raise _broken(_RESULT, "dtype-attn", f"dtype = {shown(dtype)}; the running state is {own}, expected one of "
-                          f"{', '.join(_RESULTS[own])}.")  # fmt: skip
+        report = Violations(_RESULT)
+        wanted = result_dtype(report, dtype, own)
+        report.raise_if_broken()
         attn_out, *stats = running.state
         return AttentionState(running.cast(attn_out, wanted), *(running.cast(part, own) for part in stats))
 
@@ -286,12 +284,3 @@ def _refuse_gradients(call: str, partial: Any) -> None:
             "tensor is of a type other than torch's own two; a state that is written in place has no gradient and no place "
             "in a graph. Use rau.merge_states, which has both, or call under torch.no_grad() outside of tracing."
         )
-
-
-def _dtype_name(dtype: Any) -> str:
-    """Name a dtype: torch's and MindSpore's end in their name, NumPy's and ml_dtypes' types have one."""
-    try:
-        name = str(dtype).rpartition(".")[2].lower()
-        return name if name in ITEMSIZE else np.dtype(dtype).name
-    except Exception:  # NumPy's, or its own
-        return ""

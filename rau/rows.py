@@ -1,0 +1,220 @@
+"""Merges of some rows, or to another dtype: taken out, merged as any call is, rounded, and put in their place.
+
+What is not asked for is not read. A backend meets an ordinary call, of the rows alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rau.arithmetic import scaled
+from rau.arrays import Kind, kind_of, looks_like_array, plain
+from rau.arrays.numpy_ import EIGHT_BITS
+from rau.call import NAMES, as_state
+from rau.constraints import Options, bind
+from rau.constraints.hints import described
+from rau.constraints.results import bind_scale, result_dtype
+from rau.constraints.rows import (
+    PADDED,
+    Rows,
+    bind_counts,
+    bind_padded,
+    bind_tokens,
+    check_token_major,
+    count,
+    rows_of_sequences,
+)
+from rau.constraints.rules import Violations
+from rau.errors import UnsupportedError
+from rau.layouts import FIELDS
+from rau.state import AttentionState
+
+# Makes an ordinary call: of states, cumulative lengths, options and out.
+Compute = Callable[[Sequence[Sequence[Any]], Any, Options, Any], AttentionState]
+_EMPTY = (0.0, -np.inf, 0.0)  # the neutral element
+
+
+class Asked(NamedTuple):
+    """What a call asks beside the merge itself, as in :func:`rau.merge_states`."""
+
+    tokens: Any = None
+    cu_seqlens_padded: Any = None
+    dtype: Any = None
+    scale: Any = None
+
+
+def asked_of(*what: Any) -> Asked | None:
+    """Return what a call asks, None if nothing."""
+    return None if all(value is None for value in what) else Asked(*what)
+
+
+def merge_rows(
+    call: str, compute: Compute, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, options: Options, out: Any, asked: Asked
+) -> AttentionState:
+    """Make a call that asks for something. All of it is checked before anything is written, in the caller's words."""
+    report, padded = Violations(call), asked.cu_seqlens_padded is not None
+    states, into = _plain(states, out)
+    first = states[0]
+    rows, lengths = _find(report, asked, first[0], actual_seq_qlen, options)
+    metadata = options._replace(check="metadata")  # values are looked at of the rows alone
+    problem, _ = bind(call, states, NAMES[call], lengths, metadata, into, dtype=asked.dtype)
+    kind = _settled(call, first)
+    dtype = result_dtype(report, asked.dtype, problem.dtype)
+    scale = bind_scale(report, asked.scale, dtype, problem.N, first[0])
+    report.raise_if_broken()
+    if rows is None and dtype == problem.dtype:
+        return compute(states, lengths, options, out)
+
+    chosen = states
+    if rows is not None:
+        chosen, lengths = [[kind.take(array, rows) for array in state] for state in states], np.array([0, count(rows)])
+    in_place = into is not None and all([kind.memory(a).same_view(kind.memory(b)) for a, b in zip(into, first)])
+    if isinstance(rows, slice) and into is not None and dtype == problem.dtype and (in_place or padded):
+        compute(chosen, lengths, options, [kind.take(array, rows) for array in into])  # where it lies
+        return as_state(out)
+    if dtype != problem.dtype and problem.dtype != "float32":  # later states may be narrower than a float32 one
+        chosen = [[kind.cast(chosen[0][0], "float32"), *chosen[0][1:]], *chosen[1:]]
+    merged = compute(chosen, lengths, options, None)
+    if dtype != problem.dtype:
+        wide = merged.attn_out
+        if dtype in EIGHT_BITS:
+            if getattr(wide, "requires_grad", False):
+                raise UnsupportedError(f"{call}: dtype = {dtype} and an input requires grad; eight bits have no gradient here. Call "
+                                       "under torch.no_grad(), or merge to float32 and round that.")  # fmt: skip
+            wide = scaled(wide, scale, EIGHT_BITS[dtype], options.layout, problem.N)
+        merged = merged._replace(attn_out=kind.cast(wide, dtype))
+    if rows is None and into is None:
+        return merged
+
+    dtypes = dtype, problem.stats_dtype, problem.stats_dtype
+    if into is not None:
+        kind.will_write(as_state(into))
+        if rows is not None and not (padded or in_place):
+            for target, array, own in zip(into, first, dtypes):
+                kind.assign(target, _of_lanes(kind, kind.cast(array, own), target))
+    else:
+        others = _empty(kind, first) if padded else first
+        into = [kind.cast(array, own) for array, own in zip(others, dtypes)][: 3 if options.statistics else 1]
+    for target, values in zip(into, merged):
+        kind.put(target, slice(None) if rows is None else rows, _of_lanes(kind, values, target))
+    return as_state(into if out is None else out)
+
+
+def merge_pair_rows(
+    merge: Callable[[Sequence[Any], Any], tuple[Any, Any]], pairs: Sequence[Sequence[Any]], lengths: Any, options: Options,
+    axes: str, out: Any, asked: Asked,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Merge some rows of pairs (attn_out, lse), all of which has been checked but for what is asked; as :func:`merge_rows`.
+
+    `merge` makes an ordinary call, of pairs and out; `axes` are those of the log-sum-exps.
+    """
+    report, padded, axis = Violations("merge_lse"), asked.cu_seqlens_padded is not None, axes.index("T")
+    first = pairs[0]
+    rows, _ = _find(report, asked, first[0], lengths, options)
+    kind = _settled("merge_lse", first)
+    assert rows is not None
+    chosen = [(kind.take(attn_out, rows), kind.take(lse, rows, axis)) for attn_out, lse in pairs]
+    in_place = out is not None and all([kind.memory(a).same_view(kind.memory(b)) for a, b in zip(out, first)])
+    if out is not None and isinstance(rows, slice) and (in_place or padded):
+        merge(chosen, (kind.take(out[0], rows), kind.take(out[1], rows, axis)))  # where it lies
+        return out[0], out[1]
+    merged = merge(chosen, None)
+    if out is None:
+        others = _empty(kind, (first[0], first[1])) if padded else first
+        out = [kind.cast(array, kind.dtype(values)) for array, values in zip(others, merged)]
+    elif not (padded or in_place):
+        for target, array in zip(out, first):
+            kind.assign(target, kind.cast(array, kind.dtype(target)))
+    kind.put(out[0], rows, merged[0])
+    kind.put(out[1], rows, merged[1], axis)
+    return out[0], out[1]
+
+
+def merge_counts(
+    call: str, compute: Compute, state: Any, indptr: Any, options: Options, out: Any, asked: Asked | None
+) -> AttentionState:
+    """Merge as many states in each row as it has: those from indptr[t] to indptr[t + 1] of one triple of arrays.
+
+    One call for each number of states that there is, of the rows that have as many.
+    """
+    report = Violations(call)
+    if not isinstance(state, (tuple, list)) or len(state) != 3 or not all(map(looks_like_array, state)):
+        report.add("states", f"states is {described(state)}; with indptr expected one triple (attn_out, softmax_max, softmax_sum) "
+                   "of arrays that hold the states of all rows.")  # fmt: skip
+    check_token_major(report, "indptr", options.layout, options.softmax_layout)
+    if asked is not None or out is not None:
+        report.add("indptr", "indptr is given with tokens, cu_seqlens_padded, dtype, scale or out; expected it without them.")
+    report.raise_if_broken()
+    (state,), _ = _plain((state,), None)
+    problem, _ = bind(call, (state,), lambda _, field: f"states.{FIELDS[field]}", None, options, None)
+    kind = _settled(call, state)
+    starts = bind_counts(report, indptr, problem.T)
+    report.raise_if_broken()
+    assert starts is not None
+    counts = np.diff(starts)
+    merged = [kind.full(array, (len(counts), *array.shape[1:]), kind.dtype(array), value) for array, value in zip(state, _EMPTY)]
+    for number in np.unique(counts[counts > 0]).tolist():
+        rows = np.flatnonzero(counts == number)
+        chosen = [[kind.take(array, starts[rows] + k) for array in state] for k in range(number)]
+        for target, values in zip(merged, compute(chosen, np.array([0, len(rows)]), options, None)):
+            if values is not None:
+                kind.put(target, rows, values)
+    return AttentionState(*merged)
+
+
+def _find(report: Violations, asked: Asked, attn_out: Any, lengths: Any, options: Options) -> tuple[Rows | None, Any]:
+    """Find the rows that are asked for, None for all of them; and lengths by which the whole can be checked."""
+    tokens, padded = asked.tokens, asked.cu_seqlens_padded
+    if tokens is None and padded is None:
+        return None, lengths
+    if tokens is not None and padded is not None:
+        report.add("tokens", f"tokens and {PADDED} are both given; expected one of them. Choose among the real tokens by tokens.")
+    check_token_major(report, "tokens" if padded is None else PADDED, options.layout, options.softmax_layout)
+    report.raise_if_broken()
+    count = next(iter(getattr(attn_out, "shape", ())), None)
+    rows: Rows | None = None
+    if padded is not None:
+        bound = bind_padded(report, lengths, padded, count)
+        if bound is not None:
+            rows, lengths = rows_of_sequences(bound[1][:-1], np.diff(bound[0])), bound[1]
+    elif count is not None:  # else it is no array, of which the validator has something to say
+        rows = bind_tokens(report, tokens, count)
+    report.raise_if_broken()
+    return rows, lengths
+
+
+def _empty(kind: Kind, like: Sequence[Any]) -> list[Any]:
+    """Return arrays of empty rows, like those of a state or of a pair of an output and a log-sum-exp."""
+    return [kind.full(array, tuple(array.shape), kind.dtype(array), value) for array, value in zip(like, _EMPTY)]
+
+
+def _plain(states: Sequence[Sequence[Any]], out: Any) -> tuple[list[list[Any]], Any]:
+    """See arrays as their libraries' own."""
+    into = [plain(array) for array in out] if isinstance(out, (tuple, list)) else out
+    return [[plain(array) for array in state] for state in states], into
+
+
+def _settled(call: str, state: Sequence[Any]) -> Kind:
+    """Return the kind of arrays that were checked; UnsupportedError where rows of it cannot be chosen."""
+    kind = kind_of(state[0])
+    assert kind is not None
+    if kind.name not in ("numpy", "torch"):
+        raise UnsupportedError(
+            f"{call}: tokens, cu_seqlens_padded, indptr or dtype are given with {kind.name} arrays, whose rows nobody takes out "
+            "and puts back here; expected NumPy arrays or torch tensors."
+        )
+    if kind.name == "torch" and sys.modules["torch"].compiler.is_compiling():
+        raise UnsupportedError(
+            f"{call}: tokens, cu_seqlens_padded, indptr or dtype are given while torch compiles or exports, and which rows there "
+            "are is not known then. Call it outside, or take the rows by torch's own operations."
+        )
+    return kind
+
+
+def _of_lanes(kind: Kind, values: Any, target: Any) -> Any:
+    """See statistics with the lanes of those that they are written to."""
+    return values if values.shape[-1] == target.shape[-1] else kind.lanes(values, target.shape[-1])
