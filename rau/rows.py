@@ -47,9 +47,22 @@ class Asked(NamedTuple):
     scale: Any = None
 
 
-def asked_of(*what: Any) -> Asked | None:
-    """Return what a call asks, None if nothing."""
-    return None if all(value is None for value in what) else Asked(*what)
+def asked_of(call: str, *what: Any) -> Asked | None:
+    """Return what a call asks, None if nothing; UnsupportedError for anything while torch traces."""
+    if all([value is None for value in what]):
+        return None
+    refuse_tracing(call)
+    return Asked(*what)
+
+
+def refuse_tracing(call: str) -> None:
+    """Refuse a graph: which rows there are is to be known for it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        raise UnsupportedError(
+            f"{call}: tokens, cu_seqlens_padded, indptr or dtype are given while torch compiles or exports, and which rows "
+            "there are is not known then. Call it outside of the graph, or take the rows by torch's own operations."
+        )
 
 
 def merge_rows(
@@ -141,6 +154,7 @@ def merge_counts(
 
     One call for each number of states that there is, of the rows that have as many.
     """
+    refuse_tracing(call)
     report = Violations(call)
     if not isinstance(state, (tuple, list)) or len(state) != 3 or not all(map(looks_like_array, state)):
         report.add("states", f"states is {described(state)}; with indptr expected one triple (attn_out, softmax_max, softmax_sum) "
@@ -206,11 +220,6 @@ def _settled(call: str, state: Sequence[Any]) -> Kind:
         raise UnsupportedError(
             f"{call}: tokens, cu_seqlens_padded, indptr or dtype are given with {kind.name} arrays, whose rows nobody takes out "
             "and puts back here; expected NumPy arrays or torch tensors."
-        )
-    if kind.name == "torch" and sys.modules["torch"].compiler.is_compiling():
-        raise UnsupportedError(
-            f"{call}: tokens, cu_seqlens_padded, indptr or dtype are given while torch compiles or exports, and which rows there "
-            "are is not known then. Call it outside, or take the rows by torch's own operations."
         )
     return kind
 

@@ -143,7 +143,7 @@ def ring_attention_update(
     prev = AttentionState(prev_attn_out, prev_softmax_max, prev_softmax_sum)
     cur = AttentionState(cur_attn_out, cur_softmax_max, cur_softmax_sum)
     options = Options(layout, softmax_layout, profile, check)
-    asked = asked_of(tokens, cu_seqlens_padded)
+    asked = asked_of("ring_attention_update", tokens, cu_seqlens_padded)
     return _call("ring_attention_update", (prev, cur), actual_seq_qlen, options, out, backend, asked)
 
 
@@ -261,7 +261,7 @@ def merge_states(
     """
     check_statistics(Violations("merge_states"), statistics, out)
     options = Options(layout, softmax_layout, profile, check, statistics)
-    asked = asked_of(tokens, cu_seqlens_padded, dtype, scale)
+    asked = asked_of("merge_states", tokens, cu_seqlens_padded, dtype, scale)
     if indptr is not None:
         merged = merge_counts("merge_states", _computing("merge_states", backend), states, indptr, options, out, asked)
         return merged if statistics else merged.attn_out
@@ -339,13 +339,13 @@ def merge_lse(
     check_base(report, base)
     axes = check_layouts(report, layout, lse_layout)
     check_pairs(report, pairs, out)
+    asked = asked_of("merge_lse", tokens, cu_seqlens_padded)
     if all([attn_out is None for attn_out, _ in pairs]):
         return None, _lse_alone(report, pairs, base, inf_is_empty, out, backend)
     names = [(f"pairs[{k}][0]", f"pairs[{k}][1]") for k in range(len(pairs))]
     states = states_of(pairs, names, report, base, layout, axes, inf_is_empty, heads, 1)
     options = Options(layout, "TND", "portable", "metadata")
     how: dict[str, Any] = {"base": base, "layout": layout, "lse_layout": lse_layout}
-    asked = asked_of(tokens, cu_seqlens_padded)
     if asked is not None:
         bind("merge_lse", states, NAMES["merge_lse"], None, options, None)
         if out is not None:

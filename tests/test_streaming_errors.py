@@ -124,12 +124,18 @@ def test_odd_sequences_have_no_halves():
     assert caught.value.rules == ("tokens-odd",)
 
 
-def test_a_slice_of_sequences_is_refused():
-    with pytest.raises(rau.OptionError) as caught:
-        ring_of(tnd(), "TND", actual_seq_qlen=[0, 12]).update(*tnd(3), tokens=slice(0, 6))
-    assert 'tokens = slice(0, 6, None); layout "TND" expects "front" or "back"' in str(caught.value)
-    with pytest.raises(rau.OptionError, match=r'tokens is 3?.*; expected "front" or "back"'):
+@pytest.mark.parametrize("tokens", [slice(0, 6), [1, 2]], ids=str)
+def test_packed_statistics_have_halves_alone(tokens):
+    ring = ring_of(tnd(), "TND", softmax_layout="SBH", actual_seq_qlen=[0, 12])
+    with pytest.raises(rau.OptionError, match='packed statistics expect "front" or "back".*reorder_softmax'):
+        ring.update(*tnd(3), tokens=tokens)
+
+
+def test_tokens_are_refused_that_nobody_has():
+    with pytest.raises(rau.OptionError, match=r"tokens is of type int; expected a slice, a mask of 12 bools, or the numbers"):
         ring_of(tnd(), "TND", actual_seq_qlen=[0, 12]).update(*tnd(3), tokens=3)
+    with pytest.raises(rau.OptionError, match=r"tokens is of type list; expected a slice, \"front\""):
+        ring_of(sbh(), "SBH").update(*sbh(3), tokens=[1, 2, 3])
 
 
 @pytest.mark.parametrize("tokens", ["front", slice(0, 3), slice(0, 6)], ids=str)
@@ -156,7 +162,7 @@ def test_the_result_has_a_dtype_of_attention(dtype):
     with pytest.raises(rau.DTypeError) as caught:
         ring_of(sbh()).result(dtype)
     assert caught.value.rules == ("dtype-attn",)
-    assert "the running state is float32, expected one of float32, float16, bfloat16." in str(caught.value)
+    assert "for outputs of float32; expected one of float32, float16, bfloat16, float8_e4m3fn, float8_e5m2." in str(caught.value)
 
 
 def test_bfloat16_of_numpy_arrays_takes_ml_dtypes(monkeypatch):
@@ -170,7 +176,7 @@ def test_bfloat16_of_numpy_arrays_takes_ml_dtypes(monkeypatch):
 def test_a_float64_state_stays_one():
     ring = ring_of(sbh(dtype="float64"))
     assert ring.result("float64").attn_out.dtype == "f8"
-    with pytest.raises(rau.DTypeError, match="the running state is float64, expected one of float64"):
+    with pytest.raises(rau.DTypeError, match="for outputs of float64; expected one of float64"):
         ring.result("float32")
     with pytest.raises(rau.DTypeError, match="attn_out has dtype float32 and the running attn_out float64"):
         ring.update(*sbh())

@@ -22,14 +22,14 @@ def dtype_name(dtype: Any) -> str:
         return ""
 
 
-def result_dtype(report: Violations, dtype: Any, own: str, rule: str = "dtype") -> str:
+def result_dtype(report: Violations, dtype: Any, own: str) -> str:
     """Check the dtype that is asked of an output, and name it: `own`, which is computed, if none is."""
     if dtype is None:
         return own
     known = ("float64",) if own == "float64" else ("float32", *NARROW, *EIGHT_BITS)
     wanted = dtype_name(dtype)
     if wanted not in known:
-        report.add(rule, f"dtype = {shown(dtype)}, for outputs of {own}; expected one of {', '.join(known)}.")
+        report.add("dtype-attn", f"dtype = {shown(dtype)}, for outputs of {own}; expected one of {', '.join(known)}.")
         return own
     return wanted
 

@@ -14,14 +14,14 @@ from rau.errors import shown
 
 Rows = slice | np.ndarray  # places along the token axis; an array of them is int64, each once
 PADDED = "cu_seqlens_padded"
-_REORDER = 'rau.reorder_softmax(stats, lengths, to="TND") puts packed statistics into that order.'
+REORDER = 'rau.reorder_softmax(stats, lengths, to="TND") puts packed statistics into that order.'
 
 
 def check_token_major(report: Violations, argument: str, layout: str, softmax_layout: str) -> None:
     """Check that rows can be chosen: the first axis of all arrays is that of tokens."""
     if layout != "TND" or softmax_layout != "TND":
         got = f"layout {shown(layout)}" if layout != "TND" else 'softmax_layout "SBH"'
-        hint = "Pass slices of the arrays, and of out." if layout != "TND" else _REORDER
+        hint = "Pass slices of the arrays, and of out." if layout != "TND" else REORDER
         report.add("tokens", f'{argument} is given with {got}; expected layout "TND" with token-major statistics. {hint}')
 
 
@@ -31,10 +31,11 @@ def bind_tokens(report: Violations, tokens: Any, length: int) -> Rows | None:
     if isinstance(tokens, slice):
         return bind_slice(report, tokens, length)
     if isinstance(tokens, (list, tuple)):
-        values = np.array(tokens) if tokens else np.zeros(0, np.int64)
-        if any(looks.shape for looks in map(np.asarray, tokens)) or values.dtype == object:
-            report.add("tokens", f"tokens is {shown(tokens)}; {expected}.")
+        wrong = [item for item in tokens if not isinstance(item, (bool, int, float, np.generic))]
+        if wrong:
+            report.add("tokens", f"tokens holds {shown(wrong[0])}, {described(wrong[0])}; {expected}.")
             return None
+        values = np.array(tokens) if tokens else np.zeros(0, np.int64)
     else:
         tokens = plain(tokens)
         kind = kind_of(tokens)

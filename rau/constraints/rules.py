@@ -61,7 +61,6 @@ RULES: dict[str, Rule] = {
     "tnd-unified-buffer": Rule(ConstraintError, "a token must fit the chip's 192 KiB unified buffer", "page"),
     "tnd-heads-256": Rule(ConstraintError, "the chip's kernel takes at most 256 heads", "CANN V2"),
     "tnd-head-dim-768": Rule(ConstraintError, "the chip's kernel takes D up to 768", "CANN V2"),
-    "dtype": Rule(DTypeError, "a result is rounded once, to a format that exists", "rau"),
     "scale": Rule(OptionError, "eight bits have little range, and values are scaled into it", "rau"),
     "out": Rule(ShapeError, "out is a triple of arrays to write into", "rau"),
     "out-dtype": Rule(DTypeError, "the result has prev's dtypes", "page"),

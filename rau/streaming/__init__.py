@@ -12,13 +12,14 @@ from rau.constraints import FIELDS, Options, bind, check_options, checked
 from rau.constraints.hints import described
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.outputs import Names
-from rau.constraints.results import result_dtype
+from rau.constraints.results import bind_scale, result_dtype
+from rau.constraints.rows import PADDED, Rows, bind_padded, check_token_major, count
 from rau.constraints.rules import Violations
 from rau.errors import ConstraintError, UnsupportedError, shown
 from rau.layouts import LAYOUTS
 from rau.state import AttentionState
 from rau.streaming.running_state import UPDATE, RunningState, of_part
-from rau.streaming.tokens import part, part_of
+from rau.streaming.tokens import padded_rows, part, part_of
 
 _CLASS, _RESULT = "StreamingMerge", "StreamingMerge.result"
 
@@ -51,6 +52,9 @@ class StreamingMerge:
         on the host.
     softmax_layout : {"TND", "SBH"}, default "TND"
         Order of the statistics in layout "TND": token-major, or packed per sequence.
+    cu_seqlens_padded : array of int64, shape (sequences + 1,), or list of int, optional
+        In layout "TND" with token-major statistics, as in :func:`ring_attention_update`: the cumulative lengths of the slots in
+        which the sequences stand. Padding stays empty. A half is one of the slots, each sequence filling its front first.
     like : AttentionState, optional
         A state of the full shape, for when the first update covers only a part. Its shapes, dtypes, array kind and
         device are used, and none of its values.
@@ -112,6 +116,7 @@ class StreamingMerge:
         *,
         actual_seq_qlen: Any = None,
         softmax_layout: str = "TND",
+        cu_seqlens_padded: Any = None,
         like: Any = None,
         backend: Any = None,
         profile: str = "portable",
@@ -120,9 +125,16 @@ class StreamingMerge:
         report = Violations(_CLASS)
         _, limits = check_options(report, Options(layout, softmax_layout, profile, check))
         report.raise_if_broken()
-        lengths = None
+        lengths, self._real = None, None
         self._packed = layout == "TND" and softmax_layout == "SBH"
-        if layout == "TND":
+        if cu_seqlens_padded is not None:
+            check_token_major(report, PADDED, layout, softmax_layout)
+            report.raise_if_broken()
+            bound = bind_padded(report, actual_seq_qlen, cu_seqlens_padded, None)
+            report.raise_if_broken()
+            assert bound is not None
+            self._real, lengths = bound
+        elif layout == "TND":
             lengths = bind_lengths(report, actual_seq_qlen, None, self._packed, limits.vendor)
             report.raise_if_broken()
         self._options = Options(layout, softmax_layout, profile, check)  # of each partial state
@@ -144,7 +156,7 @@ class StreamingMerge:
         """
         return None if self._running is None else self._running.state
 
-    def update(self, attn_out: Any, softmax_max: Any, softmax_sum: Any, *, tokens: slice | str | None = None) -> None:
+    def update(self, attn_out: Any, softmax_max: Any, softmax_sum: Any, *, tokens: Any = None) -> None:
         """Merge one partial state into the running state, in place.
 
         Parameters
@@ -155,9 +167,10 @@ class StreamingMerge:
         softmax_max, softmax_sum : array, float32 (float64 with a float64 output)
             Its statistics: (B, N, S, 8), or (T, N, 8) in "TND"; 1 lane will do as well in profile "portable". The running
             ones have as many as the first.
-        tokens : slice or {"front", "back"}, optional
-            Which tokens the partial state covers; all by default. A slice along the token axis, in the layouts SBH,
-            BSND and BNSD. "front" and "back" are the first and the second half of every sequence, in all layouts and both
+        tokens : slice, {"front", "back"}, or array of int or bool, optional
+            Which tokens the partial state covers; all by default. A slice along the token axis, unless statistics are packed.
+            In layout "TND" with token-major statistics also the tokens' numbers, each at most once, or a mask of shape (T,): the
+            partial state has as many tokens as are chosen, in that order. "front" and "back" are the first and the second half of every sequence, in all layouts and both
             orders of the statistics: the partial state then has T / 2 tokens, its sequences half as long, one after another.
 
         Raises
@@ -196,29 +209,38 @@ class StreamingMerge:
         running.refuse_broken(UPDATE)
         running.refuse_overlap(partial)
 
-        on_host = running.own_kind and tokens is not None
+        on_host = running.own_kind and (tokens is not None or self._real is not None)
         whole = running.to_host(running.state) if on_host else running.state
         places, lengths, half, names = whole, self._lengths, None, _of_whole
+        rows: Rows | None = None
         if tokens is not None:
-            places, lengths, half = self._places(running.kind, whole, tokens)
+            places, lengths, half, rows = self._places(running.kind, whole, tokens)
             names = of_part
         if on_host:
             bind(UPDATE, (partial,), _of_partial, lengths, self._whole, None)
             partial = running.to_host(partial)
+        if self._real is not None and (tokens is None or half is not None):
+            bind(UPDATE, (places, partial), names, lengths, self._whole, None)
+            assert isinstance(self._lengths, np.ndarray)  # the slots, on the host
+            rows, its = padded_rows(self._lengths, self._real, half)
+            places, partial, half = part(whole, "TND", rows), part(partial, "TND", its), None
+            lengths = np.array([0, count(rows)])
         problem, states, _ = checked(UPDATE, (places, partial), names, lengths, self._whole, places, half)
         if not as_wanted:
             bind(UPDATE, (partial,), _of_partial, lengths, self._options, None)
-        running.merge(problem, whole, places, AttentionState(*states[1]), on_host=on_host)
+        running.merge(problem, whole, places, AttentionState(*states[1]), on_host=on_host, rows=rows)
         self._running = running
 
-    def result(self, dtype: Any = None) -> AttentionState:
+    def result(self, dtype: Any = None, scale: Any = None) -> AttentionState:
         """Return a copy of the running state, its output rounded once to nearest even.
 
         Parameters
         ----------
         dtype : str or dtype, optional
-            float16, bfloat16 or float32, by name or as NumPy's or the framework's dtype; float64 where the partial states
-            are. By default the running state's, which rounds nothing.
+            float16, bfloat16, float32, float8_e4m3fn or float8_e5m2, by name or as NumPy's or the framework's dtype; float64
+            where the partial states are. By default the running state's, which rounds nothing.
+        scale : float, or array of float32, shape () or (N,), optional
+            Of an output of eight bits, as in :func:`rau.merge_states`.
 
         Returns
         -------
@@ -240,19 +262,22 @@ class StreamingMerge:
         own = running.asked.dtype
         report = Violations(_RESULT)
         wanted = result_dtype(report, dtype, own)
+        scale = bind_scale(report, scale, wanted, running.asked.N, running.state.attn_out)
         report.raise_if_broken()
         attn_out, *stats = running.state
-        return AttentionState(running.cast(attn_out, wanted), *(running.cast(part, own) for part in stats))
+        return AttentionState(running.cast(attn_out, wanted, scale), *(running.cast(part, own) for part in stats))
 
     def _start(self, call: str, like: Any, names: Names, options: Options) -> RunningState:
         problem, _ = bind(call, (like,), names, self._lengths, options, None)
         return RunningState(problem, like, self._backend)
 
-    def _places(self, kind: Kind, whole: AttentionState, tokens: Any) -> tuple[AttentionState, Any, str | None]:
+    def _places(
+        self, kind: Kind, whole: AttentionState, tokens: Any
+    ) -> tuple[AttentionState, Any, str | None, Rows | None]:
         """Find the part of the running state that some tokens are.
 
-        Returns views of them, the partial state's cumulative lengths and, in layout "TND", the half. The halves of
-        sequences are no view; the first tokens, as many, have to stand for them (see Problem.half).
+        Returns them, as views where they can be seen so, the partial state's cumulative lengths and, in layout "TND", the half
+        or the rows. The halves of sequences are no view; the first tokens, as many, have to stand for them (see Problem.half).
         """
         if kind.name == "mindspore":
             raise UnsupportedError(f"{UPDATE}: tokens = {shown(tokens)} with MindSpore tensors, whose slices may be copies; "
@@ -260,11 +285,12 @@ class StreamingMerge:
         layout, lengths = self._options.layout, self._lengths
         length = whole.attn_out.shape[LAYOUTS[layout].attn_token]
         on_device = lengths is not None and not isinstance(lengths, np.ndarray)  # and not read: no odd length is noticed
-        where = part_of(UPDATE, tokens, layout, length, np.zeros(1, np.int64) if on_device else lengths)
-        if isinstance(where, slice):
-            return part(whole, layout, where), None, None
+        where = part_of(UPDATE, tokens, layout, self._packed, length, np.zeros(1, np.int64) if on_device else lengths)
+        if not isinstance(where, str):
+            own = np.array([0, count(where)]) if layout == "TND" else None
+            return part(whole, layout, where), own, None, where
         lengths = np.array((0, length)) if lengths is None else lengths
-        return part(whole, "TND", slice(0, length // 2)), lengths // 2, where
+        return part(whole, "TND", slice(0, length // 2)), lengths // 2, where, None
 
 
 def _broken(call: str, rule: str, message: str) -> ConstraintError:

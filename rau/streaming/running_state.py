@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from rau import registry
+from rau.arithmetic import scaled
 from rau.arrays import kind_of
 from rau.arrays.foreign import ForeignKind
-from rau.arrays.numpy_ import NumPyKind
+from rau.arrays.numpy_ import EIGHT_BITS, NumPyKind
 from rau.call import full, hand_over
 from rau.constraints import FIELDS
+from rau.constraints.rows import Rows
 from rau.constraints.rules import Violations
 from rau.errors import UnsupportedError
 from rau.problem import Problem
@@ -73,12 +75,16 @@ class RunningState:
                            "copy, or StreamingMerge.result().")  # fmt: skip
                 raise report.error()
 
-    def cast(self, array: Any, dtype: str) -> Any:
-        """Return a copy of an array of this kind, rounded once."""
-        if not self.own_kind:
-            return self.kind.cast(array, dtype)
-        chosen, _ = self.choose()
-        return chosen.asarray(_HOST.cast(chosen.to_numpy(array), dtype))
+    def cast(self, array: Any, dtype: str, scale: Any = None) -> Any:
+        """Return a copy of an array of this kind, rounded once; an output of eight bits is scaled before."""
+        kind, chosen = self.kind, None
+        if self.own_kind:
+            kind, (chosen, _) = _HOST, self.choose()
+            array = chosen.to_numpy(array)
+        if dtype in EIGHT_BITS:
+            array = scaled(array, scale, EIGHT_BITS[dtype], self.asked.layout, self.asked.N)
+        array = kind.cast(array, dtype)
+        return array if chosen is None else chosen.asarray(array)
 
     def to_host(self, state: Iterable[Any]) -> AttentionState:
         """Copy a state of arrays of a plugin's own kind to the host."""
@@ -86,13 +92,15 @@ class RunningState:
         return AttentionState(*(np.array(chosen.to_numpy(array)) for array in state))
 
     def merge(
-        self, problem: Problem, whole: AttentionState, places: AttentionState, cur: AttentionState, *, on_host: bool
-    ) -> None:
+        self, problem: Problem, whole: AttentionState, places: AttentionState, cur: AttentionState, *, on_host: bool,
+        rows: Rows | None = None,
+    ) -> None:  # fmt: skip
         """Merge a partial state into some places of the state; UnsupportedError, and nothing written, if it cannot be.
 
         `whole` is the state, or what :meth:`to_host` made of it where `on_host`; `places` the part of it that is meant,
-        or, where the problem has a half, as many tokens.
+        or, where the problem has a half, as many tokens. Where `rows` are an array, `places` are copies of them.
         """
+        copies = places
         chosen, origin = self.choose()
         registry.log_call(UPDATE, chosen, origin)
         if on_host or registry.reasons_against(chosen, problem):
@@ -115,6 +123,11 @@ class RunningState:
             elif on_host or out is None:
                 for place, values in zip(places, self.to_host(result) if on_host else result, strict=True):
                     place[...] = values
+        if isinstance(rows, np.ndarray):
+            kind = kind_of(whole.attn_out)
+            assert kind is not None
+            for array, values in zip(whole, copies, strict=True):
+                kind.put(array, rows, values)
         if on_host:
             self.state = AttentionState(*map(chosen.asarray, whole))
         self.broken = False

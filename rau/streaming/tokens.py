@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from rau.arrays import kind_of
 from rau.constraints.hints import described
+from rau.constraints.rows import REORDER, Rows, bind_slice, bind_tokens, rows_of_sequences
 from rau.constraints.rules import Violations
 from rau.errors import shown
 from rau.layouts import LAYOUTS
@@ -17,30 +19,27 @@ from rau.state import AttentionState
 HALVES = ("front", "back")
 
 
-def part_of(call: str, tokens: Any, layout: str, length: int, lengths: np.ndarray | None) -> slice | str:
-    """Check which tokens are meant, of S (in layout "TND", T): a slice along the token axis, or in TND the name of a half.
-    """
+def part_of(call: str, tokens: Any, layout: str, packed: bool, length: int, lengths: np.ndarray | None) -> Rows | str:
+    """Check which tokens are meant, of S (in layout "TND", T): rows along the token axis, or in TND the name of a half."""
     report = Violations(call)
-    if isinstance(tokens, slice):
-        if layout == "TND":
-            report.add("tokens", f'tokens = {shown(tokens)}; layout "TND" expects "front" or "back", the halves of every sequence. '
-                       "A slice of one sequence is a state of its own: merge it as such.")  # fmt: skip
-            raise report.error()
-        try:
-            start, stop, step = tokens.indices(length)
-        except Exception as error:  # of what is no index, and of whatever it does; of step 0
-            why = error if type(error) in (TypeError, ValueError) else shown(error)
-            report.add("tokens", f"tokens = {shown(tokens)}: {why}; expected a slice of ints.")
-            raise report.error() from error
-        if step < 0:
-            report.add("tokens", f"tokens = {tokens} walks backwards; expected a positive step.")
-            raise report.error()
-        return slice(start, max(start, stop), step)
-    if not isinstance(tokens, str) or tokens not in HALVES:
+    rows: Rows | None = None
+    if isinstance(tokens, str) and tokens in HALVES:
+        pass
+    elif packed:
+        got = shown(tokens) if isinstance(tokens, (str, slice)) else described(tokens)
+        report.add("tokens", f'tokens is {got}; packed statistics expect "front" or "back", the halves of every sequence. '
+                   f"{REORDER}")  # fmt: skip
+    elif layout == "TND" and not isinstance(tokens, str):
+        rows = bind_tokens(report, tokens, length)
+    elif isinstance(tokens, slice):
+        rows = bind_slice(report, tokens, length)
+    else:
         got = shown(tokens) if isinstance(tokens, str) else described(tokens)
-        wanted = "" if layout == "TND" else "a slice, "
-        report.add("tokens", f'tokens is {got}; expected {wanted}"front" or "back", the halves of every sequence.')
-        raise report.error()
+        more = ", or in layout \"TND\" the numbers of tokens or a mask" if layout == "TND" else ""
+        report.add("tokens", f'tokens is {got}; expected a slice, "front" or "back", the halves of every sequence{more}.')
+    report.raise_if_broken()
+    if rows is not None:
+        return rows
     odd = np.flatnonzero(np.diff(lengths) % 2) if lengths is not None else [0] * (length % 2)
     if len(odd):
         which, size = "every sequence", length
@@ -57,11 +56,26 @@ def part_of(call: str, tokens: Any, layout: str, length: int, lengths: np.ndarra
     return slice(0, middle) if tokens == "front" else slice(middle, length)
 
 
-def part(state: Sequence[Any], layout: str, tokens: slice) -> AttentionState:
-    """See some tokens of a state."""
-    axes = LAYOUTS[layout]
+def part(state: Sequence[Any], layout: str, tokens: Rows) -> AttentionState:
+    """Take some tokens of a state: views for a slice."""
+    axes, kind = LAYOUTS[layout], kind_of(state[0])
+    assert kind is not None  # the validator has seen to that
     places = axes.attn_token, axes.stats_token, axes.stats_token
-    return AttentionState(*(array[(slice(None),) * axis + (tokens,)] for array, axis in zip(state, places, strict=True)))
+    return AttentionState(*(kind.take(array, tokens, axis) for array, axis in zip(state, places, strict=True)))
+
+
+def padded_rows(slots: np.ndarray, real: np.ndarray, half: str | None) -> tuple[Rows, Rows]:
+    """Find the real tokens of padded sequences, in the running state and in a partial one.
+
+    Where that one has a `half`, its slots are half as long: the tokens of each sequence fill the front first.
+    """
+    starts, lengths = slots[:-1], np.diff(real)
+    if half is None:
+        rows = rows_of_sequences(starts, lengths)
+        return rows, rows
+    halves = np.diff(slots) // 2
+    here = np.minimum(lengths, halves) if half == "front" else np.maximum(lengths - halves, 0)
+    return rows_of_sequences(starts + (0 if half == "front" else halves), here), rows_of_sequences(starts // 2, here)
 
 
 def halves(
