@@ -1,4 +1,7 @@
-"""FlashInfer's merges: ``from flashinfer import merge_state, merge_state_in_place, merge_states``. Log-sum-exps are to base 2."""
+"""FlashInfer's merges: ``from flashinfer import merge_state, merge_state_in_place, merge_states``.
+
+Log-sum-exps are to base 2.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +63,10 @@ def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any =
         As :func:`rau.merge_lse`, to which (v, s) is pairs[0] and out; UnsupportedError also for a mask.
     """
     if mask is not None:
-        raise UnsupportedError("merge_state_in_place: mask is given; expected None. Merge the rows of the mask by themselves: "
-                               "v[mask], s[mask] = merge_state(v[mask], s[mask], v_other[mask], s_other[mask]).")  # fmt: skip
+        raise UnsupportedError(
+            "merge_state_in_place: mask is given; expected None. Merge the rows of the mask by themselves: "
+            "v[mask], s[mask] = merge_state(v[mask], s[mask], v_other[mask], s_other[mask])."
+        )
     merge_lse([(v, s), (v_other, s_other)], **_HOW, out=(v, s))
 
 

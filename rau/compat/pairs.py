@@ -13,9 +13,9 @@ from rau.update import merge_lse, merge_states
 def merged(
     pairs: Sequence[Sequence[Any]], how: dict[str, Any], out: Any = None, lse: Any = None, *, with_lse: bool = True
 ) -> tuple[Any, Any]:
-    """Merge pairs into an output and a log-sum-exp, each new where it is None; without `with_lse`, None is that of the result.
+    """Merge pairs into an output and a log-sum-exp, each new where it is None; without `with_lse` into an output alone.
 
-    `how` is what :func:`rau.merge_lse` is told of the pairs.
+    `how` is what :func:`rau.merge_lse` is told of the pairs. The result has None for what was not wanted.
     """
     if not with_lse:
         states = [AttentionState.from_lse(*pair, **how) for pair in pairs]

@@ -1,4 +1,4 @@
-"""PyTorch's merger of its own ring attention: ``torch.distributed.tensor.experimental._context_parallel._attention._SDPAMerger``."""
+"""PyTorch's merger: `_SDPAMerger` of ``torch.distributed.tensor.experimental._context_parallel._attention``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """TransformerEngine's corrections: those of its context parallelism, and the two of ``transformer_engine_torch`` for "thd".
 
-It merges in two rounds. First every step's log-sum-exp is merged into one; then every step's output is added to a sum, by its
-weight in the whole, exp(lse_per_step - lse). The log-sum-exp between the two rounds is rounded to float32, which changes all
-weights of a row by up to abs(lse) * 2**-24: :func:`rau.merge_states`, or a :class:`rau.StreamingMerge`, does not lose that.
+It merges in two rounds: first every step's log-sum-exp into one, then every step's output into a sum, by its weight in the
+whole, exp(lse_per_step - lse). Between the two the log-sum-exp is rounded to float32, which changes all weights of a row by up
+to abs(lse) * 2**-24: :func:`rau.merge_states`, or a :class:`rau.StreamingMerge`, does not lose that.
 """
 
 from __future__ import annotations
@@ -123,16 +123,16 @@ def flash_attn_fwd_out_correction(
     Examples
     --------
     >>> import numpy as np
-    >>> steps = [(np.full((1, 1, 1, 8), x, np.float32), np.log(np.full((1, 1, 1), w, np.float32))) for x, w in ((4, 1), (8, 3))]
-    >>> lse = np.log(np.full((1, 1, 1), 4, np.float32))
-    >>> out = flash_attn_fwd_out_correction_init(steps[0][0], lse, steps[0][1], seq_dim=1)
-    >>> flash_attn_fwd_out_correction(out, steps[1][0], lse, steps[1][1], seq_dim=1)
+    >>> output, rows = np.ones((1, 1, 1, 8), np.float32), np.ones((1, 1, 1), np.float32)
+    >>> lse = np.log(4 * rows)  # of two steps, with 1/4 and 3/4 of it
+    >>> out = flash_attn_fwd_out_correction_init(4 * output, lse, np.log(rows), seq_dim=1)
+    >>> flash_attn_fwd_out_correction(out, 8 * output, lse, np.log(3 * rows), seq_dim=1)
     >>> float(out[0, 0, 0, 0].round(5))
     7.0
     """
     if seq_dim == 0:
         out, out_per_step = out.swapaxes(0, 1), out_per_step.swapaxes(0, 1)
-    _add(out, out_per_step, softmax_lse, softmax_lse_per_step, base="e", layout="BSND", lse_layout="BNS")
+    _add(out, out_per_step, softmax_lse, softmax_lse_per_step, "BSND", "BNS")
 
 
 def flash_attn_fwd_second_half_out_correction(
@@ -206,27 +206,28 @@ def thd_out_correction(
         As :func:`flash_attn_fwd_out_correction`; of each sequence, one after another.
     """
     for tokens, its_tokens, rows, its_rows in _sequences(cu_seqlens, only_second_half, lse_packed):
-        _add(out[tokens], out_per_step[its_tokens], lse[rows], lse_per_step[its_rows], base="e", layout="TND", lse_layout="NT")
+        _add(out[tokens], out_per_step[its_tokens], lse[rows], lse_per_step[its_rows], "TND", "NT")
 
 
-def _add(out: Any, part: Any, lse: Any, its_lse: Any, **how: Any) -> None:
-    """Add an output to `out`, times exp(its_lse - lse), where `out` lies.
+def _add(out: Any, part: Any, lse: Any, its_lse: Any, layout: str, lse_layout: str) -> None:
+    """Add an output to `out`, times exp(its_lse - lse), in place.
 
-    The weights of a merge add up to 1, and `out` is to keep its own: a third state of nothing but zeros, of the part's sum with
-    the other sign, takes back what the part's weight is. Its product adds a zero.
+    The weights of a merge add up to 1, and `out` is to keep a weight of 1: a third state, of zeros and with the part's sum
+    negated, takes back as much weight as the part has, and its product adds nothing.
     """
     zeros = library(part).zeros_like(part)
     total, weighed, balance = (
-        AttentionState.from_lse(array, rows, **how) for array, rows in ((out, lse), (part, its_lse), (zeros, its_lse))
+        AttentionState.from_lse(array, rows, base="e", layout=layout, lse_layout=lse_layout)
+        for array, rows in ((out, lse), (part, its_lse), (zeros, its_lse))
     )
     balance = balance._replace(softmax_sum=-balance.softmax_sum)
-    merge_states([total, weighed, balance], layout=how["layout"], statistics=False, out=out)
+    merge_states([total, weighed, balance], layout=layout, statistics=False, out=out)
 
 
 def _sequences(cu_seqlens: Any, half: bool, packed: bool) -> Iterator[tuple[Any, Any, Any, Any]]:
     """Index the tokens of each sequence, or of its second half: of the whole, of a step; then the rows of both."""
     bounds = cu_seqlens.tolist()
-    if packed and not half:  # nothing then depends on where a sequence ends
+    if packed and not half:  # where a sequence ends changes nothing then: one call
         bounds = [bounds[0], bounds[-1]]
     for i, (start, end) in enumerate(pairwise(bounds)):
         tokens, its_tokens = slice(start, end), slice(start, end)

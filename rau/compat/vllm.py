@@ -53,8 +53,8 @@ def merge_attn_states(
     [3.0, 3.0, 4.0]
     """
     if output_scale is not None:
-        raise UnsupportedError("merge_attn_states: output_scale is given; expected None, and an output in the dtype of the two: "
-                               "quantise that afterwards.")  # fmt: skip
+        raise UnsupportedError("merge_attn_states: output_scale is given; expected None, and an output in the dtype of the "
+                               "two. Quantise that afterwards.")  # fmt: skip
     prefix, suffix, n = (prefix_output, prefix_lse), (suffix_output, suffix_lse), prefill_tokens_with_context
     parts = [(slice(n), [prefix, suffix])]
     if n is not None:

@@ -52,8 +52,8 @@ def merge_attentions(
     """
     dtype, shape, rows = attn_split[0].dtype, attn_split[0].shape, lse_split[0].shape
     if output_dtype not in (None, dtype):
-        raise UnsupportedError(f"merge_attentions: output_dtype = {shown(output_dtype)}; expected None or that of attn_split, "
-                               f"{dtype}. Convert the output.")  # fmt: skip
+        raise UnsupportedError(f"merge_attentions: output_dtype = {shown(output_dtype)}; expected None or that of "
+                               f"attn_split, {dtype}. Convert the output.")  # fmt: skip
     heads = math.prod(shape[2:-1])  # of all groups
     flat, flat_rows = (*shape[:2], heads, shape[-1]), (rows[0], heads, rows[-1])
     pairs = [(out.reshape(flat), lse.reshape(flat_rows)) for out, lse in zip(attn_split, lse_split, strict=True)]
