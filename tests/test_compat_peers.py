@@ -1,6 +1,6 @@
 """rau.compat, a module a peer: their own cases, by the shapes they document, against a softmax in float64 written out here.
 
-On NumPy arrays and torch tensors, with every backend under test. No peer is needed, and none is imported.
+On NumPy arrays and torch tensors, with every backend under test. No peer is needed, and none is imported. docs/migration.md is run here too.
 """
 
 import importlib
@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import BACKENDS
+from pages import blocks
 
 import rau
 from rau.compat import (
@@ -472,3 +473,68 @@ def test_options_that_are_not_taken(way):
         with pytest.raises(rau.UnsupportedError, match=message):
             call()
     assert way.bits(v, s) == before
+
+
+# ------------------------------------------------------------------------------------------------------ docs/migration.md
+
+
+def test_the_code_of_the_page(way):
+    """Every block of it, each on two or three parts as its project has them."""
+    B, S, N, D = 2, 6, 3, 8
+    outs, lses = parts(B, S, N, D, count=3)
+    out, lse = softmax(outs, lses)
+    tokens, rows = outs[:, 0], lses[:, 0]  # of layout TND, of one sequence
+    two_out, two_lse = softmax(tokens[:2], rows[:2])
+    outputs = [way(part) for part in outs]
+    by_head = [way(part.swapaxes(1, 2)) for part in lses]
+    v_a, v_b, v = way(tokens[0]), way(tokens[1]), way(tokens.swapaxes(0, 1))
+    s_a, s_b, s = way(rows[0]), way(rows[1]), way(rows.swapaxes(0, 1))
+    page = blocks("migration.md")
+
+    def names_after(title, **names):
+        exec(compile(page.pop(f"{title} 0"), f"migration.md, {title}", "exec"), names)
+        return names
+
+    got = names_after("FlashInfer", v_a=way(tokens[0]), s_a=way(rows[0]), v_b=v_b, s_b=s_b, v=v, s=s)
+    to_base_2 = [softmax(tokens[:2], rows[:2], "2"), softmax(tokens, rows, "2")]
+    for mine, its in zip([got["merged"], got["lse"], got["of_many"], got["lse_of_many"]], sum(to_base_2, ()), strict=True):
+        close(way.host(mine), its)
+    assert way.bits(got["v_a"], got["s_a"]) == way.bits(got["merged"], got["lse"])
+
+    output, output_lse = way(np.ones(two_out.shape)), way(np.ones(two_lse.T.shape))
+    names_after("vLLM", output=output, prefix_output=v_a, prefix_lse=way(rows[0].T), suffix_output=v_b, suffix_lse=way(rows[1].T),
+                output_lse=output_lse)  # fmt: skip
+    without = rows[:2].copy()
+    without[0, 4:] = -INF
+    expected = softmax(tokens[:2], without)
+    close(way.host(output), expected[0])
+    close(way.host(output_lse), expected[1].T)
+
+    names = {"prefix_output": v_a, "prefix_lse": s_a, "suffix_output": v_b, "suffix_lse": s_b}
+    got = names_after("SGLang", **names, v_a=v_a, s_a=s_a, v_b=v_b, s_b=s_b, v_merged=way(two_out), s_merged=way(two_lse))
+    close(way.host(got["merged"]), two_out)
+    close(way.host(got["lse"]), two_lse)
+    assert way.bits(got["v_merged"], got["s_merged"]) == way.bits(got["merged"], got["lse"])
+
+    got = names_after("ring-flash-attention", blocks=list(zip(outputs, by_head, strict=True)))
+    close(way.host(got["out"]), out)
+    close(way.host(got["lse"]), lse[..., None])
+
+    got = names_after("TransformerEngine", softmax_lse=way(way.host(by_head[0])), out_per_step=outputs, lse_per_step=by_head)
+    close(way.host(got["out"]), out)
+    close(way.host(got["softmax_lse"]), lse.swapaxes(1, 2))
+
+    got = names_after("xformers", attn_split=outputs, lse_split=by_head)
+    close(way.host(got["out"]), out)
+    close(way.host(got["lse"]), lse.swapaxes(1, 2))
+    assert way.bits(got["alone"]) == way.bits(got["out"])
+
+    got = names_after("FlashAttention", out_partial=way(outs), lse_partial=way(lses))
+    close(way.host(got["out"]), out)
+    close(way.host(got["lse"]), lse)
+
+    steps = [(way(part.swapaxes(1, 2)), its) for part, its in zip(outs, by_head, strict=True)]
+    got = names_after("PyTorch", steps=steps)
+    close(way.host(got["merged"]), out.swapaxes(1, 2))
+    close(way.host(got["lse"]), lse.swapaxes(1, 2))
+    assert not page

@@ -1,4 +1,4 @@
-"""ring-flash-attention's merge: ``from ring_flash_attn.utils import update_out_and_lse``, and what it does to log-sum-exps."""
+"""ring-flash-attention's merge: ``from ring_flash_attn.utils import update_out_and_lse``, and its log-sum-exps."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def update_out_and_lse(out: Any, lse: Any, block_out: Any, block_lse: Any, slice
     if slice_ is not None:
         if out is None:
             report = Violations("update_out_and_lse")
-            report.add("first-update", "slice_ is given, and out is None; expected a first block of all rows, without a slice.")
+            report.add("first-update", "slice_ is given, and out is None; expected a first block of all rows.")
             raise report.error()
         out[slice_], lse[slice_] = update_out_and_lse(out[slice_], lse[slice_], block_out, block_lse)
         return out, lse

@@ -1,8 +1,8 @@
 """TransformerEngine's corrections: those of its context parallelism, and the two of ``transformer_engine_torch`` for "thd".
 
 It merges in two rounds: first every step's log-sum-exp into one, then every step's output into a sum, by its weight in the
-whole, exp(lse_per_step - lse). Between the two the log-sum-exp is rounded to float32, which changes all weights of a row by up
-to abs(lse) * 2**-24: :func:`rau.merge_states`, or a :class:`rau.StreamingMerge`, does not lose that.
+whole, exp(lse_per_step - lse). In between the log-sum-exp is rounded to float32, which changes all weights of a row by up to
+abs(lse) * 2**-24: :func:`rau.merge_states`, or a :class:`rau.StreamingMerge`, does not lose that.
 """
 
 from __future__ import annotations
