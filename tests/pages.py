@@ -6,7 +6,7 @@ from pathlib import Path
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def blocks(page):
+def blocks(page: str) -> dict[str, str]:
     """The Python blocks of a page by the title of their section, and their number in it."""
     return {
         f"{title} {number}": block

@@ -38,7 +38,6 @@ else:
     except ImportError:
         torch = None
 needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed and was not asked for")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 PEERS = ["flash_attn", "flashinfer", "ring_flash_attention", "sglang", "torch_", "transformer_engine", "vllm", "xformers"]
 INF, NAN = np.inf, np.nan
