@@ -1,0 +1,52 @@
+"""FlashAttention's combine: ``flash_attn_combine`` of ``flash_attn_interface`` (3) and ``flash_attn.cute`` (4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rau.compat.pairs import merged
+from rau.errors import UnsupportedError, shown
+
+__all__ = ["flash_attn_combine"]
+
+
+def flash_attn_combine(
+    out_partial: Any, lse_partial: Any, out: Any = None, out_dtype: Any = None, *, return_lse: bool = True
+) -> tuple[Any, Any]:
+    """Combine the attention over K splits of the keys, in one pass and with one rounding.
+
+    Parameters
+    ----------
+    out_partial : array, float16, bfloat16 or float32, shape (K, B, S, N, D) or (K, T, N, D)
+    lse_partial : array, float32, shape (K, B, S, N) or (K, T, N)
+        Natural logarithms.
+    out : array, shape (B, S, N, D) or (T, N, D), dtype of `out_partial`, optional
+        To write into; new by default.
+    out_dtype : dtype, optional
+        That of `out_partial`, the default; no other is taken.
+    return_lse : bool, default True
+
+    Returns
+    -------
+    out : array
+    lse : array, float32, shape (B, S, N) or (T, N)
+        -inf for a row without keys; None without `return_lse`.
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`rau.merge_lse`, to which split k is pairs[k]; UnsupportedError also for another `out_dtype`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> out, lse = flash_attn_combine(np.ones((4, 2, 3, 2, 8), np.float32), np.zeros((4, 2, 3, 2), np.float32))
+    >>> out.shape, lse.shape
+    ((2, 3, 2, 8), (2, 3, 2))
+    """
+    if out_dtype not in (None, out_partial.dtype):
+        raise UnsupportedError(f"flash_attn_combine: out_dtype = {shown(out_dtype)}; expected None or that of out_partial, "
+                               f"{out_partial.dtype}. Convert the output.")  # fmt: skip
+    layout, lse_layout = ("TND", "TN") if out_partial.ndim == 4 else ("BSND", "BSN")
+    how = {"base": "e", "layout": layout, "lse_layout": lse_layout}
+    return merged(list(zip(out_partial, lse_partial, strict=True)), how, out, with_lse=return_lse)

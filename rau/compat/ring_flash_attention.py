@@ -1,0 +1,116 @@
+"""ring-flash-attention's merge: ``from ring_flash_attn.utils import update_out_and_lse``, and its log-sum-exps."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+from rau.arithmetic import cast, library
+from rau.arrays import kind_of
+from rau.constraints.rules import Violations
+from rau.update import merge_lse
+
+__all__ = ["flatten_varlen_lse", "unflatten_varlen_lse", "update_out_and_lse"]
+
+
+def update_out_and_lse(out: Any, lse: Any, block_out: Any, block_lse: Any, slice_: Any = None) -> tuple[Any, Any]:
+    """Merge the attention over one more block of keys into the running output and log-sum-exp.
+
+    Parameters
+    ----------
+    out : array, float32, shape (B, S, N, D) or (T, N, D), or None
+        The running output; None for the first block.
+    lse : array, float32, shape (B, S, N, 1) or (T, N, 1), or None
+        The running log-sum-exp, natural.
+    block_out : array, float16, bfloat16 or float32, shape (B, S, N, D) or (T, N, D)
+    block_lse : array, float32, shape (B, N, S) or (N, T)
+    slice_ : index, optional
+        Which rows of the running ones the block covers, as ``out[slice_]``. They are written to; not for the first block.
+
+    Returns
+    -------
+    out, lse : array, float32
+        New ones, or with `slice_` those given.
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`rau.merge_lse`, to which the running ones are pairs[0]; ShapeError also for a slice of what is not there.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> block = np.ones((1, 4, 2, 8), np.float16), np.zeros((1, 2, 4), np.float32)
+    >>> out, lse = update_out_and_lse(None, None, *block)
+    >>> out, lse = update_out_and_lse(out, lse, 3 * block[0][:, 2:], block[1][..., 2:], slice_=(slice(None), slice(2, None)))
+    >>> out[0, :, 0, 0].tolist(), lse.shape
+    ([1.0, 1.0, 2.0, 2.0], (1, 4, 2, 1))
+    """
+    if slice_ is not None:
+        if out is None:
+            report = Violations("update_out_and_lse")
+            report.add("first-update", "slice_ is given, and out is None; expected a first block of all rows.")
+            raise report.error()
+        out[slice_], lse[slice_] = update_out_and_lse(out[slice_], lse[slice_], block_out, block_lse)
+        return out, lse
+    pairs = [(block_out, block_lse.swapaxes(-1, -2))]
+    if out is None:
+        pairs = [(cast(block_out, library(block_out).float32), pairs[0][1])]  # what runs is float32
+    else:
+        pairs = [(out, lse[..., 0]), *pairs]
+    layout, lse_layout = ("TND", "TN") if block_out.ndim == 3 else ("BSND", "BSN")
+    out, lse = merge_lse(pairs, layout, base="e", lse_layout=lse_layout)
+    return out, lse[..., None]
+
+
+def flatten_varlen_lse(lse: Any, cu_seqlens: Any) -> Any:
+    """Join the log-sum-exps of sequences that are padded to the longest.
+
+    Parameters
+    ----------
+    lse : array, shape (sequences, N, longest)
+    cu_seqlens : array of int, shape (sequences + 1,)
+        Cumulative sequence lengths.
+
+    Returns
+    -------
+    array, shape (N, T)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> flatten_varlen_lse(np.array([[[1, 2, 3]], [[4, 0, 0]]]), np.array([0, 3, 4]))
+    array([[1, 2, 3, 4]])
+    """
+    lengths = [end - start for start, end in pairwise(cu_seqlens.tolist())]
+    return library(lse).concatenate([lse[i, :, :length] for i, length in enumerate(lengths)], 1)
+
+
+def unflatten_varlen_lse(lse: Any, cu_seqlens: Any, max_seqlen: int) -> Any:
+    """Pad the log-sum-exps of sequences to the longest, with -inf.
+
+    Parameters
+    ----------
+    lse : array, float32, shape (T, N, 1)
+    cu_seqlens : array of int, shape (sequences + 1,)
+        Cumulative sequence lengths.
+    max_seqlen : int
+
+    Returns
+    -------
+    array, float32, shape (sequences, N, max_seqlen)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> unflatten_varlen_lse(np.arange(4, dtype=np.float32).reshape(4, 1, 1), np.array([0, 3, 4]), 3)
+    array([[[  0.,   1.,   2.]],
+           [[  3., -inf, -inf]]], dtype=float32)
+    """
+    bounds, kind = cu_seqlens.tolist(), kind_of(lse)
+    assert kind is not None
+    padded = kind.full(lse, (len(bounds) - 1, lse.shape[-2], max_seqlen), "float32", -math.inf)
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        padded[i, :, : end - start] = lse[start:end, :, 0].swapaxes(0, 1)
+    return padded

@@ -1,0 +1,240 @@
+"""TransformerEngine's corrections: those of its context parallelism, and the two of ``transformer_engine_torch`` for "thd".
+
+It merges in two rounds: first every step's log-sum-exp into one, then every step's output into a sum, by its weight in the
+whole, exp(lse_per_step - lse). In between the log-sum-exp is rounded to float32, which changes all weights of a row by up to
+abs(lse) * 2**-24: :func:`rau.merge_states`, or a :class:`rau.StreamingMerge`, does not lose that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from rau.arithmetic import library
+from rau.state import AttentionState
+from rau.update import merge_lse, merge_states
+
+__all__ = [
+    "flash_attn_fwd_out_correction",
+    "flash_attn_fwd_out_correction_init",
+    "flash_attn_fwd_second_half_out_correction",
+    "flash_attn_fwd_second_half_softmax_lse_correction",
+    "flash_attn_fwd_softmax_lse_correction",
+    "thd_out_correction",
+    "thd_second_half_lse_correction",
+]
+
+
+def flash_attn_fwd_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step: Any) -> None:
+    """Merge a step's log-sum-exp into the running one.
+
+    Parameters
+    ----------
+    softmax_lse : array, float32, shape (B, N, S) or (N, T)
+        Natural logarithms. Is written to.
+    softmax_lse_per_step : array, float32, shape of `softmax_lse`
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`rau.merge_lse`, to which the running one is pairs[0][1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lse = np.full((1, 2, 3), -np.inf, np.float32)
+    >>> flash_attn_fwd_softmax_lse_correction(lse, np.ones_like(lse))
+    >>> flash_attn_fwd_softmax_lse_correction(lse, np.full_like(lse, -np.inf))
+    >>> float(lse[0, 0, 0])
+    1.0
+    """
+    batch = (None,) * (3 - softmax_lse.ndim)
+    pairs = [(rows[..., None][..., :0], rows) for rows in (softmax_lse[batch], softmax_lse_per_step[batch])]  # no element
+    merge_lse(pairs, "BNSD", base="e", out=pairs[0])
+
+
+def flash_attn_fwd_second_half_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step: Any) -> None:
+    """Merge a step's log-sum-exp into the second half of the running one.
+
+    Parameters
+    ----------
+    softmax_lse : array, float32, shape (B, N, 2, S / 2)
+        Natural logarithms. Is written to.
+    softmax_lse_per_step : array, float32, shape (B, N, S / 2)
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`rau.merge_lse`.
+    """
+    flash_attn_fwd_softmax_lse_correction(softmax_lse[..., 1, :], softmax_lse_per_step)
+
+
+def flash_attn_fwd_out_correction_init(
+    out_init_step: Any, softmax_lse: Any, softmax_lse_init_step: Any, seq_dim: int
+) -> Any:
+    """Weigh the first step's output.
+
+    Parameters
+    ----------
+    out_init_step : array, float16, bfloat16 or float32, shape (B, S, N, D) or (S, B, N, D)
+    softmax_lse : array, float32, shape (B, N, S)
+        Natural logarithms, over all steps.
+    softmax_lse_init_step : array, float32, shape (B, N, S)
+    seq_dim : {0, 1}
+        Axis of S in the output.
+
+    Returns
+    -------
+    array, shape and dtype of `out_init_step`
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`flash_attn_fwd_out_correction`.
+    """
+    out = library(out_init_step).zeros_like(out_init_step)
+    flash_attn_fwd_out_correction(out, out_init_step, softmax_lse, softmax_lse_init_step, seq_dim)
+    return out
+
+
+def flash_attn_fwd_out_correction(
+    out: Any, out_per_step: Any, softmax_lse: Any, softmax_lse_per_step: Any, seq_dim: int
+) -> None:
+    """Add a step's output to the sum, by its weight.
+
+    Parameters
+    ----------
+    out : array, float16, bfloat16 or float32, shape (B, S, N, D) or (S, B, N, D)
+        Is written to.
+    out_per_step : array, shape and dtype of `out`
+    softmax_lse : array, float32, shape (B, N, S)
+        Natural logarithms, over all steps.
+    softmax_lse_per_step : array, float32, shape (B, N, S)
+    seq_dim : {0, 1}
+        Axis of S in the outputs.
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`rau.AttentionState.from_lse` and :func:`rau.merge_states`, to which the sum is states[0].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> output, rows = np.ones((1, 1, 1, 8), np.float32), np.ones((1, 1, 1), np.float32)
+    >>> lse = np.log(4 * rows)  # of two steps, with 1/4 and 3/4 of it
+    >>> out = flash_attn_fwd_out_correction_init(4 * output, lse, np.log(rows), seq_dim=1)
+    >>> flash_attn_fwd_out_correction(out, 8 * output, lse, np.log(3 * rows), seq_dim=1)
+    >>> float(out[0, 0, 0, 0].round(5))
+    7.0
+    """
+    if seq_dim == 0:
+        out, out_per_step = out.swapaxes(0, 1), out_per_step.swapaxes(0, 1)
+    _add(out, out_per_step, softmax_lse, softmax_lse_per_step, "BSND", "BNS")
+
+
+def flash_attn_fwd_second_half_out_correction(
+    out: Any, out_per_step: Any, softmax_lse: Any, softmax_lse_per_step: Any, seq_dim: int
+) -> None:
+    """Add a step's output to the second half of the sum, by its weight.
+
+    Parameters
+    ----------
+    out : array, float16, bfloat16 or float32, shape (B, 2, S / 2, N, D) or (2, S / 2, B, N, D)
+        Is written to.
+    out_per_step : array, dtype of `out`, shape (B, S / 2, N, D) or (S / 2, B, N, D)
+    softmax_lse : array, float32, shape (B, N, S)
+        Natural logarithms, over all steps.
+    softmax_lse_per_step : array, float32, shape (B, N, S / 2)
+    seq_dim : {0, 1}
+        Axis of the halves in `out`, and of S / 2 in `out_per_step`.
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`flash_attn_fwd_out_correction`.
+    """
+    half = out[1] if seq_dim == 0 else out[:, 1]
+    lse = softmax_lse[..., softmax_lse.shape[-1] // 2 :]
+    flash_attn_fwd_out_correction(half, out_per_step, lse, softmax_lse_per_step, seq_dim)
+
+
+def thd_second_half_lse_correction(lse: Any, lse_per_step: Any, cu_seqlens: Any, lse_packed: bool) -> None:
+    """Merge a step's log-sum-exp into the second half of every sequence of the running one.
+
+    Parameters
+    ----------
+    lse : array, float32, shape (N, T), or (sequences, N, longest) where not `lse_packed`
+        Natural logarithms. Is written to.
+    lse_per_step : array, float32, shape (N, T / 2), or (sequences, N, longest / 2)
+    cu_seqlens : array of int, shape (sequences + 1,)
+        Cumulative lengths of the whole sequences, all even; read on the host.
+    lse_packed : bool
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`rau.merge_lse`; of each sequence, one after another.
+    """
+    for _, _, rows, its_rows in _sequences(cu_seqlens, True, lse_packed):
+        flash_attn_fwd_softmax_lse_correction(lse[rows], lse_per_step[its_rows])
+
+
+def thd_out_correction(
+    out: Any, out_per_step: Any, lse: Any, lse_per_step: Any, cu_seqlens: Any, only_second_half: bool, lse_packed: bool
+) -> None:
+    """Add a step's output to the sum, or to the second half of every sequence of it, by its weight.
+
+    Parameters
+    ----------
+    out : array, float16, bfloat16 or float32, shape (T, N, D)
+        Is written to.
+    out_per_step : array, dtype of `out`, shape (T, N, D), or (T / 2, N, D) where `only_second_half`
+    lse : array, float32, shape (N, T), or (sequences, N, longest) where not `lse_packed`
+        Natural logarithms, over all steps.
+    lse_per_step : array, float32
+        As `lse`, of the tokens of `out_per_step`.
+    cu_seqlens : array of int, shape (sequences + 1,)
+        Cumulative lengths of the whole sequences; even ones where `only_second_half`; read on the host.
+    only_second_half, lse_packed : bool
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`flash_attn_fwd_out_correction`; of each sequence, one after another.
+    """
+    for tokens, its_tokens, rows, its_rows in _sequences(cu_seqlens, only_second_half, lse_packed):
+        _add(out[tokens], out_per_step[its_tokens], lse[rows], lse_per_step[its_rows], "TND", "NT")
+
+
+def _add(out: Any, part: Any, lse: Any, its_lse: Any, layout: str, lse_layout: str) -> None:
+    """Add an output to `out`, times exp(its_lse - lse), in place.
+
+    The weights of a merge add up to 1, and `out` is to keep a weight of 1: a third state, of zeros and with the part's sum
+    negated, takes back as much weight as the part has, and its product adds nothing.
+    """
+    zeros = library(part).zeros_like(part)
+    total, weighed, balance = (
+        AttentionState.from_lse(array, rows, base="e", layout=layout, lse_layout=lse_layout)
+        for array, rows in ((out, lse), (part, its_lse), (zeros, its_lse))
+    )
+    balance = balance._replace(softmax_sum=-balance.softmax_sum)
+    merge_states([total, weighed, balance], layout=layout, statistics=False, out=out)
+
+
+def _sequences(cu_seqlens: Any, half: bool, packed: bool) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Index the tokens of each sequence, or of its second half: of the whole, of a step; then the rows of both."""
+    bounds = cu_seqlens.tolist()
+    if packed and not half:  # where a sequence ends changes nothing then: one call
+        bounds = [bounds[0], bounds[-1]]
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        tokens, its_tokens = slice(start, end), slice(start, end)
+        if half:
+            tokens, its_tokens = slice((start + end) // 2, end), slice(start // 2, end // 2)
+        if packed:
+            yield tokens, its_tokens, (..., tokens), (..., its_tokens)
+        else:
+            first, length = tokens.start - start, end - start
+            yield tokens, its_tokens, (i, ..., slice(first, length)), (i, ..., slice(0, length - first))

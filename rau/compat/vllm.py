@@ -1,0 +1,65 @@
+"""vLLM's merge: ``from vllm.v1.attention.ops.merge_attn_states import merge_attn_states``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rau.compat.pairs import merged
+from rau.errors import UnsupportedError
+
+__all__ = ["merge_attn_states"]
+
+_HOW = {"base": "e", "layout": "TND", "lse_layout": "NT", "inf_is_empty": True}
+
+
+def merge_attn_states(
+    output: Any,
+    prefix_output: Any,
+    prefix_lse: Any,
+    suffix_output: Any,
+    suffix_lse: Any,
+    output_lse: Any = None,
+    prefill_tokens_with_context: int | None = None,
+    output_scale: Any = None,
+) -> None:
+    """Merge attention over the cached prefix with attention over the new tokens, into `output`.
+
+    Parameters
+    ----------
+    output : array, shape (T, N, D), dtype of `prefix_output`
+        Is written to. It may be one of the two outputs itself.
+    prefix_output, suffix_output : array, float16, bfloat16 or float32, shape (T, N, D)
+    prefix_lse, suffix_lse : array, float32, shape (N, T)
+        Natural logarithms; +inf is read as -inf, a row without keys.
+    output_lse : array, float32, shape (N, T), optional
+        Is written to: the log-sum-exp of the merge, -inf for a row without keys.
+    prefill_tokens_with_context : int, optional
+        Tokens from this one on have no prefix: theirs is the suffix's. All tokens have one by default.
+    output_scale : None
+        A scale, of an output in 8 bits, is not taken.
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`rau.merge_lse`, to which the prefix is pairs[0] and the suffix pairs[1]; UnsupportedError also for a scale.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> out, lse = np.ones((3, 2, 8), np.float32), np.zeros((2, 3), np.float32)
+    >>> output = np.empty_like(out)
+    >>> merge_attn_states(output, 2 * out, lse, 4 * out, lse, prefill_tokens_with_context=2)
+    >>> output[:, 0, 0].tolist()
+    [3.0, 3.0, 4.0]
+    """
+    if output_scale is not None:
+        raise UnsupportedError("merge_attn_states: output_scale is given; expected None, and an output in the dtype of the "
+                               "two. Quantise that afterwards.")  # fmt: skip
+    prefix, suffix, n = (prefix_output, prefix_lse), (suffix_output, suffix_lse), prefill_tokens_with_context
+    parts = [(slice(n), [prefix, suffix])]
+    if n is not None:
+        parts.append((slice(n, None), [suffix]))
+    for rows, sides in parts:
+        pairs = [(out[rows], lse[:, rows]) for out, lse in sides]
+        into = None if output_lse is None else output_lse[:, rows]
+        merged(pairs, _HOW, output[rows], into, with_lse=output_lse is not None)

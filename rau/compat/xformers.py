@@ -1,0 +1,61 @@
+"""xformers' merge, and mslk's: ``from xformers.ops.fmha import merge_attentions``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rau.compat.pairs import merged
+from rau.errors import UnsupportedError, shown
+
+__all__ = ["merge_attentions"]
+
+_HOW = {"base": "e", "layout": "BSND", "lse_layout": "BNS"}
+
+
+def merge_attentions(
+    attn_split: Any, lse_split: Any, write_lse: bool = True, output_dtype: Any = None
+) -> tuple[Any, Any]:
+    """Merge the attention over K chunks of the keys, in one pass and with one rounding.
+
+    Parameters
+    ----------
+    attn_split : array of shape (K, B, M, H, D) or (K, B, M, G, H, D), or list of K arrays, float16, bfloat16 or float32
+    lse_split : array of shape (K, B, H, M) or (K, B, G, H, M), or list of K arrays, float32
+        Natural logarithms.
+    write_lse : bool, default True
+        False for the output alone.
+    output_dtype : dtype, optional
+        That of `attn_split`, the default; no other is taken.
+
+    Returns
+    -------
+    attn_out : array, shape (B, M, H, D) or (B, M, G, H, D)
+    lse_out : array, float32, shape (B, H, M) or (B, G, H, M)
+        None without `write_lse`.
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :func:`rau.merge_lse`, to which chunk k is pairs[k]; UnsupportedError also for another `output_dtype`.
+
+    Notes
+    -----
+    A gradient flows to outputs and log-sum-exps, through both results.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> out, lse = merge_attentions(np.ones((4, 2, 3, 5, 2, 8), np.float32), np.zeros((4, 2, 5, 2, 3), np.float32))
+    >>> out.shape, lse.shape
+    ((2, 3, 5, 2, 8), (2, 5, 2, 3))
+    """
+    dtype, shape, rows = attn_split[0].dtype, attn_split[0].shape, lse_split[0].shape
+    if output_dtype not in (None, dtype):
+        raise UnsupportedError(f"merge_attentions: output_dtype = {shown(output_dtype)}; expected None or that of "
+                               f"attn_split, {dtype}. Convert the output.")  # fmt: skip
+    heads = math.prod(shape[2:-1])  # of all groups
+    flat, flat_rows = (*shape[:2], heads, shape[-1]), (rows[0], heads, rows[-1])
+    pairs = [(out.reshape(flat), lse.reshape(flat_rows)) for out, lse in zip(attn_split, lse_split, strict=True)]
+    attn_out, lse_out = merged(pairs, _HOW, with_lse=write_lse)
+    return attn_out.reshape(shape), lse_out if lse_out is None else lse_out.reshape(rows)
