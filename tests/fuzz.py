@@ -154,18 +154,32 @@ def call(number):
     if rng.random() < 0.4:
         out = rng.choice([state, state, lambda: states[0], lambda: states[-1], lambda: anything(rng, buffers)])()
         writes = list(out) if isinstance(out, (list, tuple)) else []
-    judge = None
+    judge, asked = None, {}
+    if kind in ("update", "merge", "pairs") and rng.random() < 0.4:
+        numbers = [rng.randrange(S + 1) for _ in range(rng.randrange(4))]
+        tokens = [numbers, np.array(numbers, rng.choice(["i8", "i4", "u1"])), [rng.random() < 0.5 for _ in range(S)], slice(0, 2),
+                  slice(None, None, 2), buffers.array((S,), "?"), buffers.array((rng.randrange(6),), "i8"), anything(rng, buffers)]  # fmt: skip
+        slots = [[0, S], [0, *sorted(numbers), S], np.array([0, S // 2, S]), buffers.array((3,), "i8"), anything(rng, buffers)]
+        asked[rng.choice(["tokens", "tokens", "cu_seqlens_padded"])] = None
+        asked = {name: rng.choice(tokens if name == "tokens" else slots) for name in asked}
+        if kind == "merge":
+            dtypes = [None, "float32", "float16", "float8_e4m3fn", "float8_e5m2", "bfloat16", np.float64, anything(rng, buffers)]
+            asked["dtype"] = rng.choice(dtypes)
+            asked["scale"] = rng.choice([None, None, 2.0, buffers.array((N,), "f4"), buffers.array((), "f4"), anything(rng, buffers)])
+            asked["indptr"] = rng.choice([None] * 6 + [slots[1], anything(rng, buffers)])
     if kind == "update":
         def make():
-            return rau.ring_attention_update(*states[0], *states[1], lengths, out=out, **options)
+            return rau.ring_attention_update(*states[0], *states[1], lengths, out=out, **options, **asked)
     elif kind == "merge":
         given = rng.choice([states, states, tuple(states), anything(rng, buffers)])
+        if asked.get("indptr") is not None:
+            given = rng.choice([states[0], tuple(states[0]), given])
         statistics = rng.choice([True, True, True, False, False, anything(rng, buffers)])
         if statistics is False and writes:
             out = writes[0]
             del writes[1:]
         def make():
-            return rau.merge_states(given, lengths, out=out, statistics=statistics, **options)
+            return rau.merge_states(given, lengths, out=out, statistics=statistics, **options, **asked)
     elif kind == "pairs":
         axes = rng.choice([None, "BNS", "BSN", "TN", "NT"])
         turned = (lambda shape: (*shape[:-2], shape[-1], shape[-2])) if axes in ("BSN", "NT") else lambda shape: shape
@@ -176,8 +190,8 @@ def call(number):
         how = {name: options[name] for name in ("layout", "backend")}
         how |= {"base": rng.choice(["e", "2"]), "lse_layout": axes, "inf_is_empty": rng.random() < 0.3, "heads": rng.choice([None, N, 3])}
         def make():
-            return rau.merge_lse(pairs, out=out, **how)
-        if rng.randrange(ORACLE_EVERY) == 0 and all(is_array(part) for pair in pairs for part in pair):
+            return rau.merge_lse(pairs, actual_seq_qlen=lengths, out=out, **how, **asked)
+        if not asked and rng.randrange(ORACLE_EVERY) == 0 and all(is_array(part) for pair in pairs for part in pair):
             copied = [tuple(np.array(host(part)) for part in pair) for pair in pairs]
             def judge(result):
                 named = {name: value for name, value in how.items() if name != "backend"}
@@ -196,11 +210,13 @@ def call(number):
         def make():
             return rau.AttentionState.from_max_sum(states[0][0], *rows, **how)
     elif kind == "stream":
-        wanted = rng.choice([None, "float16", "float32", np.float64, anything(rng, buffers)])
-        tokens = rng.choice([None, None, "front", "back", slice(0, 1), slice(None, None, 2), slice(1, None, -1), anything(rng, buffers)])
+        wanted = rng.choice([None, "float16", "float32", np.float64, "float8_e5m2", anything(rng, buffers)])
+        tokens = rng.choice([None, None, "front", "back", slice(0, 1), slice(None, None, 2), slice(1, None, -1), [0], [1, 0],
+                             buffers.array((S,), "?"), anything(rng, buffers)])
+        padded = rng.choice([None] * 4 + [[0, S], [0, S // 2, S], anything(rng, buffers)])
         def make():
             ring = rau.StreamingMerge(
-                actual_seq_qlen=lengths, **{name: options[name] for name in ("layout", "softmax_layout", "profile", "check", "backend")}
+                actual_seq_qlen=lengths, cu_seqlens_padded=padded, **{name: options[name] for name in ("layout", "softmax_layout", "profile", "check", "backend")}
             )
             ring.update(*states[0])
             ring.update(*states[1], tokens=tokens)
@@ -239,7 +255,7 @@ def call(number):
             finally:
                 rau.set_num_threads(before)
         writes = []
-    if kind in ("update", "merge") and rng.randrange(ORACLE_EVERY) == 0:
+    if kind in ("update", "merge") and not asked and rng.randrange(ORACLE_EVERY) == 0:
         copies = [[np.array(host(part)) for part in state] if all(map(is_array, state)) else None for state in states]
         def judge(result):
             if any(copy is None for copy in copies) or (kind == "merge" and given is not states and given != tuple(states)):
