@@ -11,6 +11,7 @@ from rau.state import AttentionState
 T = 6
 CHOICES = {
     "slice": slice(0, 3), "step": slice(1, 6, 2), "numbers": [1, 4, 5], "unordered": np.array([5, 0], np.int32),
+    "shuffled": [1, 3, 2, 4],
     "mask": np.array([0, 1, 0, 0, 1, 1], bool), "bools": [False, True, True, False, False, False], "none": [], "all": slice(None),
 }  # fmt: skip
 EMPTY = (0.0, -np.inf, 0.0)
@@ -106,11 +107,12 @@ def test_any_number_of_states_a_row(any_backend):
 @pytest.mark.parametrize("own", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_another_dtype_is_rounded_once(any_backend, own, dtype):
-    """A float32 result holds what a narrower one is rounded from."""
+    """A float32 result holds what a narrower one is rounded from: the merge of the same numbers in float32."""
     pytest.importorskip("ml_dtypes")
     backend = rau.registry.get(any_backend)
     given = [of(backend, state) for state in states(dtype=own)]
     wide = on_host(backend, rau.merge_states(given, layout="TND", dtype="float32", backend=any_backend))
+    same(wide, rau.merge_states([state._replace(attn_out=state.attn_out.astype("f4")) for state in states(dtype=own)], layout="TND"))
     merged = on_host(backend, rau.merge_states(given, layout="TND", dtype=dtype, backend=any_backend))
     assert wide[0].dtype == np.float32 and merged[0].dtype == np.dtype(dtype)
     same(merged, [wide[0].astype(dtype), *wide[1:]])
@@ -259,6 +261,11 @@ def test_padded_pairs_and_log_sum_exps_alone(any_backend):
     padded = rau.merge_lse(pairs, **how, actual_seq_qlen=REAL, cu_seqlens_padded=SLOTS)
     same([backend.to_numpy(part) for part in padded],
          [np.where(MASK[:, None, None], out, 0), np.where(MASK[:, None], lse, -np.inf).astype(np.float32)])  # fmt: skip
+    for real, mask in ((REAL, MASK), ([0, 3], np.arange(T) < 3)):
+        slots = SLOTS if real is REAL else [0, T]
+        into = tuple(backend.asarray(np.full_like(part, 7)) for part in (out, lse))
+        rau.merge_lse(pairs, **how, actual_seq_qlen=real, cu_seqlens_padded=slots, out=into)
+        same([backend.to_numpy(part) for part in into], [np.where(mask[:, None, None], out, 7), np.where(mask[:, None], lse, 7)])
     none, alone = rau.merge_lse([(None, pair[1]) for pair in pairs], base="2", backend=any_backend)
     assert none is None
     np.testing.assert_array_equal(backend.to_numpy(alone), lse)
@@ -299,19 +306,19 @@ def test_a_ring_takes_a_partial_state_of_some_tokens(any_backend, tokens, dtype)
 
 def test_a_ring_of_padded_sequences(any_backend):
     """Halves are halves of the slots, whose fronts are filled first."""
-    backend, real, slots = rau.registry.get(any_backend), [0, 3, 5], [0, 4, 6]
-    mask = np.array([1, 1, 1, 0, 1, 1], bool)
+    backend, real, slots = rau.registry.get(any_backend), [0, 3, 3], [0, 4, 6]
+    mask = np.array([1, 1, 1, 0, 0, 0], bool)
     ring = ring_of(backend, any_backend, actual_seq_qlen=real, cu_seqlens_padded=slots)
     whole, back, front = (tnd(count, 2, 8, lanes=1, seed=seed) for seed, count in enumerate((T, T // 2, T // 2)))
     ring.update(*of(backend, spoiled(whole, mask)))
-    ring.update(*of(backend, spoiled(back, np.array([1, 0, 1], bool))), tokens="back")  # of tokens 2 and 3, and 5
-    ring.update(*of(backend, front), tokens="front")  # of tokens 0 and 1, and 4
+    ring.update(*of(backend, spoiled(back, np.array([1, 0, 0], bool))), tokens="back")  # of tokens 2 and 3, and 5
+    ring.update(*of(backend, spoiled(front, np.array([1, 1, 0], bool))), tokens="front")  # of tokens 0 and 1, and 4
     expected = rau.StreamingMerge("TND", like=whole)
     expected.update(*[part[mask] for part in whole], tokens=mask)
-    expected.update(*[part[[0, 2]] for part in back], tokens=[2, 5])
-    expected.update(*front, tokens=[0, 1, 4])
+    expected.update(*[part[[0]] for part in back], tokens=[2])
+    expected.update(*[part[:2] for part in front], tokens=[0, 1])
     same(on_host(backend, ring.result()), expected.result())
-    assert all((part[3] == value).all() for part, value in zip(on_host(backend, ring.result()), EMPTY))
+    assert all((part[3:] == value).all() for part, value in zip(on_host(backend, ring.result()), EMPTY))
     with pytest.raises(rau.ShapeError, match=r"attn_out has shape \(3, 2, 8\)"):
         ring.update(*of(backend, front))
     with pytest.raises(rau.OptionError, match="cu_seqlens_padded is given with"):

@@ -71,3 +71,25 @@ def test_a_graph_is_refused_by_name_and_so_is_out(asked):
     compiled = torch.compile(lambda prev, cur: rau.merge_states([prev, cur], layout="TND", **asked), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="which rows there are is not known then"):
         compiled(state(0, torch.float32), cur)
+
+
+@pytest.mark.parametrize("asked", [ASKED["numbers"], {"dtype": torch.bfloat16}], ids=["rows", "dtype"])
+def test_torch_knows_of_what_is_written(asked):
+    """A graph that has kept what is overwritten notices; so does one that would continue from it."""
+    prev, cur, out = (state(seed, torch.float32) for seed in range(3))
+    out = out._replace(attn_out=out.attn_out.to(asked.get("dtype", torch.float32)))
+    kept = [part.clone() for part in out]
+    before = [part._version for part in out]
+    rau.merge_states([prev, cur], layout="TND", **asked, out=out)
+    assert all(part._version > version for part, version in zip(out, before))
+    marked = rau.AttentionState(*(part.requires_grad_() for part in kept))
+    with pytest.raises(rau.UnsupportedError, match="attn_out of the arrays to write into requires grad"):
+        rau.merge_states([prev, cur], layout="TND", **asked, out=marked)
+
+
+def test_inference_tensors_are_written_to():
+    expected = rau.merge_states([state(0), state(1)], layout="TND", tokens=[1, 4])
+    with torch.inference_mode():
+        prev, cur = state(0), state(1)
+    rau.merge_states([prev, cur], layout="TND", tokens=[1, 4], out=prev)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(prev, expected))
