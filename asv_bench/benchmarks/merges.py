@@ -1,5 +1,7 @@
 """What a merge of K states costs: the splits of a cache after a decode step, two levels of a cascade after a prefill."""
 
+import numpy as np
+
 import rau
 from rau.cli.bench.workload import DECODE, SERVING
 
@@ -36,6 +38,29 @@ class Prefill:
 
     def time_merge(self, dtype, lanes):
         rau.merge_states([rau.AttentionState.from_lse(*pair, **self.how) for pair in self.pairs], layout="TND", backend="cython")
+
+
+class Pairs:
+    """The same two levels from (out, lse) to (out, lse), bfloat16: fresh or in place, of all tokens or of every other run of 64."""
+
+    params = [["fresh", "in place"], ["all", "slice", "mask"]]
+    param_names = ["result", "tokens"]
+    repeat = (3, 10, 2.0)
+
+    def setup(self, result, tokens):
+        core()
+        if not hasattr(rau, "merge_lse"):
+            raise NotImplementedError("this commit has no merge_lse")
+        made = states(SERVING, "bfloat16", 2, lanes=1)
+        self.pairs = [(state.attn_out, state.softmax_max[..., 0].copy()) for state in made]
+        self.how = {"base": "e", "layout": "TND", "lse_layout": "TN", "backend": "cython"}
+        self.how["out"] = self.pairs[0] if result == "in place" else None
+        if tokens != "all":
+            count = len(made[0].attn_out)
+            self.how["tokens"] = slice(0, count // 2) if tokens == "slice" else np.arange(count) // 64 % 2 == 0
+
+    def time_merge(self, result, tokens):
+        rau.merge_lse(self.pairs, **self.how)
 
 
 class Many:
