@@ -21,6 +21,7 @@ def merge(
     arrays: tuple[Any, ...],
     dtype: str,
     cur_dtype: str,
+    whole: int,
     heads: int,
     head_dim: int,
     lanes: int,

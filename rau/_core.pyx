@@ -164,7 +164,7 @@ def build():
 
 
 def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:, ::1] terms, tuple arrays, str dtype,
-          str cur_dtype, Py_ssize_t heads, Py_ssize_t head_dim, Py_ssize_t lanes, bint statistics, bint in_place,
+          str cur_dtype, Py_ssize_t whole, Py_ssize_t heads, Py_ssize_t head_dim, Py_ssize_t lanes, bint statistics, bint in_place,
           Py_ssize_t threads):
     """Merge K states.
 
@@ -176,7 +176,8 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
         attn_out, softmax_max, softmax_sum of each input, then of the result.
     dtype, cur_dtype : str
         Of the first state and the result; of the later states.
-    heads, head_dim, lanes : int
+    whole, heads, head_dim, lanes : int
+        `whole` counts the tokens of an array, of which the blocks may have fewer.
     statistics : bool
         Whether the result has any; if not, None stands in their places.
     in_place : bool
@@ -243,7 +244,7 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
                 continue
             # What was checked may have been changed since, by a log handler or another thread: seen for the last time here,
             # where nobody else can run.
-            elements = tokens * heads * (lanes if i % 3 else head_dim)
+            elements = whole * heads * (lanes if i % 3 else head_dim)
             if type(array) is _ndarray:
                 call.arrays[i] = data_of(array, &elements)
             else:

@@ -272,6 +272,7 @@ def block_terms(
     cumulative: np.ndarray | None,
     strides: Sequence[Sequence[int]],
     half: str | None = None,
+    runs: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> BlockTerms:
     """Describe the blocks of one call.
 
@@ -290,6 +291,8 @@ def block_terms(
         3 * (K + 1) entries.
     half : {"front", "back"}, optional
         In layout "TND": the first state and the result hold sequences twice as long, and this half of each is merged.
+    runs : pair of ndarrays of int64, shape (runs,), optional
+        In layout "TND" with token-major statistics: first tokens and lengths of the runs of tokens that are merged, if not all.
 
     Returns
     -------
@@ -312,7 +315,7 @@ def block_terms(
             0, total[token], total[head],
         )  # fmt: skip
 
-    if not packed and half is None:
+    if not packed and half is None and runs is None:
         terms = np.zeros((3, len(line)), dtype=np.int64)
         terms[0] = line
         if attn_batch is None or stats_batch is None or batch == 1:
@@ -320,7 +323,9 @@ def block_terms(
         terms[1, 2::3] = [stride[stats_batch if index % 3 else attn_batch] for index, stride in enumerate(strides)]
         return BlockTerms(_frozen(np.arange(batch)), _frozen(np.zeros(batch, dtype=np.int64)), _frozen(terms))
 
-    assert cumulative is not None  # the validator requires it here
+    if runs is None:
+        assert cumulative is not None  # the validator requires it here
+        runs = cumulative[:-1], _frozen(np.diff(cumulative))
     by_start, by_length = [0] * len(line), [0] * len(line)
     line[TOKENS], by_length[TOKENS] = 0, 1
     for index, stride in enumerate(strides):
@@ -337,7 +342,7 @@ def block_terms(
         if whole and half == "back":
             by_length[first] = row
     terms = np.array((line, by_start, by_length), dtype=np.int64)
-    return BlockTerms(cumulative[:-1], _frozen(np.diff(cumulative)), _frozen(terms))
+    return BlockTerms(*runs, _frozen(terms))
 
 
 def row_index(table: np.ndarray, operand: int, part: int) -> np.ndarray:

@@ -75,6 +75,9 @@ class Problem:
     half : {"front", "back"} or None
         In TND, for an update in place: the first state, which is also the result, holds sequences twice as long, and this
         half of each is merged. Lengths and shapes here are the later state's; `blocks` tells where each row is.
+    runs : pair of ndarrays of int64, shape (runs,), or None
+        In TND with token-major statistics, where not all tokens are merged: first tokens and lengths of the runs that are. Only
+        for a backend that says that it can (Capabilities.runs); `blocks` then has a block for each.
     strides : tuple of tuples of int
         Strides in elements of each input's three arrays, then of the result's.
     blocks : ndarray of int64, shape (blocks, 2 + 9 * (K + 1)), or None
@@ -104,6 +107,7 @@ class Problem:
     device: str
     in_place: bool
     half: str | None
+    runs: tuple[np.ndarray, np.ndarray] | None
     taken_by: Any
     _kind: Kind
 
@@ -123,6 +127,7 @@ class Problem:
         in_place: bool,
         half: str | None = None,
         statistics: bool = True,
+        runs: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Problem:
         """Describe a call that is known to be valid. Nothing is checked here: that is the validator's task.
 
@@ -134,7 +139,7 @@ class Problem:
             Without `statistics`, attn_out alone is looked at.
         lengths : ndarray of int64, shape (B + 1,), or device array, or None
             Cumulative sequence lengths in TND.
-        layout, softmax_layout, profile, in_place, half, statistics
+        layout, softmax_layout, profile, in_place, half, statistics, runs
             As the attributes.
 
         Returns
@@ -153,7 +158,7 @@ class Problem:
             "dtype": dtype, "cur_dtype": kind.dtype(states[1][0]) if len(states) > 1 else dtype,
             "stats_dtype": kind.dtype(softmax_max), "actual_seq_qlen": lengths, "kind": kind.name,
             "array_types": type_names(type(attn_out)), "device": kind.device(attn_out), "in_place": in_place, "half": half,
-            "statistics": statistics, "taken_by": None, "_kind": kind,
+            "statistics": statistics, "runs": runs, "taken_by": None, "_kind": kind,
         }  # fmt: skip
         if lengths is None:
             described["S"] = longest
@@ -205,7 +210,7 @@ class Problem:
         tokens = self.T if self.layout == "TND" else self.S
         assert tokens is not None
         lengths = (self.B, tokens, self.N, self.D)
-        return block_terms(self.layout, self.packed, lengths, self.actual_seq_qlen, self.strides, self.half)
+        return block_terms(self.layout, self.packed, lengths, self.actual_seq_qlen, self.strides, self.half, self.runs)
 
     @_once
     def blocks(self) -> np.ndarray | None:
@@ -215,9 +220,10 @@ class Problem:
         lengths = ", ".join(f"{name}={getattr(self, name)}" for name in "BSTND")
         order = f", softmax_layout={self.softmax_layout!r}" if self.layout == "TND" else ""
         half = f", {self.half} halves" if self.half else ""
+        runs = "" if self.runs is None else f", {len(self.runs[0])} runs of {int(self.runs[1].sum())} tokens"
         alone = "" if self.statistics else ", statistics=False"
         dtype = self.dtype if self.dtype == self.cur_dtype else f"{self.cur_dtype} into {self.dtype}"
         return (
-            f"Problem(layout={self.layout!r}{order}{half}, {lengths}, lanes={self.lanes}, {dtype}, "
+            f"Problem(layout={self.layout!r}{order}{half}{runs}, {lengths}, lanes={self.lanes}, {dtype}, "
             f"K={self.K}{alone}, kind={self.kind!r}, device={self.device!r}, profile={self.profile!r})"
         )

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau import registry
 from rau.arithmetic import scaled
 from rau.arrays import Kind, kind_of, looks_like_array, plain
 from rau.arrays.numpy_ import EIGHT_BITS
-from rau.call import NAMES, as_state
+from rau.call import NAMES, as_state, hand_over
 from rau.constraints import Options, bind
 from rau.constraints.hints import described
 from rau.constraints.results import bind_scale, result_dtype
@@ -27,10 +28,12 @@ from rau.constraints.rows import (
     check_token_major,
     count,
     rows_of_sequences,
+    runs_of,
 )
 from rau.constraints.rules import Violations
 from rau.errors import UnsupportedError
 from rau.layouts import FIELDS
+from rau.problem import Problem
 from rau.state import AttentionState
 
 # Makes an ordinary call: of states, cumulative lengths, options and out.
@@ -66,15 +69,16 @@ def refuse_tracing(call: str) -> None:
 
 
 def merge_rows(
-    call: str, compute: Compute, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, options: Options, out: Any, asked: Asked
-) -> AttentionState:
+    call: str, states: Sequence[Sequence[Any]], actual_seq_qlen: Any, options: Options, out: Any, backend: Any, asked: Asked,
+    compute: Compute, in_graph: bool,
+) -> AttentionState:  # fmt: skip
     """Make a call that asks for something. All of it is checked before anything is written, in the caller's words."""
     report, padded = Violations(call), asked.cu_seqlens_padded is not None
     states, into = _plain(states, out)
     first = states[0]
     rows, lengths = _find(report, asked, first[0], actual_seq_qlen, options)
     metadata = options._replace(check="metadata")  # values are looked at of the rows alone
-    problem, _ = bind(call, states, NAMES[call], lengths, metadata, into, dtype=asked.dtype)
+    problem, regular = bind(call, states, NAMES[call], lengths, metadata, into, dtype=asked.dtype)
     kind = _settled(call, first)
     dtype = result_dtype(report, asked.dtype, problem.dtype)
     scale = bind_scale(report, asked.scale, dtype, problem.N, first[0])
@@ -82,16 +86,30 @@ def merge_rows(
     if rows is None and dtype == problem.dtype:
         return compute(states, lengths, options, out)
 
-    chosen = states
+    dtypes = dtype, problem.stats_dtype, problem.stats_dtype
+    on_first = into is not None and all([kind.memory(a).same_view(kind.memory(b)) for a, b in zip(into, first)])
+    where_they_lie = dtype == problem.dtype and not in_graph and options.check == "metadata"
+    if rows is not None and where_they_lie and (into is None or padded or on_first or not problem.in_place):
+        chosen, origin = registry.select(problem, backend)
+        if chosen.capabilities.runs:
+            registry.log_call(call, chosen, origin)
+            if into is not None:
+                kind.will_write(as_state(into))
+            target = as_state(_others(kind, first, into, dtypes, options, padded=padded, stands=on_first))
+            named = options.layout, options.softmax_layout, options.profile
+            problem = Problem.of(
+                regular, target, problem.actual_seq_qlen, *named, in_place=problem.in_place, statistics=options.statistics,
+                runs=runs_of(rows),
+            )  # fmt: skip
+            hand_over(call, chosen, problem, regular, target)
+            return target if out is None else as_state(out)
+
+    picked = states
     if rows is not None:
-        chosen, lengths = [[kind.take(array, rows) for array in state] for state in states], np.array([0, count(rows)])
-    in_place = into is not None and all([kind.memory(a).same_view(kind.memory(b)) for a, b in zip(into, first)])
-    if isinstance(rows, slice) and into is not None and dtype == problem.dtype and (in_place or padded):
-        compute(chosen, lengths, options, [kind.take(array, rows) for array in into])  # where it lies
-        return as_state(out)
+        picked, lengths = [[kind.take(array, rows) for array in state] for state in states], np.array([0, count(rows)])
     if dtype != problem.dtype and problem.dtype != "float32":  # later states may be narrower than a float32 one
-        chosen = [[kind.cast(chosen[0][0], "float32"), *chosen[0][1:]], *chosen[1:]]
-    merged = compute(chosen, lengths, options, None)
+        picked = [[kind.cast(picked[0][0], "float32"), *picked[0][1:]], *picked[1:]]
+    merged = compute(picked, lengths, options, None)
     if dtype != problem.dtype:
         wide = merged.attn_out
         if dtype in EIGHT_BITS:
@@ -102,53 +120,58 @@ def merge_rows(
         merged = merged._replace(attn_out=kind.cast(wide, dtype))
     if rows is None and into is None:
         return merged
-
-    dtypes = dtype, problem.stats_dtype, problem.stats_dtype
     if into is not None:
         kind.will_write(as_state(into))
-        if rows is not None and not (padded or in_place):
-            for target, array, own in zip(into, first, dtypes):
-                kind.assign(target, _of_lanes(kind, kind.cast(array, own), target))
-    else:
-        others = _empty(kind, first) if padded else first
-        into = [kind.cast(array, own) for array, own in zip(others, dtypes)][: 3 if options.statistics else 1]
+    into = _others(kind, first, into, dtypes, options, padded=padded, stands=on_first or rows is None)
     for target, values in zip(into, merged):
         kind.put(target, slice(None) if rows is None else rows, _of_lanes(kind, values, target))
     return as_state(into if out is None else out)
 
 
-def merge_pair_rows(
-    merge: Callable[[Sequence[Any], Any], tuple[Any, Any]], pairs: Sequence[Sequence[Any]], lengths: Any, options: Options,
-    axes: str, out: Any, asked: Asked,
-) -> tuple[Any, Any]:  # fmt: skip
-    """Merge some rows of pairs (attn_out, lse), all of which has been checked but for what is asked; as :func:`merge_rows`.
+def _others(
+    kind: Kind, first: Sequence[Any], into: Any, dtypes: Sequence[str], options: Options, *, padded: bool, stands: bool
+) -> Sequence[Any]:
+    """Return the arrays of a result, new ones where `into` is None, with what is to be in the rows that are not merged.
 
-    `merge` makes an ordinary call, of pairs and out; `axes` are those of the log-sum-exps.
+    Those of the first state, on which `into` may already stand; of padding, nothing in new arrays and what is there in given ones.
     """
-    report, padded, axis = Violations("merge_lse"), asked.cu_seqlens_padded is not None, axes.index("T")
-    first = pairs[0]
-    rows, _ = _find(report, asked, first[0], lengths, options)
-    kind = _settled("merge_lse", first)
+    if into is None:
+        others = _empty(kind, first) if padded else first
+        return [kind.cast(array, own) for array, own in zip(others, dtypes)][: 3 if options.statistics else 1]
+    if not (padded or stands):
+        for target, array, own in zip(into, first, dtypes):
+            kind.assign(target, _of_lanes(kind, array if kind.dtype(array) == own else kind.cast(array, own), target))
+    return into
+
+
+def merge_pair_rows(
+    call: Callable[[Sequence[Sequence[Any]], Options, Any, Asked | None], AttentionState], pairs: Sequence[Sequence[Any]],
+    states: Sequence[AttentionState], lengths: Any, options: Options, axes: str, how: dict[str, Any], out: Any, asked: Asked,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Merge some rows of pairs (attn_out, lse), which are `states` as well, and what was asked of them not checked.
+
+    `call` makes a call of states, options, out and what is asked; `axes` are those of the log-sum-exps, `how` what
+    AttentionState.lse takes. The log-sum-exps first, as :func:`rau.merge_lse` has them.
+    """
+    rows, _ = _find(Violations("merge_lse"), asked, states[0][0], lengths, options)
+    kind, axis = _settled("merge_lse", states[0]), axes.index("T")
     assert rows is not None
-    chosen = [(kind.take(attn_out, rows), kind.take(lse, rows, axis)) for attn_out, lse in pairs]
-    in_place = out is not None and all([kind.memory(a).same_view(kind.memory(b)) for a, b in zip(out, first)])
-    if out is not None and isinstance(rows, slice) and (in_place or padded):
-        merge(chosen, (kind.take(out[0], rows), kind.take(out[1], rows, axis)))  # where it lies
-        return out[0], out[1]
-    merged = merge(chosen, None)
+    picked = [AttentionState(*(kind.take(array, rows) for array in (state[0][..., :0], *state[1:]))) for state in states]
+    lse = call(picked, options, None, None).lse(**how)
+    alone = options._replace(statistics=False)
+    merged = call(states, alone, None if out is None else out[:1], asked).attn_out
+    given, padded = pairs[0][1], asked.cu_seqlens_padded is not None
     if out is None:
-        others = _empty(kind, (first[0], first[1])) if padded else first
-        out = [kind.cast(array, kind.dtype(values)) for array, values in zip(others, merged)]
-    elif not (padded or in_place):
-        for target, array in zip(out, first):
-            kind.assign(target, kind.cast(array, kind.dtype(target)))
-    kind.put(out[0], rows, merged[0])
-    kind.put(out[1], rows, merged[1], axis)
+        other = kind.full(given, tuple(given.shape), kind.dtype(given), -np.inf) if padded else given
+        out = merged, kind.cast(other, kind.dtype(lse))
+    elif not padded and not kind.memory(out[1]).same_view(kind.memory(given)):
+        kind.assign(out[1], kind.cast(given, kind.dtype(lse)))
+    kind.put(out[1], rows, lse, axis)
     return out[0], out[1]
 
 
 def merge_counts(
-    call: str, compute: Compute, state: Any, indptr: Any, options: Options, out: Any, asked: Asked | None
+    call: str, state: Any, indptr: Any, options: Options, out: Any, asked: Asked | None, compute: Compute
 ) -> AttentionState:
     """Merge as many states in each row as it has: those from indptr[t] to indptr[t + 1] of one triple of arrays.
 

@@ -263,7 +263,7 @@ def merge_states(
     options = Options(layout, softmax_layout, profile, check, statistics)
     asked = asked_of("merge_states", tokens, cu_seqlens_padded, dtype, scale)
     if indptr is not None:
-        merged = merge_counts("merge_states", _computing("merge_states", backend), states, indptr, options, out, asked)
+        merged = merge_counts("merge_states", states, indptr, options, out, asked, _computing("merge_states", backend))
         return merged if statistics else merged.attn_out
     states = as_states(states, layout)
     if statistics:
@@ -352,10 +352,10 @@ def merge_lse(
             _refuse_graph(states)
             check_pair_out(report, out, pairs, names, states[0], layout, axes)
 
-        def merge(chosen: Sequence[Any], into: Any) -> tuple[Any, Any]:
-            return merge_lse(chosen, inf_is_empty=inf_is_empty, out=into, backend=backend, **how)
+        def call(of: Sequence[Sequence[Any]], options: Options, out: Any, asked: Asked | None) -> AttentionState:
+            return _call("merge_lse", of, None if asked is None else actual_seq_qlen, options, out, backend, asked)
 
-        return merge_pair_rows(merge, pairs, actual_seq_qlen, options, axes, out, asked)
+        return merge_pair_rows(call, pairs, states, actual_seq_qlen, options, axes, how, out, asked)
     if out is None:
         merged = _call("merge_lse", states, None, options, None, backend)
         return merged.attn_out, merged.lse(**how)
@@ -424,7 +424,8 @@ def _call(
     if asked is not None:
         if operators is not None and out is not None:
             operators.refuse_out(call)
-        return merge_rows(call, _computing(call, backend), states, actual_seq_qlen, options, out, asked)
+        compute = _computing(call, backend)
+        return merge_rows(call, states, actual_seq_qlen, options, out, backend, asked, compute, operators is not None)
     if operators is not None:
         return AttentionState(*operators.through_operator(call, states, actual_seq_qlen, options, out, backend))
     return run(call, states, actual_seq_qlen, options, out, backend)

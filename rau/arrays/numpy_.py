@@ -134,5 +134,7 @@ class NumPyKind:
             own = named_dtype(dtype)
         except ImportError as error:
             raise DTypeError(f"[dtype-attn] {error}", ("dtype-attn",)) from error
+        copy = self.allocator(array.shape, own.name)()
         with np.errstate(all="ignore"):
-            return array.astype(own, order="C")
+            np.copyto(copy, array, casting="unsafe")
+        return copy

@@ -56,6 +56,9 @@ class Capabilities:
     halves : bool
         Whether it takes problems with a `half`, as any backend that walks ``problem.blocks`` does. For the others,
         StreamingMerge makes several calls without one.
+    runs : bool
+        Whether it takes problems with `runs`, as any backend that walks ``problem.blocks`` does. For the others, the rows are
+        copied, merged, and copied back.
     float64 : bool
         Whether it computes in torch's float64, which a device then has to have.
     differentiable : bool
@@ -96,6 +99,7 @@ class Capabilities:
     lanes: tuple[int, ...] = (8, 1)
     in_place: bool = True
     halves: bool = False
+    runs: bool = False
     float64: bool = False
     differentiable: bool = False
     deterministic: bool = True
@@ -166,6 +170,8 @@ class Capabilities:
             reasons.append("it does not write over its inputs")
         if problem.half is not None and not self.halves:
             reasons.append("it does not take halves of sequences")
+        if problem.runs is not None and not self.runs:
+            reasons.append("it does not take runs of tokens")
         if self.max_heads is not None and problem.N > self.max_heads:
             reasons.append(f"N = {problem.N} > {self.max_heads}")
         if self.max_head_dim is not None and problem.D > self.max_head_dim:

@@ -22,7 +22,7 @@ class CythonBackend(Backend):
     """The fast backend on every CPU: one streaming pass over the states, in threads."""
 
     name = "cython"
-    capabilities = Capabilities(array_types=HOST_ARRAYS, halves=True, without_statistics=True)
+    capabilities = Capabilities(array_types=HOST_ARRAYS, halves=True, runs=True, without_statistics=True)
 
     def __init__(self) -> None:
         try:
@@ -49,6 +49,6 @@ class CythonBackend(Backend):
             arrays = tuple(map(settled, arrays))
         blocks = problem.block_terms
         assert blocks is not None  # host arrays have their lengths on the host
-        self._merge(*blocks, arrays, problem.dtype, problem.cur_dtype, problem.N, problem.D, problem.lanes,
+        self._merge(*blocks, arrays, problem.dtype, problem.cur_dtype, problem.T, problem.N, problem.D, problem.lanes,
                     problem.statistics, problem.in_place, get_num_threads())  # fmt: skip
         return out

@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 from rau.arithmetic import merge_rows, weigh
 from rau.arrays import HOST_ARRAYS, kind_of
 from rau.backends import AttentionState, Backend, Capabilities, Problem
-from rau.layouts import ATTN, MAX, SUM, row_index
+from rau.layouts import ATTN, HEADS, MAX, SUM, TOKENS, row_index
 
 _ELEMENTS = 1 << 18  # elements merged at a time: their float32 copies stay in the cache
 
@@ -60,7 +60,7 @@ class NumPyBackend(Backend):
     """Runs everywhere NumPy does; several times slower than the compiled core, with the same bits."""
 
     name = "numpy"
-    capabilities = Capabilities(array_types=HOST_ARRAYS, halves=True, without_statistics=True)
+    capabilities = Capabilities(array_types=HOST_ARRAYS, halves=True, runs=True, without_statistics=True)
 
     def update(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
@@ -84,7 +84,7 @@ class NumPyBackend(Backend):
             out_sum = _Rows(out[2], row_index(table, last, SUM), problem.lanes)
         step = max(_ELEMENTS // max(head_dim, 1), 1)
         with np.errstate(all="ignore"):
-            for start in range(0, problem.T * problem.N, step):
+            for start in range(0, int(table[:, TOKENS] @ table[:, HEADS]), step):
                 chunk = slice(start, start + step)
                 weighed = weigh([m[chunk][:, 0] for m in maxima], [l[chunk][:, 0] for l in sums])
                 if head_dim:

@@ -129,6 +129,16 @@ def count(rows: Rows) -> int:
     return len(range(rows.start, rows.stop, rows.step)) if isinstance(rows, slice) else len(rows)
 
 
+def runs_of(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Return first rows and lengths of the runs of rows that follow one another."""
+    if isinstance(rows, slice):
+        if rows.step == 1:
+            return np.array([rows.start]), np.array([rows.stop - rows.start])
+        rows = np.arange(rows.start, rows.stop, rows.step)
+    first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    return rows[first], np.diff(first, append=len(rows))
+
+
 def _as_slice(rows: np.ndarray) -> Rows:
     """See rows that follow one another as a slice: arrays then need no copy."""
     if not len(rows):
