@@ -90,17 +90,16 @@ def merge_rows(
     on_first = into is not None and all([kind.memory(a).same_view(kind.memory(b)) for a, b in zip(into, first)])
     where_they_lie = dtype == problem.dtype and not in_graph and options.check == "metadata"
     if rows is not None and where_they_lie and (into is None or padded or on_first or not problem.in_place):
-        chosen, origin = registry.select(problem, backend)
-        if chosen.capabilities.runs:
+        described = problem.actual_seq_qlen, options.layout, options.softmax_layout, options.profile
+        chosen, origin = registry.select(Problem.of(regular, None, *described, in_place=False), backend)
+        if chosen.capabilities.runs and (chosen.capabilities.in_place or not problem.in_place):
             registry.log_call(call, chosen, origin)
             if into is not None:
                 kind.will_write(as_state(into))
             target = as_state(_others(kind, first, into, dtypes, options, padded=padded, stands=on_first))
-            named = options.layout, options.softmax_layout, options.profile
             problem = Problem.of(
-                regular, target, problem.actual_seq_qlen, *named, in_place=problem.in_place, statistics=options.statistics,
-                runs=runs_of(rows),
-            )  # fmt: skip
+                regular, target, *described, in_place=problem.in_place, statistics=options.statistics, runs=runs_of(rows)
+            )
             hand_over(call, chosen, problem, regular, target)
             return target if out is None else as_state(out)
 

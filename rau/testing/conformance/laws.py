@@ -185,6 +185,37 @@ def _output_alone(backend: Any, case: Case) -> list[str]:
     return [f"{where}, {how}: {problem}" for how, its in problems for problem in its]
 
 
+def _of_tokens(backend: Any, dtype: str) -> Case:
+    return replace(_case(backend, dtype, 2, "empty"), layout="TND", batch=1, lengths=(4, 5), qlen="array")
+
+
+def some_tokens(backend: Any, dtype: str) -> list[str]:
+    """Of some tokens, or of all but padding, a merge has the rows that it has of all; the others are neither read nor changed."""
+    case = _of_tokens(backend, dtype)
+    first, other = case.fill()
+    merge = partial(merge_states, layout="TND", backend=backend)
+    whole = host_state(backend, merge([own_state(backend, first), own_state(backend, other)], case.lengths_argument()))
+    mask = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0], bool)
+    padding = {"cu_seqlens_padded": [0, 4, 6, 9], "actual_seq_qlen": [0, 2, 3, 5]}
+    empty = [np.full_like(part, value) for part, value in zip(whole, (0.0, -np.inf, 0.0), strict=True)]
+    asked: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
+        "tokens": ({"tokens": mask}, first), "a slice": ({"tokens": slice(3, 9)}, first), "padding": (padding, empty),
+    }  # fmt: skip
+    problems: list[str] = []
+    for how, (options, others) in asked.items():
+        chosen = np.arange(9) >= 3 if how == "a slice" else mask
+        unread = AttentionState(*(np.where(chosen[:, None, None], part, np.asarray(np.nan, part.dtype)) for part in other))
+        for place in ("a new state", "in place"):
+            own = AttentionState(*(part.copy() for part in first))
+            states = [own_state(backend, own), own_state(backend, unread)]
+            given = states[0] if place == "in place" else None
+            rest = first if given else others
+            kept = AttentionState(*(np.where(chosen[:, None, None], new, old) for new, old in zip(whole, rest, strict=True)))
+            merged = host_state(backend, merge(states, **options, out=given))
+            problems += [f"{how}, {place}: {problem}" for problem in same_bits(merged, kept)]
+    return problems
+
+
 # Each law, and the dtypes that it can be held to: 16 bits are rounded at every merge.
 LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
     "neutral-element": (neutral_element, tuple(ITEMSIZE)),
@@ -193,6 +224,7 @@ LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
     "split-of-the-keys": (split_of_the_keys, ("float32",)),
     "permutations": (permutations, tuple(ITEMSIZE)),
     "output-alone": (output_alone, tuple(ITEMSIZE)),
+    "some-tokens": (some_tokens, tuple(ITEMSIZE)),
 }
 
 
@@ -201,10 +233,13 @@ def laws(backend: Any) -> Iterator[Check]:
     takes = backend.capabilities
     for name, (law, dtypes) in LAWS.items():
         for dtype in dtypes:
-            reasons = excluded_by(backend, _case(backend, dtype))
-            if not reasons and name in ("commutativity", "permutations") and keeps_lse(backend):
+            case = _of_tokens(backend, dtype) if name == "some-tokens" else _case(backend, dtype)
+            reasons = excluded_by(backend, case)
+            if not reasons and name in ("commutativity", "permutations", "some-tokens") and keeps_lse(backend):
                 reasons = ["statistics lse: the same bits are not promised"]
-            elif not reasons and name == "output-alone" and not takes.deterministic:
+            elif not reasons and name == "some-tokens" and not {*takes.array_types} & {"numpy:ndarray", "torch:Tensor"}:
+                reasons = ["array types of its own: rows of NumPy arrays and torch tensors are chosen"]
+            elif not reasons and name in ("output-alone", "some-tokens") and not takes.deterministic:
                 reasons = ["deterministic False: the same bits are not promised"]
             elif not reasons and name == "commutativity" and takes.tolerance != 1:
                 reasons = [f"tolerance {takes.tolerance:g}: the same bits are not promised"]
