@@ -23,6 +23,7 @@ from rau.errors import (
 )
 from rau.explain import explain
 from rau.registry import use_backend
+from rau.sink import add_sink
 from rau.state import AttentionState, reorder_softmax
 from rau.threads import get_num_threads, set_num_threads
 from rau.update import merge_lse, merge_states, ring_attention_update
@@ -45,6 +46,7 @@ __all__ = [
     "UnknownBackendError",
     "UnsupportedError",
     "__version__",
+    "add_sink",
     "compat",
     "explain",
     "get_num_threads",

@@ -49,6 +49,7 @@ FLASH, VARLEN = recipe("FlashAttention 0"), recipe("FlashAttention, variable len
 FLASHINFER, VLLM = recipe("FlashInfer 0"), recipe("vLLM 0")
 NPU, NPU_TND = recipe("npu_fusion_attention 0"), recipe("npu_fusion_attention 1")
 ROWS_LSE, ROWS_SUM = recipe("Rows without keys 0"), recipe("Rows without keys 1")
+SINKS = recipe("Attention sinks 0")
 OWN, PAIRS = recipe("A maximum and a sum of one's own 0"), recipe("A pair in, a pair out 0")
 ALONE, GRADIENTS = recipe("One lane or eight 0"), recipe("Gradients 0")
 
@@ -368,6 +369,18 @@ def test_rows_without_keys_with_a_sum():
     out, lse = exact(q, k, v, mask)
     close(merged.attn_out, out.transpose(2, 0, 1, 3).reshape(S, B, N * D), 2e-6)
     close(merged.lse(base="e"), lse, 2e-6)
+
+
+def test_attention_sinks():
+    q, k, v = (part.swapaxes(1, 2) for part in inputs(B, N))
+    states = [partial_attention(q, *part, layout="BSND") for part in split(k, v, 1) if part[0].size]
+    sink = np.array([0.5, -math.inf, 2.0], "f4")
+    merged = run(SINKS, states=states, sink=sink)["merged"]
+    scores = np.einsum("bsnd,bknd->bnsk", q, k, dtype="f8") / math.sqrt(D)
+    p = np.exp(np.concatenate([scores, np.broadcast_to(sink[:, None, None], (B, N, S, 1))], -1))
+    out = np.einsum("bnsk,bknd->bsnd", p[..., :-1], v) / p.sum(-1).swapaxes(1, 2)[..., None]
+    close(merged.attn_out, out, 2e-6)
+    close(merged.lse(base="e", layout="BSND"), np.log(p.sum(-1)), 2e-6)
 
 
 def test_a_maximum_and_a_sum_to_base_2():
