@@ -90,8 +90,8 @@ def add_sink(
         report.add("rank", f'state.softmax_max has shape {shape}; layout "{layout}" expects {form}.')
     else:
         if tuple(sink.shape) != shape[axes.stats_head : axes.stats_head + 1]:
-            report.add("heads", f"sink has shape {tuple(sink.shape)}; expected (N,) = ({shape[axes.stats_head]},), a number for each "
-                       "query head.")  # fmt: skip
+            report.add("heads", f"sink has shape {tuple(sink.shape)}; expected (N,) = ({shape[axes.stats_head]},), a number for "
+                       "each query head.")  # fmt: skip
         if packed:
             lengths = bind_lengths(report, actual_seq_qlen, shape[0], packed=True, vendor=False)
             check_lengths_here(report, lengths, "state.softmax_max", maximum)

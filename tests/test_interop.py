@@ -46,6 +46,7 @@ def recipe(name):
 
 SDPA, FLEX = recipe("torch: scaled_dot_product_attention 0"), recipe("torch: flex attention 0")
 FLASH, VARLEN = recipe("FlashAttention 0"), recipe("FlashAttention, variable lengths 0")
+PADDED, STACKED = recipe("FlashAttention, variable lengths 1"), recipe("Stacked splits, heads in groups 0")
 FLASHINFER, VLLM = recipe("FlashInfer 0"), recipe("vLLM 0")
 NPU, NPU_TND = recipe("npu_fusion_attention 0"), recipe("npu_fusion_attention 1")
 ROWS_LSE, ROWS_SUM = recipe("Rows without keys 0"), recipe("Rows without keys 1")
@@ -204,6 +205,38 @@ def varlen(q, k, v, q_lengths, k_lengths):
         part = exact(q[rows].swapaxes(0, 1), k[keys].swapaxes(0, 1), v[keys].swapaxes(0, 1))
         out[rows], lse[rows] = part[0].swapaxes(0, 1), part[1].T
     return out, lse
+
+
+@needs_torch
+def test_padded_log_sum_exps():
+    rng = np.random.default_rng(3)
+    q = rng.standard_normal((9, N, D))
+    parts = [(rng.standard_normal((2, sum(lengths), N, D)), lengths) for lengths in ([5, 0, 6], [1, 2, 0])]
+    pairs, cu = [], [0, 2, 5, 9]
+    for (k, v), lengths in parts:
+        out, lse = varlen(q, k, v, np.diff(cu), lengths)
+        padded = np.full((3, N, 4), np.nan)
+        for i, (start, end) in enumerate(itertools.pairwise(cu)):
+            padded[i, :, : end - start] = np.where(np.isneginf(lse), np.inf, lse)[start:end].T
+        pairs.append(tensors(out, padded))
+    merged = run(PADDED, pairs=pairs, cu_seqlens_q=torch.tensor(cu, dtype=torch.int32))["merged"]
+    each = [(part, sequences(*lengths)[i]) for i in range(3) for part, lengths in parts]
+    whole = [np.concatenate([part[axis][rows] for part, rows in each]) for axis in (0, 1)]
+    out, lse = varlen(q, *whole, np.diff(cu), [6, 2, 6])
+    close(merged.attn_out, out, 2e-6)
+    close(merged.lse(base="e", layout="TND", lse_layout="TN"), lse, 2e-6)
+
+
+@needs_torch
+def test_stacked_splits_of_heads_in_groups():
+    q, k, v = inputs(B, 2, N)  # (B, G, H, S or keys, D)
+    pairs = [exact(q, *part) for part in split(k, v, 3) if part[0].size]
+    outs, lses = tensors(np.stack([out.transpose(0, 3, 1, 2, 4) for out, _ in pairs]), np.stack([lse for _, lse in pairs]))
+    names = run(STACKED, outs=outs, lses=lses)
+    out, lse = exact(q, k, v)
+    close(names["out"], out.transpose(0, 3, 1, 2, 4).reshape(B, S, 2 * N, D), 2e-6)
+    close(names["lse"], lse.reshape(B, 2 * N, S), 2e-6)
+    assert names["pairs"][1][1].data_ptr() == lses[1].data_ptr() and names["pairs"][1][0].data_ptr() == outs[1].data_ptr()
 
 
 @needs_torch
@@ -451,6 +484,8 @@ def test_the_recipes_cover_the_table():
     """Each (layout, lse_layout, base) of the page's table is a recipe."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("|")]
     rows = [row for row in rows[2:] if row[4]]  # npu_fusion_attention has none: the kit's own cases are its states
+    (padded,) = (row for row in rows if "actual_seq_qlen" in row[4])  # of which test_padded_lse.py says what it equals
+    rows.remove(padded)
     assert len(rows) == 9
     recipes = {(r.layout, r.lse_layout, r.base) for r in RECIPES.values()}
     for _, _, layout, _, lse_layout, base, _ in rows:
