@@ -22,6 +22,7 @@ from rau.errors import (
     UnsupportedError,
 )
 from rau.explain import explain
+from rau.parts import merge_attention
 from rau.registry import use_backend
 from rau.sink import add_sink
 from rau.state import AttentionState, reorder_softmax
@@ -50,6 +51,7 @@ __all__ = [
     "compat",
     "explain",
     "get_num_threads",
+    "merge_attention",
     "merge_lse",
     "merge_states",
     "registry",
