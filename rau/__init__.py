@@ -22,7 +22,9 @@ from rau.errors import (
     UnsupportedError,
 )
 from rau.explain import explain
+from rau.parts import merge_attention
 from rau.registry import use_backend
+from rau.sink import add_sink
 from rau.state import AttentionState, reorder_softmax
 from rau.threads import get_num_threads, set_num_threads
 from rau.update import merge_lse, merge_states, ring_attention_update
@@ -45,9 +47,11 @@ __all__ = [
     "UnknownBackendError",
     "UnsupportedError",
     "__version__",
+    "add_sink",
     "compat",
     "explain",
     "get_num_threads",
+    "merge_attention",
     "merge_lse",
     "merge_states",
     "registry",

@@ -29,7 +29,13 @@ def _pair_name(state: int, field: int) -> str:
     return f"pairs[{state}][{min(field, 1)}]"
 
 
-NAMES = {"ring_attention_update": _update_name, "merge_states": _state_name, "merge_lse": _pair_name}
+def _sink_name(state: int, field: int) -> str:
+    return "sink" if state else f"state.{FIELDS[field]}"
+
+
+NAMES = {
+    "ring_attention_update": _update_name, "merge_states": _state_name, "merge_lse": _pair_name, "add_sink": _sink_name,
+}  # fmt: skip
 
 
 def run(
@@ -60,9 +66,9 @@ def as_state(arrays: Sequence[Any]) -> AttentionState:
 def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> AttentionState:
     """Have a backend merge states: the one way to a backend, so that none of them has to think of autograd.
 
-    "merge_states" and "merge_lse" take its `merge`, any other call its `update`. The arrays' library is told of a write before
-    it, and so where a backend fails half way, too; UnsupportedError where it forbids the write, or where the backend has no
-    `merge`.
+    "merge_states", "merge_lse" and "add_sink" take its `merge`, any other call its `update`. The arrays' library is told of a
+    write before it, and so where a backend fails half way, too; UnsupportedError where it forbids the write, or where the
+    backend has no `merge`.
     """
     states = [state if type(state) is AttentionState else AttentionState(*state) for state in states]
     out = None if out is None else as_state(out)
@@ -72,7 +78,7 @@ def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequen
         kind = kind_of(out[0])
         assert kind is not None  # the validator has seen to that
         kind.will_write(out)
-    if call not in ("merge_states", "merge_lse"):
+    if call not in ("merge_states", "merge_lse", "add_sink"):
         result = backend.update(problem, *states, out)
     elif hasattr(backend, "merge"):
         result = backend.merge(problem, states, out)

@@ -83,6 +83,7 @@ LAYOUTS: dict[str, Layout] = {
     "BNSD": Layout("(B, N, S, D)", "(B, N, S, {lanes})", 0, 2, 1, 0, 2, 1),
 }
 LSE_LAYOUTS = {"BNS": "(B, N, S)", "BSN": "(B, S, N)", "TN": "(T, N)", "NT": "(N, T)"}
+PADDED = {"BNS": "(sequences, N, longest)", "BSN": "(sequences, longest, N)"}  # what they are of in layout "TND"
 
 # What other libraries call them: the layout of ours with these axes in this order, and what has to be done before.
 _NO_SUCH = ' rau has no layout (N, T, D): pass attn_out.swapaxes(0, 1) as "TND", with statistics (T, N, 8).'

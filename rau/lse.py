@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rau.arithmetic import cast, exp_nonpositive, library
-from rau.arrays.torch_ import packed_rows
+from rau.arrays.torch_ import packed_rows, places_in_sequences
 from rau.layouts import SUM, block_terms, row_index
 
 _SWAPPED = ("BSN", "NT")  # the others have the axes of the statistics
@@ -21,6 +21,18 @@ _LN2 = math.log(2.0)
 def arranged(lse: Any, lse_layout: str) -> Any:
     """See a log-sum-exp with the axes of the statistics, or with those of `lse_layout`; it is its own inverse."""
     return lse.swapaxes(-1, -2) if lse_layout in _SWAPPED else lse
+
+
+def joined(lse: Any, lse_layout: str, lengths: Any, tokens: int) -> Any:
+    """Gather a log-sum-exp that is padded to the longest sequence, "BNS" or "BSN", into one of shape (T, N)."""
+    lse = arranged(lse, lse_layout)
+    if isinstance(lse, np.ndarray):
+        sequence = np.repeat(np.arange(len(lengths) - 1), np.diff(lengths))
+        place: Any = np.arange(tokens) - lengths[sequence]
+    else:
+        _, sequence, place = places_in_sequences(lengths, tokens, lse.device)
+        place = place.clamp_(0, max(lse.shape[-1] - 1, 0))  # whatever lengths on a device contain
+    return lse[sequence, :, place]
 
 
 def statistics(maximum: Any, total: Any, dtype: str, base: str, lanes: int) -> tuple[Any, Any]:

@@ -21,13 +21,14 @@ from rau.constraints.lse_arguments import (
     check_lanes,
     check_layouts,
     check_lengths_here,
+    check_padded,
     check_rows,
     check_shapes,
 )
 from rau.constraints.options import check_softmax_layout
 from rau.constraints.rules import Violations
-from rau.layouts import LAYOUTS
-from rau.lse import arranged, log_sum_exp, reordered, statistics
+from rau.layouts import LAYOUTS, PADDED
+from rau.lse import arranged, joined, log_sum_exp, reordered, statistics
 
 
 def _silent(array: Any) -> AbstractContextManager[Any]:
@@ -75,6 +76,7 @@ class AttentionState(NamedTuple):
         base: str,
         layout: str = "SBH",
         lse_layout: str | None = None,
+        actual_seq_qlen: Any = None,
         inf_is_empty: bool = False,
         heads: int | None = None,
         lanes: int = 1,
@@ -96,7 +98,12 @@ class AttentionState(NamedTuple):
         lse_layout : {"BNS", "BSN", "TN", "NT"}, optional except in layout "TND"
             Axes of `lse`. Layout "TND" has no default: "TN" for (T, N) (FlashInfer), or "NT" for (N, T) (vLLM,
             FlashAttention's varlen calls). The other layouts: "BNS" for (B, N, S), the default at every size, S = N included
-            (FlashAttention, torch's SDPA and flex attention), or "BSN" for (B, S, N).
+            (FlashAttention, torch's SDPA and flex attention), or "BSN" for (B, S, N). In layout "TND" these two stand for one
+            padded to the longest sequence, (sequences, N, longest) (FlashAttention's varlen calls of early 2024 and before,
+            torch's on ROCm) or (sequences, longest, N). The padding is not read.
+        actual_seq_qlen : array of int64 or int32, shape (sequences + 1,), or list of int, optional
+            Cumulative sequence lengths from 0 to T; required for a padded `lse`, and not looked at otherwise. On a device, or
+            while torch traces the call, they are not read, and therefore not checked.
         inf_is_empty : bool, default False
             Read +inf as -inf, a row without keys: FlashAttention 2 writes +inf for such a row (and for a row whose sum is
             NaN, which is then lost).
@@ -110,10 +117,10 @@ class AttentionState(NamedTuple):
         Returns
         -------
         AttentionState
-            Its statistics are float32, or float64 with a float64 output; 8 lanes have stride 0. For base "e" and an `lse` of that
-            dtype softmax_max is a view of `lse` (with `inf_is_empty`, of a copy of it), with softmax_sum = 1. Do not write to
-            them, as a merge with ``out=`` this state would: NumPy refuses it, torch lets it overwrite `lse` with a maximum.
-            :func:`rau.merge_lse` merges into a pair (out, lse).
+            Its statistics are float32, or float64 with a float64 output; 8 lanes have stride 0. For base "e" and an `lse` of
+            that dtype softmax_max is a view of `lse` (of a copy if that is padded, or with `inf_is_empty`), with
+            softmax_sum = 1. Do not write to them, as a merge with ``out=`` this state would: NumPy refuses it, torch lets it
+            overwrite `lse` with a maximum. :func:`rau.merge_lse` merges into a pair (out, lse).
 
         Raises
         ------
@@ -151,10 +158,10 @@ class AttentionState(NamedTuple):
         """
         report = Violations("AttentionState.from_lse")
         check_base(report, base)
-        axes = check_layouts(report, layout, lse_layout)
+        axes = check_layouts(report, layout, lse_layout, padded=True)
         lanes = check_lanes(report, lanes)
         names = (("attn_out", "lse"),)
-        (state,) = states_of([(attn_out, lse)], names, report, base, layout, axes, inf_is_empty, heads, lanes)
+        (state,) = states_of([(attn_out, lse)], names, report, base, layout, axes, inf_is_empty, heads, lanes, actual_seq_qlen)
         return state if cls is AttentionState else cls(*state)
 
     @classmethod
@@ -334,6 +341,7 @@ def states_of(
     inf_is_empty: bool,
     heads: int | None,
     lanes: int,
+    actual_seq_qlen: Any = None,
 ) -> list[AttentionState]:
     """Make states of pairs (attn_out, lse), as :meth:`AttentionState.from_lse` says, or raise what `report` then holds.
 
@@ -341,19 +349,22 @@ def states_of(
     returned.
     """
     number = check_heads(report, heads)
-    dtypes = []
+    padded = layout == "TND" and axes in PADDED
+    lengths, dtypes = None, []
     for (attn_out, lse), (out_name, name) in zip(pairs, names, strict=True):
         out = check_array(report, out_name, attn_out, "dtype-attn", tuple(ITEMSIZE))
         wide = out is not None and out.dtype == "float64"
         dtypes.append("float64" if wide else "float32")
         its = check_rows(report, name, lse, out_name, out, base)
-        if out is not None and its is not None and axes:
+        if out is not None and its is not None and padded:
+            lengths = check_padded(report, attn_out, lse, axes, number, actual_seq_qlen, out_name, name)
+        elif out is not None and its is not None and axes:
             check_shapes(report, attn_out, lse, layout, axes, number, out_name, name)
     report.raise_if_broken()
     states = []
     for (attn_out, lse), dtype in zip(pairs, dtypes, strict=True):
         with _silent(lse):
-            lse = arranged(lse, axes)
+            lse = joined(lse, axes, lengths, attn_out.shape[0]) if padded else arranged(lse, axes)
             if inf_is_empty:
                 lse = library(lse).where(lse == math.inf, -math.inf, lse)
             states.append(AttentionState(attn_out, *statistics(lse, None, dtype, base, lanes)))

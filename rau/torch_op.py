@@ -2,11 +2,13 @@
 
 Everything that must not be traced (the validator, the registry, context, environment) runs inside them: at trace time
 the validator in their fake functions, at run time the whole call in their kernels. Imported once torch is in use.
+
+And the gradient of attention to parts by kernels whose log-sum-exp has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -295,3 +297,44 @@ def _merge_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 _update.register_autograd(_update_backward, setup_context=_keep_update)
 _merge.register_autograd(_merge_backward, setup_context=_keep_merge)
+
+
+class AttentionToParts(torch.autograd.Function):
+    """What :func:`rau.merge_attention` says; the parts are in `flat`, item by item, of as many items as `lengths` says."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, forward: Callable[..., Any], backward: Callable[..., Any], merge: Callable[..., Any], inf_is_empty: bool,
+        lengths: list[int], q: Tensor, *flat: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        parts = _taken_apart(flat, lengths)
+        out, lse = merge([forward(q, *part)[:2] for part in parts])
+        ctx.backward_of_a_part, ctx.lengths, ctx.inf_is_empty = backward, lengths, inf_is_empty
+        ctx.others = [None if isinstance(item, Tensor) else item for item in flat]
+        ctx.save_for_backward(q, out, lse, *(item if isinstance(item, Tensor) else None for item in flat))
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # torch would take what comes out for constants, and nobody would say so
+            raise UnsupportedError(
+                "merge_attention: its gradient has no gradient, being made by the kernel's backward; differentiate without "
+                "create_graph=True, or merge by rau.merge_lse parts of a kernel that torch differentiates twice."
+            )
+        q, out, lse, *tensors = ctx.saved_tensors
+        flat = [other if item is None else item for item, other in zip(tensors, ctx.others, strict=True)]
+        if ctx.inf_is_empty:
+            lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        grad_q = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+        grads: list[Any] = []
+        for part in _taken_apart(flat, ctx.lengths):
+            of_q, *of_part = ctx.backward_of_a_part(grad_out, q, *part, out, lse)
+            grad_q += of_q
+            grads += of_part
+        return None, None, None, None, None, grad_q.to(q.dtype), *grads
+
+
+def _taken_apart(flat: Sequence[Any], lengths: Sequence[int]) -> list[Sequence[Any]]:
+    starts = [sum(lengths[:k]) for k in range(len(lengths))]
+    return [flat[start : start + length] for start, length in zip(starts, lengths, strict=True)]

@@ -144,7 +144,7 @@ def ring_attention_update(
     cur = AttentionState(cur_attn_out, cur_softmax_max, cur_softmax_sum)
     options = Options(layout, softmax_layout, profile, check)
     asked = asked_of("ring_attention_update", tokens, cu_seqlens_padded)
-    return _call("ring_attention_update", (prev, cur), actual_seq_qlen, options, out, backend, asked)
+    return dispatch("ring_attention_update", (prev, cur), actual_seq_qlen, options, out, backend, asked)
 
 
 @overload
@@ -267,8 +267,8 @@ def merge_states(
         return merged if statistics else merged.attn_out
     states = as_states(states, layout)
     if statistics:
-        return _call("merge_states", states, actual_seq_qlen, options, out, backend, asked)
-    return _call("merge_states", states, actual_seq_qlen, options, None if out is None else (out,), backend, asked).attn_out
+        return dispatch("merge_states", states, actual_seq_qlen, options, out, backend, asked)
+    return dispatch("merge_states", states, actual_seq_qlen, options, None if out is None else (out,), backend, asked).attn_out
 
 
 def merge_lse(
@@ -353,18 +353,18 @@ def merge_lse(
             check_pair_out(report, out, pairs, names, states[0], layout, axes)
 
         def call(of: Sequence[Sequence[Any]], options: Options, out: Any, asked: Asked | None) -> AttentionState:
-            return _call("merge_lse", of, None if asked is None else actual_seq_qlen, options, out, backend, asked)
+            return dispatch("merge_lse", of, None if asked is None else actual_seq_qlen, options, out, backend, asked)
 
         return merge_pair_rows(call, pairs, states, actual_seq_qlen, options, axes, how, out, asked)
     if out is None:
-        merged = _call("merge_lse", states, None, options, None, backend)
+        merged = dispatch("merge_lse", states, None, options, None, backend)
         return merged.attn_out, merged.lse(**how)
     _refuse_graph(states)  # before anything is asked of the arrays
     check_pair_out(report, out, pairs, names, states[0], layout, axes)
     # The log-sum-exp first, as the merge of outputs without an element: once an output is written, nothing may fail.
     rows = [state._replace(attn_out=state.attn_out[..., :0]) for state in states]
-    lse = _call("merge_lse", rows, None, options, None, backend).lse(**how)
-    _call("merge_lse", states, None, options._replace(statistics=False), out[:1], backend)
+    lse = dispatch("merge_lse", rows, None, options, None, backend).lse(**how)
+    dispatch("merge_lse", states, None, options._replace(statistics=False), out[:1], backend)
     kind = kind_of(out[1])
     assert kind is not None  # as was just checked
     kind.assign(out[1], lse)
@@ -410,7 +410,7 @@ def _operators(states: Sequence[Sequence[Any]]) -> Any:
     return _torch_op if _torch_op is not None and _torch_op.wanted(states) else None
 
 
-def _call(
+def dispatch(
     call: str,
     states: Sequence[Sequence[Any]],
     actual_seq_qlen: Any,
@@ -433,4 +433,4 @@ def _call(
 
 def _computing(call: str, backend: Any) -> Compute:
     """Return what makes calls of a name, by a backend."""
-    return lambda states, lengths, options, out: _call(call, states, lengths, options, out, backend)
+    return lambda states, lengths, options, out: dispatch(call, states, lengths, options, out, backend)

@@ -163,6 +163,36 @@ def test_lanes_of_stride_0_are_copied_nowhere(base, backend):
         assert cost["views"] < 8192, cost
 
 
+@pytest.mark.parametrize("layout", ["BSND", "TND"])
+@pytest.mark.parametrize("base", ["e", "2"])
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_what_from_lse_makes_is_no_out_and_one_line_says_what_to_do(lanes, base, layout):
+    """Whichever call it is, and not six rules; where one array alone is such a view, of that one."""
+    shape = (3, 4, 5) if layout == "TND" else (1, 3, 4, 5)
+    out, lse = np.ones(shape, "f4"), np.zeros((3, 4) if layout == "TND" else (1, 3, 4), "f4")
+    lse_layout = "TN" if layout == "TND" else "BSN"
+    run = AttentionState.from_lse(out, lse, base=base, layout=layout, lse_layout=lse_layout, lanes=lanes)
+    own = AttentionState(*(np.zeros(part.shape, "f4") for part in run))
+    portable = {"layout": layout, "profile": "portable"}
+    for call, name in (
+        (lambda out: rau.merge_states([run, run], layout=layout, out=out), "merge_states"),
+        (lambda out: rau.ring_attention_update(*run, *run, **portable, out=out), "ring_attention_update"),
+    ):
+        one_of_them = own._replace(softmax_sum=run.softmax_sum)
+        for given, which in ((run, "out.softmax_max and out.softmax_sum have"), (one_of_them, "out.softmax_sum has")):
+            with pytest.raises(rau.ShapeError) as caught:
+                call(given)
+            assert str(caught.value) == (
+                f"{name}: [out-writable] {which} lanes of stride 0, as AttentionState.from_lse makes them; expected arrays that "
+                "may be written to. To merge in place, use rau.merge_lse(..., out=pair) of pairs (attn_out, lse), or a "
+                "rau.StreamingMerge."
+            )
+        call(own)
+        if lanes == 1:  # whose stride is 0 as well, and which may be written to
+            spread = [np.zeros((*part.shape[:-1], 2), "f4")[..., :1] for part in run[1:]]
+            call(AttentionState(own[0], *(part[..., 0][..., None] for part in spread)))
+
+
 @given(st.lists(finite, min_size=1, max_size=20))
 def test_base_2_against_decimal(numbers):
     attn_out, lse = tokens(numbers)

@@ -57,7 +57,8 @@ CASES = [
     (from_lse(lse_layout="NT"), rau.OptionError, ["lse-layout"],
      "lse_layout = 'NT'; expected one of \"BNS\", \"BSN\". With layout \"SBH\" lse is (B, N, S) or (B, S, N)."),
     (from_lse(TND_OUT, LSE[0], layout="TND", lse_layout="NTD"), rau.OptionError, ["lse-layout"],
-     "lse_layout = 'NTD'; expected one of \"TN\", \"NT\". With layout \"TND\" lse is (T, N) or (N, T)."),
+     "lse_layout = 'NTD'; expected one of \"TN\", \"NT\", \"BNS\", \"BSN\". With layout \"TND\" lse is (T, N) or (N, T). "
+     "Padded, (sequences, N, longest) or (sequences, longest, N), it needs actual_seq_qlen."),
     (from_lse(TND_OUT, LSE[0], layout="TND", lse_layout=np.zeros(2)), rau.OptionError, ["lse-layout"], None),
     (from_lse(TND_OUT, LSE[0], base="10", layout="TND"), rau.OptionError, ["base", "lse-layout"], None),
     (from_lse(OUT[0]), rau.ShapeError, ["rank"], 'attn_out has shape (1, 4); layout "SBH" expects (S, B, H).'),
@@ -87,8 +88,8 @@ CASES = [
      'lse has shape (3, 2); for attn_out of shape (3, 2, 4), layout "TND" expects (N, T) = (2, 3). '
      'It looks like (T, N): pass lse_layout="TN".'),
     (from_lse(TND_OUT, np.zeros((2, 2, 2), "f4"), **TND), rau.ShapeError, ["rank"],
-     'lse has shape (2, 2, 2); lse_layout "TN" expects (T, N). If it is padded, (sequences, N, longest), join '
-     'its valid parts: concatenate([lse[i, :, :length] for i, length in enumerate(lengths)], 1), which is lse_layout "NT".'),
+     'lse has shape (2, 2, 2); lse_layout "TN" expects (T, N). AttentionState.from_lse takes a padded '
+     'one, (sequences, N, longest), with lse_layout="BNS" and actual_seq_qlen.'),
     (from_lse(heads="2"), rau.ShapeError, ["heads"], "heads = '2'; expected the number N of query heads, an int."),
     (from_lse(heads=True), rau.ShapeError, ["heads"], None),
     (from_lse(heads=-1), rau.ShapeError, ["heads"], None),
@@ -133,7 +134,8 @@ CASES = [
      "to = 'packed'; expected one of \"TND\", \"SBH\". \"TND\" is token-major; \"SBH\" is packed per sequence, as the "
      "vendor's kernels emit."),
     (from_lse(TND_OUT, LSE[0], layout="TND", lse_layout="HT"), rau.OptionError, ["lse-layout"],
-     "lse_layout = 'HT'; expected one of \"TN\", \"NT\". Did you mean \"NT\"? With layout \"TND\" lse is (T, N) or (N, T)."),
+     "lse_layout = 'HT'; expected one of \"TN\", \"NT\", \"BNS\", \"BSN\". Did you mean \"NT\"? With layout \"TND\" lse is "
+     "(T, N) or (N, T). Padded, (sequences, N, longest) or (sequences, longest, N), it needs actual_seq_qlen."),
     (from_lse(lse_layout="TH"), rau.OptionError, ["lse-layout"],
      "lse_layout = 'TH'; expected one of \"BNS\", \"BSN\". With layout \"SBH\" lse is (B, N, S) or (B, S, N)."),
     (reorder(tnd()[1], [3, 5]), rau.ConstraintError, ["tnd-qlen-cumulative"], None),

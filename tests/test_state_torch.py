@@ -307,6 +307,18 @@ def test_refused():
         reorder_softmax(np.zeros((3, 2)), torch.tensor([0, 3], device="meta"), to="TND")
 
 
+def test_lanes_of_stride_0_are_no_out():
+    """One lane may be written, and is the log-sum-exp's memory."""
+    how = {"base": "e", "layout": "TND", "lse_layout": "TN"}
+    given = torch.ones(3, 4, 5), torch.zeros(3, 4)
+    run = AttentionState.from_lse(*given, **how, lanes=8)
+    with pytest.raises(rau.ShapeError, match=r"^merge_states: \[out-writable\] out\.softmax_max and out\.softmax_sum have "):
+        rau.merge_states([run, run], layout="TND", out=run)
+    run = AttentionState.from_lse(*given, **how)
+    rau.merge_states([run, run], layout="TND", out=run)
+    assert run.softmax_sum.eq(2).all()
+
+
 def test_mindspore_tensors_are_refused_with_what_to_do(monkeypatch):
     class Tensor:
         shape, dtype = (3, 2), "Float32"

@@ -344,9 +344,11 @@ OUTPUTS = {
         "separate memory for each element. Pass a copy.",
     ),
     "broadcast lanes": Wrong(
-        ("out-writable", "out-strides", "out-overlap"),
+        ("out-writable",),
         rau.ShapeError,
         {"out": replace(softmax_max=lambda a: np.broadcast_to(a[..., :1], a.shape))},
+        says="out.softmax_max has lanes of stride 0, as AttentionState.from_lse makes them; expected arrays that may be written "
+        "to. To merge in place, use rau.merge_lse(..., out=pair) of pairs (attn_out, lse), or a rau.StreamingMerge.",
     ),
     "one array twice": Wrong(
         ("out-overlap",),

@@ -246,10 +246,21 @@ def packed_rows(actual_seq_qlen: Any, tokens: int, heads: int, device: Any) -> A
     """
     import torch
 
+    cumulative, sequence, place = places_in_sequences(actual_seq_qlen, tokens, device)
+    start = cumulative[sequence]
+    length = cumulative[(sequence + 1).clamp_(max=len(cumulative) - 1)] - start
+    rows = (start * heads + place).unsqueeze(-1) + torch.arange(heads, device=device) * length.unsqueeze(-1)
+    return rows.clamp_(0, max(tokens * heads - 1, 0)).view(-1)
+
+
+def places_in_sequences(actual_seq_qlen: Any, tokens: int, device: Any) -> tuple[Any, Any, Any]:
+    """The cumulative lengths on a device, and of each token its sequence and its place in that: int64 tensors.
+
+    Computed as :func:`packed_rows` is. A place is right for lengths that are; a sequence is one of theirs in any case.
+    """
+    import torch
+
     cumulative = torch.as_tensor(actual_seq_qlen, device=device).to(torch.int64)
     token = torch.arange(tokens, device=device)
     sequence = torch.searchsorted(cumulative, token, right=True).sub_(1).clamp_(0, max(len(cumulative) - 2, 0))
-    start = cumulative[sequence]
-    length = cumulative[(sequence + 1).clamp_(max=len(cumulative) - 1)] - start
-    rows = (start * heads + (token - start)).unsqueeze(-1) + torch.arange(heads, device=device) * length.unsqueeze(-1)
-    return rows.clamp_(0, max(tokens * heads - 1, 0)).view(-1)
+    return cumulative, sequence, token - cumulative[sequence]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ def bind_lengths(
 
     `name` is what the caller knows them by.
 
-    Return them as an int64 array of shape (sequences + 1,), a device array as it is; None without any, or where they are
-    wrong.
+    Return them as an int64 array of shape (sequences + 1,), a device array as it is, and so anything while torch traces,
+    which has no values; None without any, or where they are wrong.
     """
     if value is None:
         end = "T" if tokens is None else f"T = {tokens}"
@@ -35,6 +36,9 @@ def bind_lengths(
         elif packed:
             report.add("packed-qlen-required", f'{name} is None; packed statistics expect {wanted}.')
         return None
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        return value
     if isinstance(value, (list, tuple)):
         lengths = _from_list(report, value, name)
         if lengths is None:

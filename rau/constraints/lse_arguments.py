@@ -14,12 +14,12 @@ import numpy as np
 from rau.arrays import kind_of, looks_like_array
 from rau.arrays.torch_ import TorchKind, has_float64, tensor_inside
 from rau.constraints.hints import another_dtype, described, not_an_array, swapped
-from rau.constraints.lengths import NAME
+from rau.constraints.lengths import NAME, bind_lengths
 from rau.constraints.options import check_layout
 from rau.constraints.rules import Violations
 from rau.constraints.stacked import MOST_STATES
 from rau.errors import shown
-from rau.layouts import FIELDS, LAYOUTS, LSE_LAYOUTS, OTHER_LSE_LAYOUTS, lse_layouts
+from rau.layouts import FIELDS, LAYOUTS, LSE_LAYOUTS, OTHER_LSE_LAYOUTS, PADDED, lse_layouts
 
 
 def check_base(report: Violations, base: object) -> None:
@@ -34,10 +34,12 @@ def check_base(report: Violations, base: object) -> None:
     report.choice("base", "base", base, ("e", "2"), note)
 
 
-def check_layouts(report: Violations, layout: object, axes: object, option: str = "lse_layout") -> str:
+def check_layouts(
+    report: Violations, layout: object, axes: object, option: str = "lse_layout", padded: bool = False
+) -> str:
     """Check the names of an attention layout and of the axes of what it has a row of; return the latter, empty where wrong.
 
-    `option` is what the caller knows the axes by.
+    `option` is what the caller knows the axes by. Where `padded`, those of :data:`PADDED` go with layout "TND" as well.
 
     None stands for "BNS", except in layout "TND", which has no default: both orders are common there, no shape tells
     them apart where T = N, and mistaking one for the other silently gives wrong numbers.
@@ -54,6 +56,9 @@ def check_layouts(report: Violations, layout: object, axes: object, option: str 
         return ""
     forms = " or ".join(map(LSE_LAYOUTS.__getitem__, names))
     note = f' With layout "{layout}" {what} {"is" if what == "lse" else "are"} {forms}.' if known else ""
+    if padded and layout == "TND":
+        names += tuple(PADDED)
+        note += f" Padded, {' or '.join(PADDED.values())}, it needs {NAME}."
     named = report.choice("lse-layout", option, axes, names, note, OTHER_LSE_LAYOUTS)
     return str(axes) if named and known else ""
 
@@ -233,8 +238,7 @@ def check_shapes(
     elif len(given) != len(rows_layout):
         hint = f" Drop its last axis: {name}[..., 0]." if given == (*given[: len(rows_layout)], 1) else ""
         if layout == "TND" and len(given) == 3 and not hint and option == "lse_layout":
-            hint = (" If it is padded, (sequences, N, longest), join its valid parts: concatenate([lse[i, :, :length] "
-                    'for i, length in enumerate(lengths)], 1), which is lse_layout "NT".')  # fmt: skip
+            hint = f' AttentionState.from_lse takes a padded one, {PADDED["BNS"]}, with lse_layout="BNS" and {NAME}.'
         report.add("rank", f'{name} has shape {given}; {option} "{rows_layout}" expects {LSE_LAYOUTS[rows_layout]}.{hint}')
     else:
         if heads is not None and axes.attn_head is not None and shape[axes.attn_head] != heads:
@@ -244,6 +248,44 @@ def check_shapes(
         expected = {each: _expected(shape, given, layout, each, heads) for each in lse_layouts(layout)}
         if given != expected[rows_layout]:
             _say_shapes(report, shape, given, layout, rows_layout, heads, expected, out_name, name, option)
+
+
+def check_padded(
+    report: Violations, attn_out: Any, lse: Any, axes: str, heads: int | None, actual_seq_qlen: Any, out_name: str, name: str
+) -> Any:
+    """Check that an output in layout "TND" and a log-sum-exp padded to the longest sequence fit together; return the lengths.
+
+    Lengths on a device are not read: a log-sum-exp that is too short for them goes unnoticed there.
+    """
+    shape, given, form = tuple(attn_out.shape), tuple(lse.shape), PADDED[axes]
+    if len(shape) != 3:
+        report.add("rank", f'{out_name} has shape {shape}; layout "TND" expects {LAYOUTS["TND"].attn}.')
+        return None
+    if actual_seq_qlen is None:
+        report.add("packed-qlen-required", f'{NAME} is None; {name} of lse_layout "{axes}", padded to {form}, expects the '
+                   f"cumulative sequence lengths from 0 to T = {shape[0]}.")  # fmt: skip
+        return None
+    lengths = bind_lengths(report, actual_seq_qlen, shape[0], packed=True, vendor=False)
+    check_lengths_here(report, lengths, name, lse)
+    if len(given) != 3:
+        report.add("rank", f'{name} has shape {given}; lse_layout "{axes}" expects {form} in layout "TND".')
+    elif heads is not None and shape[1] != heads:
+        report.add("heads", f'{out_name} has N = {shape[1]} heads (shape {shape}, in layout "TND"); expected heads = {heads}.')
+    elif lengths is not None:
+        sequences = len(lengths) - 1
+        on_host = isinstance(lengths, np.ndarray)
+        longest = int(np.diff(lengths).max(initial=0)) if on_host else -(-shape[0] // max(sequences, 1))
+
+        def fits(axes: str) -> bool:
+            return (given[0], given[axes.index("N")]) == (sequences, shape[1]) and given[axes.index("S")] >= longest
+
+        if not fits(axes):
+            (other,) = PADDED.keys() - {axes}
+            hint = f' It looks like {PADDED[other]}: pass lse_layout="{other}".' if fits(other) else ""
+            wanted = (sequences, shape[1], longest) if axes == "BNS" else (sequences, longest, shape[1])
+            report.add("shape-stats", f'{name} has shape {given}; for {out_name} of shape {shape} and {sequences} sequences, '
+                       f'lse_layout "{axes}" expects {form} = {wanted} or padded further.{hint}')  # fmt: skip
+    return lengths
 
 
 def _expected(

@@ -38,6 +38,7 @@ def check_out(
     """
     broken = len(report.broken)
     device = kind.device(states[0][0])
+    views = []
     for field, array in enumerate(out):
         name = f"out.{FIELDS[field]}" if len(out) > 1 else "out"
         its = kind_of(array)
@@ -55,13 +56,27 @@ def check_out(
         dtype, wanted = its.dtype(array), dtypes[field > 0]
         if dtype != wanted:
             report.add("out-dtype", f"{name} has dtype {dtype}; expected {wanted}.")
-        if not its.writable(array):
+        view = field > 0 and _is_from_lse(its, array)
+        if view:
+            views.append(name)
+        elif not its.writable(array):
             report.add("out-writable", f"{name} is read-only; expected an array that may be written to.")
         if tuple(array.shape) != shapes[field]:
             report.add("out-shape", f"{name} has shape {tuple(array.shape)}; expected {shapes[field]}.")
-        elif not its.contiguous(array):
+        elif not view and not its.contiguous(array):
             _check_strides(report, its, name, array, packed and field > 0)
+    if views:  # a habit, said once, and not by what it comes to
+        report.add("out-writable", f"{' and '.join(views)} {'have' if views[1:] else 'has'} lanes of stride 0, as "
+                   "AttentionState.from_lse makes them; expected arrays that may be written to. To merge in place, use "
+                   "rau.merge_lse(..., out=pair) of pairs (attn_out, lse), or a rau.StreamingMerge.")  # fmt: skip
     return len(report.broken) == broken and _check_overlap(report, kind, states, out, names)
+
+
+def _is_from_lse(kind: Kind, array: Any) -> bool:
+    """Tell whether statistics are as AttentionState.from_lse makes them, where these cannot be written to."""
+    strides = kind.strides(array) or (1,)
+    shared = array.shape[-1:] != (1,) and not kind.contiguous(array)  # an axis of length 1 may have any stride
+    return strides[-1:] == (0,) and (shared or not kind.writable(array))
 
 
 def _check_strides(report: Violations, kind: Kind, name: str, array: Any, packed: bool) -> None:

@@ -144,7 +144,7 @@ def _padded(heads_first: bool, read_heads_first: bool, pad: float, rows: Steps) 
 @known(
     "The log-sum-exp is padded to the longest sequence, (B, N, S), as some calls for sequences of different lengths return it, "
     "and was read as if tokens followed one another.",
-    "Take out the padding: lse[i, :, :length] of each sequence i, one after another along the tokens.",
+    'Pass lse_layout="BNS" and actual_seq_qlen to AttentionState.from_lse.',
     _OWN,
 )
 def log_sum_exp_padded(rows: Steps) -> AttentionState | None:
