@@ -245,7 +245,9 @@ def test_vllm(way, heads, D, dtype, context, with_lse):
 
 
 @pytest.mark.parametrize("with_lse", [True, False], ids=["lse", "no lse"])
-@pytest.mark.parametrize(("eight", "mantissa", "least", "largest"), [("float8_e4m3fn", 3, -6, 448), ("float8_e5m2", 2, -14, 57344)])
+@pytest.mark.parametrize(
+    ("eight", "mantissa", "least", "largest"), [("float8_e4m3fn", 3, -6, 448), ("float8_e5m2", 2, -14, 57344)]
+)
 @pytest.mark.parametrize(("dtype", "context"), [("bfloat16", None), ("float32", 8)])
 def test_vllm_in_eight_bits(way, dtype, context, eight, mantissa, least, largest, with_lse):
     """Divided by the scale, limited to the format's range, and within half a step of it."""
@@ -461,6 +463,21 @@ def test_xformers(way, dtype, groups, stacked):
             assert its is None if not write_lse else way.bits(its) == way.bits(lse)
 
 
+@pytest.mark.parametrize("write_lse", [True, False])
+def test_xformers_own_dtype_can_be_traced(way, write_lse, monkeypatch):
+    """Another one cannot."""
+
+    def refuse(call):
+        raise rau.UnsupportedError("traced")
+
+    monkeypatch.setattr("rau.rows.refuse_tracing", refuse)
+    outs, lses = way(np.ones((2, 1, 3, 2, 8)), "bfloat16"), way(np.zeros((2, 1, 2, 3)))
+    out, _ = xformers.merge_attentions(outs, lses, write_lse, outs.dtype)
+    assert way.bits(out) == way.bits(outs[0])
+    with pytest.raises(rau.UnsupportedError, match="traced"):
+        xformers.merge_attentions(outs, lses, write_lse, "float32")
+
+
 @needs_torch
 def test_xformers_gradients_through_another_dtype():
     rng = torch.Generator().manual_seed(0)
@@ -569,20 +586,30 @@ def test_the_code_of_the_page(way):
         exec(compile(page.pop(f"{title} 0"), f"migration.md, {title}", "exec"), names)
         return names
 
-    got = names_after("FlashInfer", v_a=way(tokens[0]), s_a=way(rows[0]), v_b=v_b, s_b=s_b, v=v, s=s)
+    mask = np.arange(S) != 2
+    got = names_after("FlashInfer", v_a=way(tokens[0]), s_a=way(rows[0]), v_b=v_b, s_b=s_b, v=v, s=s, mask=way(mask, "bool"),
+                      indptr=way([0, 2, 5, 6], "int32"))  # fmt: skip
     to_base_2 = [softmax(tokens[:2], rows[:2], "2"), softmax(tokens, rows, "2")]
     for mine, its in zip([got["merged"], got["lse"], got["of_many"], got["lse_of_many"]], sum(to_base_2, ()), strict=True):
         close(way.host(mine), its)
-    assert way.bits(got["v_a"], got["s_a"]) == way.bits(got["merged"], got["lse"])
+    for mine, new, old in (("v_a", "merged", tokens[0]), ("s_a", "lse", rows[0])):
+        expected = way.host(got[new])
+        expected[2] = old[2]
+        np.testing.assert_array_equal(way.host(got[mine]), expected)
+    of_any = [softmax(tokens[1, a:b], rows[1, a:b], "2") for a, b in ((0, 2), (2, 5), (5, 6))]
+    for mine, its in zip([got["of_any"], got["lse_of_any"]], zip(*of_any, strict=True), strict=True):
+        close(way.host(mine), np.stack(its))
 
     output, output_lse = way(np.ones(two_out.shape)), way(np.ones(two_lse.T.shape))
+    output_fp8 = way(np.ones(two_out.shape), "float8_e4m3fn")
     names_after("vLLM", output=output, prefix_output=v_a, prefix_lse=way(rows[0].T), suffix_output=v_b, suffix_lse=way(rows[1].T),
-                output_lse=output_lse)  # fmt: skip
+                output_lse=output_lse, output_fp8=output_fp8, output_scale=way([0.5]))  # fmt: skip
     without = rows[:2].copy()
     without[0, 4:] = -INF
     expected = softmax(tokens[:2], without)
     close(way.host(output), expected[0])
     close(way.host(output_lse), expected[1].T)
+    np.testing.assert_allclose(way.host(output_fp8).astype("f8"), 2 * two_out, rtol=2.0**-4, atol=2.0**-10)
 
     names = {"prefix_output": v_a, "prefix_lse": s_a, "suffix_output": v_b, "suffix_lse": s_b}
     got = names_after("SGLang", **names, v_a=v_a, s_a=s_a, v_b=v_b, s_b=s_b, v_merged=way(two_out), s_merged=way(two_lse))
@@ -598,13 +625,15 @@ def test_the_code_of_the_page(way):
     close(way.host(got["out"]), out)
     close(way.host(got["softmax_lse"]), lse.swapaxes(1, 2))
 
-    got = names_after("xformers", attn_split=outputs, lse_split=by_head)
+    got = names_after("xformers", attn_split=outputs, lse_split=by_head, lower=way([], "float16").dtype)
     close(way.host(got["out"]), out)
     close(way.host(got["lse"]), lse.swapaxes(1, 2))
     assert way.bits(got["alone"]) == way.bits(got["out"])
+    close(way.host(got["narrow"]), out, "float16")
 
-    got = names_after("FlashAttention", out_partial=way(outs), lse_partial=way(lses))
+    got = names_after("FlashAttention", out_partial=way(outs), lse_partial=way(lses), lower=way([], "float16").dtype)
     close(way.host(got["out"]), out)
+    close(way.host(got["narrow"]), out, "float16")
     close(way.host(got["lse"]), lse)
 
     steps = [(way(part.swapaxes(1, 2)), its) for part, its in zip(outs, by_head, strict=True)]

@@ -43,8 +43,8 @@ class _SDPAMerger:
         layout = {1: "BSND", 2: "BNSD"}.get(seq_dim)
         if layout is None:
             report = Violations("_SDPAMerger")
-            report.add("layout", f"seq_dim = {shown(seq_dim)}; expected 2 for outputs (B, N, S, D), or 1 for (B, S, N, D). Move the "
-                       "tokens to one of these axes.")  # fmt: skip
+            report.add("layout", f"seq_dim = {shown(seq_dim)}; expected 2 for outputs (B, N, S, D), or 1 for (B, S, N, D). "
+                       "Move the tokens to one of these axes.")  # fmt: skip
             raise report.error()
         self._how: dict[str, Any] = {"base": "e", "layout": layout, "lse_layout": layout[:3]}
         self._merge = StreamingMerge(layout)

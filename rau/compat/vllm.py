@@ -26,7 +26,8 @@ def merge_attn_states(
     Parameters
     ----------
     output : array, shape (T, N, D), dtype of `prefix_output`
-        Is written to. It may be one of the two outputs itself. With `output_scale` of eight bits: float8_e4m3fn, or float8_e5m2.
+        Is written to. It may be one of the two outputs itself. With `output_scale` of eight bits: float8_e4m3fn or
+        float8_e5m2.
     prefix_output, suffix_output : array, float16, bfloat16 or float32, shape (T, N, D)
     prefix_lse, suffix_lse : array, float32, shape (N, T)
         Natural logarithms; +inf is read as -inf, a row without keys.
@@ -35,8 +36,8 @@ def merge_attn_states(
     prefill_tokens_with_context : int, optional
         Tokens from this one on have no prefix: theirs is the suffix's. All tokens have one by default.
     output_scale : array, float32, shape () or (1,), optional
-        What an output of eight bits is divided by: as in vLLM's kernels, it is multiplied by the reciprocal, which is rounded to
-        float32, and limited to the range of the format.
+        What an output of eight bits is divided by. As in vLLM's kernels, it is multiplied by the reciprocal, which is
+        rounded to float32, and limited to the range of the format.
 
     Raises
     ------
