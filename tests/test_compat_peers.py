@@ -53,8 +53,7 @@ class Way:
         self._backend = rau.registry.get("torch" if library == "torch" else backend)
 
     def __call__(self, array, dtype="float32"):
-        dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-        return self._backend.asarray(np.array(array, dtype, order="C"))
+        return self._backend.asarray(np.array(array, getattr(ml_dtypes, dtype, dtype), order="C"))
 
     def host(self, array):
         return np.array(self._backend.to_numpy(array))
@@ -80,8 +79,7 @@ def parts(*shape, count=2, dtype="float32"):
     Some rows of each part see no key, row 0 in none of them. There its output is NaN, which nobody may read.
     """
     rng = np.random.default_rng(0)
-    dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    outs = rng.standard_normal((count, *shape)).astype(dtype).astype("f8")
+    outs = rng.standard_normal((count, *shape)).astype(getattr(ml_dtypes, dtype, dtype)).astype("f8")
     lses = (3 * rng.standard_normal((count, *shape[:-1]))).astype("f4").astype("f8")
     blind = rng.random(lses.shape) < 0.15
     blind.reshape(count, -1)[:, 0] = True
@@ -115,6 +113,7 @@ SIGNATURES = {
     flashinfer.merge_state: "(v_a, s_a, v_b, s_b)",
     flashinfer.merge_state_in_place: "(v, s, v_other, s_other, mask=None)",
     flashinfer.merge_states: "(v, s)",
+    flashinfer.variable_length_merge_states: "(v, s, indptr)",
     vllm.merge_attn_states: "(output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse=None, "
     "prefill_tokens_with_context=None, output_scale=None)",
     sglang.merge_state: "(prefix_output, prefix_lse, suffix_output, suffix_lse, output=None, output_lse=None)",
@@ -189,6 +188,33 @@ def test_flashinfer_merge_states(way):
     close(way.host(merged[1]), lse)
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8"])
+def test_flashinfer_mask(way, dtype):
+    """The kernel reads a mask as bytes; what it does not choose is neither read nor written."""
+    outs, lses = parts(6, 2, 16, dtype="float16")
+    mask = np.array([1, 0, 1, 1, 0, 0], dtype)
+    lses[1, mask == 0] = NAN
+    arrays = [way(outs[0], "float16"), way(lses[0]), way(outs[1], "float16"), way(lses[1])]
+    assert flashinfer.merge_state_in_place(*arrays, way(mask, dtype)) is None
+    lses[1, mask == 0] = -INF
+    out, lse = softmax(outs, lses, "2")
+    out[mask == 0] = outs[0, mask == 0]  # also what stands behind a row without keys
+    close(way.host(arrays[0]), out, "float16")
+    close(way.host(arrays[1]), lse)
+    assert np.array_equal(way.host(arrays[1])[mask == 0], lses[0, mask == 0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_flashinfer_variable_length_merge_states(way, dtype):
+    outs, lses = parts(9, 3, 32, count=1, dtype=dtype)
+    indptr = [0, 2, 2, 3, 3, 7, 9]
+    merged = flashinfer.variable_length_merge_states(way(outs[0], dtype), way(lses[0]), way(indptr, "int32"))
+    expected = [softmax(outs[0, a:b], lses[0, a:b], "2") if a < b else (np.zeros((3, 32)), np.full(3, -INF))
+                for a, b in pairwise(indptr)]  # fmt: skip
+    for mine, its, name in zip(merged, zip(*expected, strict=True), (dtype, "float32"), strict=True):
+        close(way.host(mine), np.stack(its), name)
+
+
 # ------------------------------------------------------------------------------------------------------------- vLLM, SGLang
 
 
@@ -216,6 +242,44 @@ def test_vllm(way, heads, D, dtype, context, with_lse):
         close(way.host(output_lse), lse.T)
         if context is not None:  # copied
             assert np.array_equal(way.host(output_lse)[:, context:], lses[1, context:].T)
+
+
+@pytest.mark.parametrize("with_lse", [True, False], ids=["lse", "no lse"])
+@pytest.mark.parametrize(
+    ("eight", "mantissa", "least", "largest"), [("float8_e4m3fn", 3, -6, 448), ("float8_e5m2", 2, -14, 57344)]
+)
+@pytest.mark.parametrize(("dtype", "context"), [("bfloat16", None), ("float32", 8)])
+def test_vllm_in_eight_bits(way, dtype, context, eight, mantissa, least, largest, with_lse):
+    """Divided by the scale, limited to the format's range, and within half a step of it."""
+    outs, lses, (prefix, suffix), marked = two(way, (13, 3, 48), dtype)
+    scale = np.float32(0.7 / largest)  # what is beyond 0.7 does not fit
+    if context is not None:
+        lses[0, context:] = -INF
+    prefix_lse, suffix_lse = (way(lse.T) for lse in marked)
+    output, output_lse = way(np.ones((13, 3, 48)), eight), suffix_lse if with_lse else None
+    result = vllm.merge_attn_states(output, prefix, prefix_lse, suffix, suffix_lse, output_lse, context, way([scale]))
+    assert result is None
+    out, lse = softmax(outs, lses)
+    exact, got = out / np.float64(scale), way.host(output)
+    assert got.dtype.name == eight
+    got = got.astype("f8")
+    step = 2.0 ** (np.maximum(np.frexp(exact)[1] - 1, least) - mantissa)
+    noise = NOISE / scale
+    wrong = np.abs(got - np.clip(exact, -largest, largest))
+    assert (wrong <= step / 2 + noise).all()
+    beyond = np.abs(exact) > largest + noise
+    assert 0.2 < beyond.mean() < 0.8
+    assert np.array_equal(got[beyond], np.copysign(largest, exact[beyond]))
+    if with_lse:
+        close(way.host(suffix_lse), lse.T)  # in place
+
+
+def test_vllm_refuses_a_scale_without_eight_bits(way):
+    v, s = way(np.ones((2, 1, 8))), way(np.zeros((1, 2)))
+    before = way.bits(v, s)
+    with pytest.raises(rau.OptionError, match="scale is given for an output of float32"):
+        vllm.merge_attn_states(v, v, s, v, s, s, output_scale=way([1.0]))
+    assert way.bits(v, s) == before
 
 
 def test_vllm_strides_and_in_place(way):
@@ -392,6 +456,39 @@ def test_xformers(way, dtype, groups, stacked):
     alone, none = xformers.merge_attentions(attn_split, lse_split, write_lse=False, output_dtype=attn_split[0].dtype)
     assert none is None
     assert way.bits(alone) == way.bits(out)
+    for name in ("float16", "float32"):
+        for write_lse in (True, False):
+            other, its = xformers.merge_attentions(attn_split, lse_split, write_lse, way([], name).dtype)
+            close(way.host(other), expected, name)
+            assert its is None if not write_lse else way.bits(its) == way.bits(lse)
+
+
+@pytest.mark.parametrize("write_lse", [True, False])
+def test_xformers_own_dtype_can_be_traced(way, write_lse, monkeypatch):
+    """Another one cannot."""
+
+    def refuse(call):
+        raise rau.UnsupportedError("traced")
+
+    monkeypatch.setattr("rau.rows.refuse_tracing", refuse)
+    outs, lses = way(np.ones((2, 1, 3, 2, 8)), "bfloat16"), way(np.zeros((2, 1, 2, 3)))
+    out, _ = xformers.merge_attentions(outs, lses, write_lse, outs.dtype)
+    assert way.bits(out) == way.bits(outs[0])
+    with pytest.raises(rau.UnsupportedError, match="traced"):
+        xformers.merge_attentions(outs, lses, write_lse, "float32")
+
+
+@needs_torch
+def test_xformers_gradients_through_another_dtype():
+    rng = torch.Generator().manual_seed(0)
+    outs, lses = (torch.randn(*shape, generator=rng).to(dtype).requires_grad_()
+                  for shape, dtype in (((2, 1, 3, 2, 8), torch.bfloat16), ((2, 1, 2, 3), torch.float32)))  # fmt: skip
+    out, lse = xformers.merge_attentions(outs, lses, output_dtype=torch.float32)
+    got = torch.autograd.grad([out.sum(), lse.sum()], [outs, lses])
+    weights = torch.softmax(lses, 0).movedim(-1, 2)[..., None]
+    expected = torch.autograd.grad([(weights * outs.float()).sum(), torch.logsumexp(lses, 0).sum()], [outs, lses])
+    for mine, its in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=2.0**-8 if mine.dtype == torch.bfloat16 else 0, atol=2e-5)
 
 
 @needs_torch
@@ -432,6 +529,13 @@ def test_flash_attention(way, splits, S, D, dtype, varlen):
         assert again[0] is mine
         assert way.bits(mine) == way.bits(out)
     assert again[1] is None
+    for name in ("bfloat16", "float16", "float32"):
+        mine = way(np.ones(expected.shape), name)
+        for given in ({"out_dtype": mine.dtype}, {"out": mine}):
+            other, its = flash_attn.flash_attn_combine(out_partial, lse_partial, **given)
+            close(way.host(other), expected, name)
+            assert way.bits(its) == way.bits(lse)
+        assert other is mine
 
 
 # ------------------------------------------------------------------------------------------------------------------ PyTorch
@@ -456,22 +560,10 @@ def test_torch(way, seq_dim, dtype, axis):
     close(way.host(lse), its_lse[..., None] if axis else its_lse)
 
 
-# -------------------------------------------------------------------------------------------------------- what is not taken
-
-
-def test_options_that_are_not_taken(way):
-    v, s = way(np.ones((2, 1, 8))), way(np.zeros((2, 1)))
-    before = way.bits(v, s)
-    calls = {
-        "merge_state_in_place: mask is given": lambda: flashinfer.merge_state_in_place(v, s, v, s, s),
-        "merge_attn_states: output_scale is given": lambda: vllm.merge_attn_states(v, v, s, v, s, output_scale=s),
-        "flash_attn_combine: out_dtype = ": lambda: flash_attn.flash_attn_combine(v, s, None, "float16"),
-        "merge_attentions: output_dtype = ": lambda: xformers.merge_attentions([v], [s], output_dtype="float16"),
-    }
-    for message, call in calls.items():
-        with pytest.raises(rau.UnsupportedError, match=message):
-            call()
-    assert way.bits(v, s) == before
+@pytest.mark.parametrize("seq_dim", [0, 3, "2"])
+def test_torch_axes(seq_dim):
+    with pytest.raises(rau.LayoutError, match=rf"_SDPAMerger: \[layout\] seq_dim = {seq_dim!r}; expected 2 for"):
+        torch_._SDPAMerger(True, seq_dim)
 
 
 # ------------------------------------------------------------------------------------------------------ docs/migration.md
@@ -494,20 +586,30 @@ def test_the_code_of_the_page(way):
         exec(compile(page.pop(f"{title} 0"), f"migration.md, {title}", "exec"), names)
         return names
 
-    got = names_after("FlashInfer", v_a=way(tokens[0]), s_a=way(rows[0]), v_b=v_b, s_b=s_b, v=v, s=s)
+    mask = np.arange(S) != 2
+    got = names_after("FlashInfer", v_a=way(tokens[0]), s_a=way(rows[0]), v_b=v_b, s_b=s_b, v=v, s=s, mask=way(mask, "bool"),
+                      indptr=way([0, 2, 5, 6], "int32"))  # fmt: skip
     to_base_2 = [softmax(tokens[:2], rows[:2], "2"), softmax(tokens, rows, "2")]
     for mine, its in zip([got["merged"], got["lse"], got["of_many"], got["lse_of_many"]], sum(to_base_2, ()), strict=True):
         close(way.host(mine), its)
-    assert way.bits(got["v_a"], got["s_a"]) == way.bits(got["merged"], got["lse"])
+    for mine, new, old in (("v_a", "merged", tokens[0]), ("s_a", "lse", rows[0])):
+        expected = way.host(got[new])
+        expected[2] = old[2]
+        np.testing.assert_array_equal(way.host(got[mine]), expected)
+    of_any = [softmax(tokens[1, a:b], rows[1, a:b], "2") for a, b in ((0, 2), (2, 5), (5, 6))]
+    for mine, its in zip([got["of_any"], got["lse_of_any"]], zip(*of_any, strict=True), strict=True):
+        close(way.host(mine), np.stack(its))
 
     output, output_lse = way(np.ones(two_out.shape)), way(np.ones(two_lse.T.shape))
+    output_fp8 = way(np.ones(two_out.shape), "float8_e4m3fn")
     names_after("vLLM", output=output, prefix_output=v_a, prefix_lse=way(rows[0].T), suffix_output=v_b, suffix_lse=way(rows[1].T),
-                output_lse=output_lse)  # fmt: skip
+                output_lse=output_lse, output_fp8=output_fp8, output_scale=way([0.5]))  # fmt: skip
     without = rows[:2].copy()
     without[0, 4:] = -INF
     expected = softmax(tokens[:2], without)
     close(way.host(output), expected[0])
     close(way.host(output_lse), expected[1].T)
+    np.testing.assert_allclose(way.host(output_fp8).astype("f8"), 2 * two_out, rtol=2.0**-4, atol=2.0**-10)
 
     names = {"prefix_output": v_a, "prefix_lse": s_a, "suffix_output": v_b, "suffix_lse": s_b}
     got = names_after("SGLang", **names, v_a=v_a, s_a=s_a, v_b=v_b, s_b=s_b, v_merged=way(two_out), s_merged=way(two_lse))
@@ -523,13 +625,15 @@ def test_the_code_of_the_page(way):
     close(way.host(got["out"]), out)
     close(way.host(got["softmax_lse"]), lse.swapaxes(1, 2))
 
-    got = names_after("xformers", attn_split=outputs, lse_split=by_head)
+    got = names_after("xformers", attn_split=outputs, lse_split=by_head, lower=way([], "float16").dtype)
     close(way.host(got["out"]), out)
     close(way.host(got["lse"]), lse.swapaxes(1, 2))
     assert way.bits(got["alone"]) == way.bits(got["out"])
+    close(way.host(got["narrow"]), out, "float16")
 
-    got = names_after("FlashAttention", out_partial=way(outs), lse_partial=way(lses))
+    got = names_after("FlashAttention", out_partial=way(outs), lse_partial=way(lses), lower=way([], "float16").dtype)
     close(way.host(got["out"]), out)
+    close(way.host(got["narrow"]), out, "float16")
     close(way.host(got["lse"]), lse)
 
     steps = [(way(part.swapaxes(1, 2)), its) for part, its in zip(outs, by_head, strict=True)]

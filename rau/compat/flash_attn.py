@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rau.compat.pairs import merged
-from rau.errors import UnsupportedError, shown
 
 __all__ = ["flash_attn_combine"]
 
@@ -20,10 +19,10 @@ def flash_attn_combine(
     out_partial : array, float16, bfloat16 or float32, shape (K, B, S, N, D) or (K, T, N, D)
     lse_partial : array, float32, shape (K, B, S, N) or (K, T, N)
         Natural logarithms.
-    out : array, shape (B, S, N, D) or (T, N, D), dtype of `out_partial`, optional
+    out : array, float16, bfloat16 or float32, shape (B, S, N, D) or (T, N, D), optional
         To write into; new by default.
     out_dtype : dtype, optional
-        That of `out_partial`, the default; no other is taken.
+        Of a new output: that of `out_partial` by default.
     return_lse : bool, default True
 
     Returns
@@ -35,7 +34,7 @@ def flash_attn_combine(
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which split k is pairs[k]; UnsupportedError also for another `out_dtype`.
+        As :func:`rau.merge_lse`, to which split k is pairs[k], and for another dtype as :func:`rau.merge_states`.
 
     Examples
     --------
@@ -44,9 +43,7 @@ def flash_attn_combine(
     >>> out.shape, lse.shape
     ((2, 3, 2, 8), (2, 3, 2))
     """
-    if out_dtype not in (None, out_partial.dtype):
-        raise UnsupportedError(f"flash_attn_combine: out_dtype = {shown(out_dtype)}; expected None or that of out_partial, "
-                               f"{out_partial.dtype}. Convert the output.")  # fmt: skip
     layout, lse_layout = ("TND", "TN") if out_partial.ndim == 4 else ("BSND", "BSN")
     how = {"base": "e", "layout": layout, "lse_layout": lse_layout}
-    return merged(list(zip(out_partial, lse_partial, strict=True)), how, out, with_lse=return_lse)
+    dtype = out_dtype if out is None else out.dtype
+    return merged(list(zip(out_partial, lse_partial, strict=True)), how, out, with_lse=return_lse, dtype=dtype)

@@ -1,16 +1,17 @@
 """FlashInfer's merges: ``from flashinfer import merge_state, merge_state_in_place, merge_states``.
 
-Log-sum-exps are to base 2.
+And ``from flashinfer.triton.cascade import variable_length_merge_states``. Log-sum-exps are to base 2.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from rau.errors import UnsupportedError
+from rau.state import AttentionState
 from rau.update import merge_lse
+from rau.update import merge_states as _merge_states
 
-__all__ = ["merge_state", "merge_state_in_place", "merge_states"]
+__all__ = ["merge_state", "merge_state_in_place", "merge_states", "variable_length_merge_states"]
 
 _HOW: dict[str, Any] = {"base": "2", "layout": "TND", "lse_layout": "TN"}
 
@@ -54,20 +55,24 @@ def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any =
     v, v_other : array, float16, bfloat16 or float32, shape (T, N, D)
     s, s_other : array, float32, shape (T, N)
         Log-sum-exps to base 2.
-    mask : None
-        A mask of rows is not taken.
+    mask : array of bool, or of numbers of which 0 is False, shape (T,), optional
+        The rows to merge: of the others nothing is read or written. On a device it is waited for.
 
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which (v, s) is pairs[0] and out; UnsupportedError also for a mask.
+        As :func:`rau.merge_lse`, to which (v, s) is pairs[0] and out, and the mask `tokens`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> v, s = np.ones((3, 2, 8), np.float32), np.zeros((3, 2), np.float32)
+    >>> merge_state_in_place(v, s, 3 * v, s.copy(), np.array([True, False, True]))
+    >>> v[:, 0, 0].tolist(), s[:, 0].tolist()
+    ([2.0, 1.0, 2.0], [1.0, 0.0, 1.0])
     """
-    if mask is not None:
-        raise UnsupportedError(
-            "merge_state_in_place: mask is given; expected None. Merge the rows of the mask by themselves: "
-            "v[mask], s[mask] = merge_state(v[mask], s[mask], v_other[mask], s_other[mask])."
-        )
-    merge_lse([(v, s), (v_other, s_other)], **_HOW, out=(v, s))
+    tokens = None if mask is None else mask != 0  # of integers, which would be the tokens' numbers
+    merge_lse([(v, s), (v_other, s_other)], **_HOW, tokens=tokens, out=(v, s))
 
 
 def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
@@ -97,3 +102,39 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
     ((3, 2, 8), 2.0)
     """
     return merge_lse([(v[:, k], s[:, k]) for k in range(v.shape[1])], **_HOW)
+
+
+def variable_length_merge_states(v: Any, s: Any, indptr: Any) -> tuple[Any, Any]:
+    """Merge as many attention states in each row as it has, with one rounding.
+
+    Parameters
+    ----------
+    v : array, float16, bfloat16 or float32, shape (M, N, D)
+        All rows' states, one after another.
+    s : array, float32, shape (M, N)
+        Log-sum-exps to base 2.
+    indptr : array of int, shape (T + 1,)
+        The states of row t are those from ``indptr[t]`` to ``indptr[t + 1]``. Read on the host.
+
+    Returns
+    -------
+    v : array, shape (T, N, D)
+        0 in a row without states or keys.
+    s : array, float32, shape (T, N)
+        -inf there, as FlashInfer's CUDA kernels have it.
+
+    Raises
+    ------
+    ConstraintError, UnsupportedError
+        As :meth:`rau.AttentionState.from_lse` and :func:`rau.merge_states`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> v, s = np.arange(3, dtype=np.float32).reshape(3, 1, 1), np.zeros((3, 1), np.float32)
+    >>> v, s = variable_length_merge_states(v, s, np.array([0, 0, 2, 3]))
+    >>> v.ravel().tolist(), s.ravel().tolist()
+    ([0.0, 0.5, 2.0], [-inf, 1.0, 0.0])
+    """
+    merged = _merge_states(AttentionState.from_lse(v, s, **_HOW), layout="TND", indptr=indptr)
+    return merged.attn_out, merged.lse(**_HOW)

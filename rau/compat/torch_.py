@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rau.constraints.rules import Violations
+from rau.errors import shown
 from rau.state import AttentionState
 from rau.streaming import StreamingMerge
 
@@ -20,6 +22,11 @@ class _SDPAMerger:
     seq_dim : {1, 2}
         Axis of the tokens in the outputs: 2 for (B, N, S, D), as torch's context parallelism has them, 1 for (B, S, N, D).
 
+    Raises
+    ------
+    LayoutError
+        For another axis.
+
     Examples
     --------
     >>> import numpy as np
@@ -33,7 +40,12 @@ class _SDPAMerger:
     """
 
     def __init__(self, convert_to_f32: bool, seq_dim: int) -> None:
-        layout = {1: "BSND", 2: "BNSD"}[seq_dim]
+        layout = {1: "BSND", 2: "BNSD"}.get(seq_dim)
+        if layout is None:
+            report = Violations("_SDPAMerger")
+            report.add("layout", f"seq_dim = {shown(seq_dim)}; expected 2 for outputs (B, N, S, D), or 1 for (B, S, N, D). "
+                       "Move the tokens to one of these axes.")  # fmt: skip
+            raise report.error()
         self._how: dict[str, Any] = {"base": "e", "layout": layout, "lse_layout": layout[:3]}
         self._merge = StreamingMerge(layout)
         self._dtype: Any = None

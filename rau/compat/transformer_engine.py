@@ -7,11 +7,12 @@ abs(lse) * 2**-24: :func:`rau.merge_states`, or a :class:`rau.StreamingMerge`, d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from rau.arithmetic import library
+from rau.constraints.rows import rows_of_sequences
 from rau.state import AttentionState
 from rau.update import merge_lse, merge_states
 
@@ -31,7 +32,7 @@ def flash_attn_fwd_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step
 
     Parameters
     ----------
-    softmax_lse : array, float32, shape (B, N, S) or (N, T)
+    softmax_lse : array, float32, any shape
         Natural logarithms. Is written to.
     softmax_lse_per_step : array, float32, shape of `softmax_lse`
 
@@ -49,9 +50,7 @@ def flash_attn_fwd_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step
     >>> float(lse[0, 0, 0])
     1.0
     """
-    batch = (None,) * (3 - softmax_lse.ndim)
-    pairs = [(rows[..., None][..., :0], rows) for rows in (softmax_lse[batch], softmax_lse_per_step[batch])]  # no element
-    merge_lse(pairs, "BNSD", base="e", out=pairs[0])
+    softmax_lse[...] = merge_lse([(None, softmax_lse), (None, softmax_lse_per_step)], base="e")[1]
 
 
 def flash_attn_fwd_second_half_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step: Any) -> None:
@@ -176,10 +175,12 @@ def thd_second_half_lse_correction(lse: Any, lse_per_step: Any, cu_seqlens: Any,
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`; of each sequence, one after another.
+        As :func:`rau.merge_lse`.
     """
-    for _, _, rows, its_rows in _sequences(cu_seqlens, True, lse_packed):
-        flash_attn_fwd_softmax_lse_correction(lse[rows], lse_per_step[its_rows])
+    _, _, rows, its_rows = _places(cu_seqlens, True, lse_packed)
+    half = lse[rows]
+    flash_attn_fwd_softmax_lse_correction(half, lse_per_step[its_rows])
+    lse[rows] = half
 
 
 def thd_out_correction(
@@ -203,10 +204,13 @@ def thd_out_correction(
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`flash_attn_fwd_out_correction`; of each sequence, one after another.
+        As :func:`flash_attn_fwd_out_correction`.
     """
-    for tokens, its_tokens, rows, its_rows in _sequences(cu_seqlens, only_second_half, lse_packed):
-        _add(out[tokens], out_per_step[its_tokens], lse[rows], lse_per_step[its_rows], "TND", "NT")
+    tokens, its_tokens, rows, its_rows = _places(cu_seqlens, only_second_half, lse_packed)
+    mine = out[tokens]
+    _add(mine, out_per_step[its_tokens], lse[rows], lse_per_step[its_rows], "TND", "NT" if lse_packed else "TN")
+    if not isinstance(tokens, slice):  # else a view
+        out[tokens] = mine
 
 
 def _add(out: Any, part: Any, lse: Any, its_lse: Any, layout: str, lse_layout: str) -> None:
@@ -224,17 +228,16 @@ def _add(out: Any, part: Any, lse: Any, its_lse: Any, layout: str, lse_layout: s
     merge_states([total, weighed, balance], layout=layout, statistics=False, out=out)
 
 
-def _sequences(cu_seqlens: Any, half: bool, packed: bool) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """Index the tokens of each sequence, or of its second half: of the whole, of a step; then the rows of both."""
-    bounds = cu_seqlens.tolist()
-    if packed and not half:  # where a sequence ends changes nothing then: one call
-        bounds = [bounds[0], bounds[-1]]
-    for i, (start, end) in enumerate(pairwise(bounds)):
-        tokens, its_tokens = slice(start, end), slice(start, end)
-        if half:
-            tokens, its_tokens = slice((start + end) // 2, end), slice(start // 2, end // 2)
-        if packed:
-            yield tokens, its_tokens, (..., tokens), (..., its_tokens)
-        else:
-            first, length = tokens.start - start, end - start
-            yield tokens, its_tokens, (i, ..., slice(first, length)), (i, ..., slice(0, length - first))
+def _places(cu_seqlens: Any, half: bool, packed: bool) -> tuple[Any, Any, Any, Any]:
+    """Index the tokens of all sequences, or of their second halves: in the whole, in a step; then the rows of both."""
+    bounds = np.array(cu_seqlens.tolist())
+    starts = (bounds[:-1] + bounds[1:]) // 2 if half else bounds[:-1]
+    lengths = bounds[1:] - starts
+    tokens = rows_of_sequences(starts, lengths)
+    its_tokens = slice(bounds[0] // 2, bounds[-1] // 2) if half else tokens
+    if packed:
+        return tokens, its_tokens, (..., tokens), (..., its_tokens)
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    its_place = np.arange(len(sequence)) - (np.cumsum(lengths) - lengths)[sequence]
+    place = its_place + (starts - bounds[:-1])[sequence]
+    return tokens, its_tokens, (sequence, slice(None), place), (sequence, slice(None), its_place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rau.compat.pairs import merged
-from rau.errors import UnsupportedError
 
 __all__ = ["merge_attn_states"]
 
@@ -27,7 +26,8 @@ def merge_attn_states(
     Parameters
     ----------
     output : array, shape (T, N, D), dtype of `prefix_output`
-        Is written to. It may be one of the two outputs itself.
+        Is written to. It may be one of the two outputs itself. With `output_scale` of eight bits: float8_e4m3fn or
+        float8_e5m2.
     prefix_output, suffix_output : array, float16, bfloat16 or float32, shape (T, N, D)
     prefix_lse, suffix_lse : array, float32, shape (N, T)
         Natural logarithms; +inf is read as -inf, a row without keys.
@@ -35,13 +35,15 @@ def merge_attn_states(
         Is written to: the log-sum-exp of the merge, -inf for a row without keys.
     prefill_tokens_with_context : int, optional
         Tokens from this one on have no prefix: theirs is the suffix's. All tokens have one by default.
-    output_scale : None
-        A scale, of an output in 8 bits, is not taken.
+    output_scale : array, float32, shape () or (1,), optional
+        What an output of eight bits is divided by. As in vLLM's kernels, it is multiplied by the reciprocal, which is
+        rounded to float32, and limited to the range of the format.
 
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which the prefix is pairs[0] and the suffix pairs[1]; UnsupportedError also for a scale.
+        As :func:`rau.merge_lse`, to which the prefix is pairs[0] and the suffix pairs[1], and with a scale as
+        :func:`rau.merge_states`.
 
     Examples
     --------
@@ -52,9 +54,7 @@ def merge_attn_states(
     >>> output[:, 0, 0].tolist()
     [3.0, 3.0, 4.0]
     """
-    if output_scale is not None:
-        raise UnsupportedError("merge_attn_states: output_scale is given; expected None, and an output in the dtype of the "
-                               "two. Quantise that afterwards.")  # fmt: skip
+    narrow = {} if output_scale is None else {"dtype": output.dtype, "scale": 1 / output_scale}
     prefix, suffix, n = (prefix_output, prefix_lse), (suffix_output, suffix_lse), prefill_tokens_with_context
     parts = [(slice(n), [prefix, suffix])]
     if n is not None:
@@ -62,4 +62,4 @@ def merge_attn_states(
     for rows, sides in parts:
         pairs = [(out[rows], lse[:, rows]) for out, lse in sides]
         into = None if output_lse is None else output_lse[:, rows]
-        merged(pairs, _HOW, output[rows], into, with_lse=output_lse is not None)
+        merged(pairs, _HOW, output[rows], into, with_lse=output_lse is not None, **narrow)

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from rau.compat.pairs import merged
-from rau.errors import UnsupportedError, shown
 
 __all__ = ["merge_attentions"]
 
@@ -26,18 +25,18 @@ def merge_attentions(
     write_lse : bool, default True
         False for the output alone.
     output_dtype : dtype, optional
-        That of `attn_split`, the default; no other is taken.
+        Of the output, as in :func:`rau.merge_states`: that of `attn_split` by default, else rounded from float32.
 
     Returns
     -------
-    attn_out : array, shape (B, M, H, D) or (B, M, G, H, D)
+    attn_out : array, shape (B, M, H, D) or (B, M, G, H, D), of `output_dtype`
     lse_out : array, float32, shape (B, H, M) or (B, G, H, M)
         None without `write_lse`.
 
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which chunk k is pairs[k]; UnsupportedError also for another `output_dtype`.
+        As :func:`rau.merge_lse`, to which chunk k is pairs[k], and with another `output_dtype` as :func:`rau.merge_states`.
 
     Notes
     -----
@@ -50,12 +49,9 @@ def merge_attentions(
     >>> out.shape, lse.shape
     ((2, 3, 5, 2, 8), (2, 5, 2, 3))
     """
-    dtype, shape, rows = attn_split[0].dtype, attn_split[0].shape, lse_split[0].shape
-    if output_dtype not in (None, dtype):
-        raise UnsupportedError(f"merge_attentions: output_dtype = {shown(output_dtype)}; expected None or that of "
-                               f"attn_split, {dtype}. Convert the output.")  # fmt: skip
+    shape, rows = attn_split[0].shape, lse_split[0].shape
     heads = math.prod(shape[2:-1])  # of all groups
     flat, flat_rows = (*shape[:2], heads, shape[-1]), (rows[0], heads, rows[-1])
     pairs = [(out.reshape(flat), lse.reshape(flat_rows)) for out, lse in zip(attn_split, lse_split, strict=True)]
-    attn_out, lse_out = merged(pairs, _HOW, with_lse=write_lse)
+    attn_out, lse_out = merged(pairs, _HOW, with_lse=write_lse, dtype=output_dtype)
     return attn_out.reshape(shape), lse_out if lse_out is None else lse_out.reshape(rows)
