@@ -315,7 +315,6 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh)(rau_tile *tile, const int wide) {
     if (states == 2 && even && row == 32 && !wide) RAU_NAME(weigh_along)(tile, 2, 32, along_heads, outer, inner, wide);
     else if (states == 2 && even && row == 4 && !wide) RAU_NAME(weigh_along)(tile, 2, 4, along_heads, outer, inner, wide);
     else if (states == 2) RAU_NAME(weigh_along)(tile, 2, 0, along_heads, outer, inner, wide);
-    else if (even && row == 32 && !wide) RAU_NAME(weigh_along)(tile, states, 32, along_heads, outer, inner, wide);
     else RAU_NAME(weigh_along)(tile, states, 0, along_heads, outer, inner, wide);
 }
 
