@@ -159,18 +159,25 @@ def test_ratio_is_by_the_rounds_of_both():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_cores_roof_computes_what_it_says(threads, around, length):
     roof = importlib.import_module("rau._core").roof
-    a, b, to = (timing._ones(4 * (length + 16)) for _ in range(3))
-    a[:], b[:], to[:] = np.arange(length + 16), 3, -1
-    roof(to[:length], a[:length], b[:length], around, threads)
+    a, b, c, to = (timing._ones(4 * (length + 16)) for _ in range(4))
+    a[:], b[:], c[:], to[:] = np.arange(length + 16), 3, 8, -1
+    roof(to[:length], (a[:length], b[:length]), around, threads)
     np.testing.assert_array_equal(to[:length], a[:length] + 1.5)
-    roof(to[:length], b[:length], None, around, threads)
+    roof(to[:length], (b[:length],), around, threads)
     np.testing.assert_array_equal(to[:length], 3)
-    roof(a[:length], a[:length], b[:length], around, threads)
+    roof(to[:length], (a[:length], b[:length], c[:length]), around, threads)
+    np.testing.assert_array_equal(to[:length], a[:length] + 5.5)
+    roof(to[:length], (a[:length], *[b[:length]] * 15), around, threads)
+    np.testing.assert_array_equal(to[:length], a[:length] + 22.5)
+    roof(a[:length], (a[:length], b[:length]), around, threads)
     np.testing.assert_array_equal(a[:length], np.arange(length) + 1.5)
     assert (to[length:] == -1).all() and (a[length:] == np.arange(length, length + 16)).all()
-    for wrong in ((to[1:3], a[:2], b[:2]), (to[:2], a[:3], b[:2]), (to[:2], a[:2], b[:3])):
-        with pytest.raises(ValueError, match="aligned to 64 bytes"):
+    for wrong in ((to[1:3], (a[:2], b[:2])), (to[:2], ()), (to[:2], (a[:2],) * 17)):
+        with pytest.raises(ValueError, match="expected 1 to 16 arrays, and `to` aligned to 64 bytes"):
             roof(*wrong, around, threads)
+    for wrong in ((a[:3], b[:2]), (a[:2], b[:3])):
+        with pytest.raises(ValueError, match="expected arrays of 2 elements, as `to` has, got 3"):
+            roof(to[:2], wrong, around, threads)
 
 
 def test_a_roof_without_the_core(monkeypatch):

@@ -204,6 +204,27 @@ def tuning():
 
 
 @pytest.mark.parametrize("simd", _core.simd_versions())
+@pytest.mark.parametrize("layout", ["SBH", "BNSD"])
+@pytest.mark.parametrize("head_dim", [5, 32, 59, 1100])
+def test_rows_around_the_cache_leave_their_neighbours_alone(head_dim, layout, simd, tuning):
+    """The result stands at each distance from a vector's start, in an array with numbers before and behind."""
+    case = Case(id="", layout=layout, tokens=23, heads=3, head_dim=head_dim, dtype="float32", states=3, profile="portable")
+    call, best = case.make(), _core.simd()
+    expected = call.case.call(call.states, None, "cython")
+    try:
+        _core.use_simd(simd)
+        _core.tune(**tuning | {"stream_bytes": 0})
+        for offset in range(17):
+            around = np.full(expected.attn_out.size + 40, 7, np.float32)
+            attn = around[offset:][: expected.attn_out.size].reshape(expected.attn_out.shape)
+            out = rau.AttentionState(attn, *(np.empty_like(stats) for stats in expected[1:]))
+            assert not same_bits(call.case.call(call.states, out, "cython"), expected)
+            assert (around[:offset] == 7).all() and (around[offset + attn.size :] == 7).all()
+    finally:
+        _core.use_simd(best)
+
+
+@pytest.mark.parametrize("simd", _core.simd_versions())
 @pytest.mark.parametrize(
     "changed",
     [
@@ -213,9 +234,9 @@ def tuning():
 )  # fmt: skip
 def test_bits_do_not_depend_on_what_the_speed_is_tuned_by(changed, simd, tuning):
     cases = [
-        Case(id=f"{dtype}{layout}{states}", layout=layout, tokens=77, lengths=(40, 0, 37), heads=3, head_dim=40, dtype=dtype,
-             states=states, profile="portable", statistics="empty", softmax_layout="SBH")
-        for dtype in ("float32", "bfloat16", "float64") for layout in ("SBH", "TND") for states in (2, 5)
+        Case(id=f"{dtype}{layout}{states}{head_dim}", layout=layout, tokens=77, lengths=(40, 0, 37), heads=3, head_dim=head_dim,
+             dtype=dtype, states=states, profile="portable", statistics="empty", softmax_layout="SBH")
+        for dtype in ("float32", "bfloat16", "float64") for layout in ("SBH", "TND") for states in (2, 5) for head_dim in (22, 40)
     ]  # fmt: skip
     calls = [case.make() for case in cases]
     best = _core.simd()

@@ -115,14 +115,17 @@ RAU_INLINE RAU_TARGET void RAU_NAME(store_unit)(char *to, UNIT unit, int around,
 RAU_INLINE RAU_TARGET UNIT RAU_NAME(merge_unit)(
     const char *const *sources, const float *shares, const ptrdiff_t used, ptrdiff_t first, const int lead, const int later,
     const int format) {
-    UNIT sum = {0};
-    for (ptrdiff_t k = 0; k < used; k++) {
-        const int its = k ? later : lead;
-        UNIT unit = RAU_NAME(load_unit)(sources[k] + first * RAU_ITEM(its), its, lead == RAU_BF16 && format == RAU_BF16);
-        unit.a *= shares[k];
-        unit.b *= shares[k];
-        sum.a = k ? sum.a + unit.a : unit.a;
-        sum.b = k ? sum.b + unit.b : unit.b;
+    const int paired = lead == RAU_BF16 && format == RAU_BF16;
+    UNIT sum = RAU_NAME(load_unit)(sources[0] + first * RAU_ITEM(lead), lead, paired);
+    sum.a *= shares[0];
+    sum.b *= shares[0];
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 4
+#endif
+    for (ptrdiff_t k = 1; k < used; k++) {
+        const UNIT unit = RAU_NAME(load_unit)(sources[k] + first * RAU_ITEM(later), later, paired);
+        sum.a += unit.a * shares[k];
+        sum.b += unit.b * shares[k];
     }
     return sum;
 }
@@ -168,6 +171,31 @@ RAU_INLINE RAU_TARGET void RAU_NAME(merge_row)(
     if (ragged) RAU_NAME(store_unit)(to, last, RAU_NAME(way)(to, around), format);
 }
 
+/* The same of float64. */
+RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(doubles_at)(const char *row, ptrdiff_t j) {
+    DOUBLES some;
+    memcpy(&some, row + j * sizeof(double), sizeof some);
+    return some;
+}
+
+RAU_INLINE RAU_TARGET void RAU_NAME(merge_doubles)(
+    char *to, const char *const *sources, const double *shares, const ptrdiff_t used, ptrdiff_t head_dim, int around) {
+    ptrdiff_t j = 0;
+    for (; j + DOUBLES_IN <= head_dim; j += DOUBLES_IN) {
+        DOUBLES sum = RAU_NAME(doubles_at)(sources[0], j) * shares[0];
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 4
+#endif
+        for (ptrdiff_t k = 1; k < used; k++) sum += RAU_NAME(doubles_at)(sources[k], j) * shares[k];
+        RAU_NAME(put)(to + j * sizeof(double), &sum, sizeof sum, around);
+    }
+    for (; j < head_dim; j++) {
+        double sum = ((const double *)sources[0])[j] * shares[0];
+        for (ptrdiff_t k = 1; k < used; k++) sum += ((const double *)sources[k])[j] * shares[k];
+        ((double *)to)[j] = sum;
+    }
+}
+
 /* The rows of a tile run along the axis on which those of the result are closer together. */
 typedef struct {
     ptrdiff_t outer, inner;
@@ -201,6 +229,59 @@ RAU_INLINE RAU_TARGET ptrdiff_t RAU_NAME(ahead_of)(
     return (along == bytes ? contiguous : RAU_APART) * along;
 }
 
+/* Rows of the result on their way around the cache that lie where no such store can put them (see put in vectors.h): they are
+   gathered here, and leave by whole lines. Stored as usual between others that go around, they took 4 to 20 times as long, since
+   a processor then has to bring back, or to write in parts, what it has just sent away. */
+typedef struct {
+    char rows[RAU_GATHERED + RAU_LONGEST_GATHERED]; /* as they will lie from the line `to` on */
+    char *to;
+    ptrdiff_t first, end; /* which bytes of them there are */
+} RAU_NAME(gathered);
+
+RAU_INLINE RAU_TARGET void RAU_NAME(store_lines)(RAU_NAME(gathered) *some) {
+    const ptrdiff_t whole = some->end / 64 * 64, vector = FLOATS_IN * sizeof(float);
+    ptrdiff_t j = 0;
+    if (!whole) return;
+    if (some->first) { /* the start of this line belongs to somebody else */
+        memcpy(some->to + some->first, some->rows + some->first, 64 - some->first);
+        some->first = 0;
+        j = 64;
+    }
+    for (; j < whole; j += vector) RAU_NAME(put)(some->to + j, some->rows + j, vector, RAU_NAME(way)(some->to, 1));
+    memcpy(some->rows, some->rows + whole, 64);
+    some->to += whole;
+    some->end -= whole;
+}
+
+RAU_INLINE RAU_TARGET void RAU_NAME(store_gathered)(RAU_NAME(gathered) *some) {
+    RAU_NAME(store_lines)(some);
+    if (some->end > some->first) memcpy(some->to + some->first, some->rows + some->first, some->end - some->first);
+}
+
+/* Where a row is to be written instead of at `to`. */
+RAU_INLINE RAU_TARGET char *RAU_NAME(gather)(RAU_NAME(gathered) *some, char *to, ptrdiff_t bytes) {
+    if (to != some->to + some->end) {
+        RAU_NAME(store_gathered)(some);
+        some->first = some->end = (uintptr_t)to % 64;
+        some->to = to - some->end;
+    } else if (some->end >= RAU_GATHERED) {
+        RAU_NAME(store_lines)(some);
+    }
+    some->end += bytes;
+    return some->rows + some->end - bytes;
+}
+
+/* How rows of the result are stored. */
+enum { RAU_NAME(through), RAU_NAME(around), RAU_NAME(by_lines) };
+
+RAU_INLINE RAU_TARGET int RAU_NAME(stores)(const rau_tile *tile, const RAU_NAME(walk) walk, ptrdiff_t bytes) {
+    const rau_plane *result = &tile->attn[tile->states];
+    const ptrdiff_t along = ALONG(*result), across = walk.outer > 1 ? ACROSS(*result) : 0;
+    if (!RAU_NAME(way)((const char *)64, tile->stream)) return RAU_NAME(through);
+    if (((uintptr_t)result->base | along | across | bytes) % 16 == 0) return RAU_NAME(around);
+    return along == bytes && bytes <= RAU_LONGEST_GATHERED ? RAU_NAME(by_lines) : RAU_NAME(through);
+}
+
 /* Two states: the case that matters. */
 RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_two)(const rau_tile *tile, const int format, const int later) {
     const RAU_NAME(walk) walk = RAU_NAME(walk_of)(tile);
@@ -211,6 +292,10 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_two)(const rau_tile *tile, const int
     const ptrdiff_t ahead_b = RAU_NAME(ahead_of)(&attn[1], walk, tile->ahead, later_bytes);
     const ptrdiff_t step_a = ALONG(attn[0]), step_b = ALONG(attn[1]), step_to = ALONG(attn[2]);
     const ptrdiff_t step_weight = walk.by_token ? tile->weight_token : tile->weight_head;
+    const int stores = RAU_NAME(stores)(tile, walk, bytes);
+    RAU_NAME(gathered) some;
+    some.to = NULL;
+    some.first = some.end = 0;
     for (ptrdiff_t o = 0; o < walk.outer; o++) {
         const char *a = attn[0].base + o * ACROSS(attn[0]), *b = attn[1].base + o * ACROSS(attn[1]);
         char *to = attn[2].base + o * ACROSS(attn[2]);
@@ -220,22 +305,24 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_two)(const rau_tile *tile, const int
             if (ahead_b) RAU_NAME(prefetch)(b + ahead_b, later_bytes);
             const float shares[2] = {weights[0], weights[state]};
             const char *sources[2] = {a, b};
-            const int around = RAU_NAME(way)(to, tile->stream);
+            const int around = RAU_NAME(way)(to, stores == RAU_NAME(around));
+            char *at = stores == RAU_NAME(by_lines) ? RAU_NAME(gather)(&some, to, bytes) : to;
             /* A state without a weight is not read; NaN is a weight too. */
             if (shares[0] != 0.0f && shares[1] != 0.0f)
-                RAU_NAME(merge_row)(to, sources, shares, 2, head_dim, around, format, later, format);
+                RAU_NAME(merge_row)(at, sources, shares, 2, head_dim, around, format, later, format);
             else if (shares[0] != 0.0f)
-                RAU_NAME(merge_row)(to, sources, shares, 1, head_dim, around, format, later, format);
+                RAU_NAME(merge_row)(at, sources, shares, 1, head_dim, around, format, later, format);
             else if (shares[1] != 0.0f)
-                RAU_NAME(merge_row)(to, sources + 1, shares + 1, 1, head_dim, around, later, later, format);
+                RAU_NAME(merge_row)(at, sources + 1, shares + 1, 1, head_dim, around, later, later, format);
             else
-                memset(to, 0, bytes);
+                memset(at, 0, bytes);
             a += step_a;
             b += step_b;
             to += step_to;
             weights += step_weight;
         }
     }
+    if (stores == RAU_NAME(by_lines)) RAU_NAME(store_gathered)(&some);
 }
 
 RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_many)(rau_tile *tile, const int format, const int later) {
@@ -243,33 +330,54 @@ RAU_INLINE RAU_TARGET void RAU_NAME(rows_of_many)(rau_tile *tile, const int form
     const rau_plane *attn = tile->attn, *result = &attn[tile->states];
     const ptrdiff_t head_dim = tile->head_dim, state = tile->weight_state;
     const ptrdiff_t bytes = head_dim * RAU_ITEM(format), later_bytes = head_dim * RAU_ITEM(later);
+    const ptrdiff_t step_to = ALONG(*result), step_weight = walk.by_token ? tile->weight_token : tile->weight_head;
+    const int stores = RAU_NAME(stores)(tile, walk, bytes);
+    RAU_NAME(gathered) some;
+    some.to = NULL;
+    some.first = some.end = 0;
+    const int wide = format == RAU_F64;
+    const ptrdiff_t item = wide ? sizeof(double) : sizeof(float); /* of weights */
     float *shares = (float *)tile->shares;
-    for (ptrdiff_t o = 0; o < walk.outer; o++)
+    rau_line *rows = tile->lines, *ahead = rows + tile->states; /* where the rows are, and how far before those to prefetch */
+    for (ptrdiff_t o = 0; o < walk.outer; o++) {
+        for (ptrdiff_t k = 0; k < tile->states; k++) {
+            rows[k].at = attn[k].base + o * ACROSS(attn[k]);
+            rows[k].step = ALONG(attn[k]);
+            ahead[k].step = RAU_NAME(ahead_of)(&attn[k], walk, tile->ahead, k ? later_bytes : bytes);
+        }
+        char *to = result->base + o * ACROSS(*result);
+        const char *weights = (const char *)tile->weights + o * (walk.by_token ? tile->weight_head : tile->weight_token) * item;
         for (ptrdiff_t i = 0; i < walk.inner; i++) {
-            const ptrdiff_t t = walk.by_token ? i : o, h = walk.by_token ? o : i;
-            const float *weights = (const float *)tile->weights + t * tile->weight_token + h * tile->weight_head;
             ptrdiff_t used = 0;
             int first_used = 0;
             for (ptrdiff_t k = 0; k < tile->states; k++) {
-                const char *at = attn[k].base + t * attn[k].token + h * attn[k].head;
-                const ptrdiff_t ahead = RAU_NAME(ahead_of)(&attn[k], walk, tile->ahead, k ? later_bytes : bytes);
-                if (ahead) RAU_NAME(prefetch)(at + ahead, k ? later_bytes : bytes);
-                const float weight = weights[k * state];
-                if (weight != 0.0f) {
-                    tile->sources[used] = at;
-                    shares[used++] = weight;
-                    first_used |= k == 0;
-                }
+                const char *at = rows[k].at, *weight = weights + k * state * item;
+                if (ahead[k].step) RAU_NAME(prefetch)(at + ahead[k].step, k ? later_bytes : bytes);
+                rows[k].at += rows[k].step;
+                if (wide ? *(const double *)weight == 0.0 : *(const float *)weight == 0.0f) continue;
+                tile->sources[used] = at;
+                if (wide) tile->shares[used] = *(const double *)weight;
+                else shares[used] = *(const float *)weight;
+                used++;
+                first_used |= k == 0;
             }
-            char *to = result->base + t * result->token + h * result->head;
-            const int around = RAU_NAME(way)(to, tile->stream);
+            const int around = RAU_NAME(way)(to, stores == RAU_NAME(around));
+            char *place = stores == RAU_NAME(by_lines) ? RAU_NAME(gather)(&some, to, bytes) : to;
             if (used == 0)
-                memset(to, 0, bytes);
+                memset(place, 0, bytes);
+            else if (wide && used == 2)
+                RAU_NAME(merge_doubles)(place, tile->sources, tile->shares, 2, head_dim, around);
+            else if (wide)
+                RAU_NAME(merge_doubles)(place, tile->sources, tile->shares, used, head_dim, around);
             else if (format == later || first_used)
-                RAU_NAME(merge_row)(to, tile->sources, shares, used, head_dim, around, format, later, format);
+                RAU_NAME(merge_row)(place, tile->sources, shares, used, head_dim, around, format, later, format);
             else
-                RAU_NAME(merge_row)(to, tile->sources, shares, used, head_dim, around, later, later, format);
+                RAU_NAME(merge_row)(place, tile->sources, shares, used, head_dim, around, later, later, format);
+            to += step_to;
+            weights += step_weight * item;
         }
+    }
+    if (stores == RAU_NAME(by_lines)) RAU_NAME(store_gathered)(&some);
 }
 
 RAU_INLINE RAU_TARGET void RAU_NAME(rows)(rau_tile *tile, const int format, const int later) {
@@ -283,38 +391,4 @@ static RAU_TARGET void RAU_NAME(rows_bf16)(rau_tile *tile) { RAU_NAME(rows)(tile
 static RAU_TARGET void RAU_NAME(rows_f32_f16)(rau_tile *tile) { RAU_NAME(rows)(tile, RAU_F32, RAU_F16); }
 static RAU_TARGET void RAU_NAME(rows_f32_bf16)(rau_tile *tile) { RAU_NAME(rows)(tile, RAU_F32, RAU_BF16); }
 
-static RAU_TARGET void RAU_NAME(rows_f64)(rau_tile *tile) {
-    const ptrdiff_t head_dim = tile->head_dim, state = tile->weight_state;
-    const rau_plane *result = &tile->attn[tile->states];
-    for (ptrdiff_t t = 0; t < tile->tokens; t++)
-        for (ptrdiff_t h = 0; h < tile->heads; h++) {
-            const double *weights = (const double *)tile->weights + t * tile->weight_token + h * tile->weight_head;
-            double *to = (double *)(result->base + t * result->token + h * result->head);
-            ptrdiff_t used = 0;
-            for (ptrdiff_t k = 0; k < tile->states; k++)
-                if (weights[k * state] != 0.0) {
-                    tile->sources[used] = tile->attn[k].base + t * tile->attn[k].token + h * tile->attn[k].head;
-                    tile->shares[used++] = weights[k * state];
-                }
-            ptrdiff_t j = 0;
-            const int around = RAU_NAME(way)((const char *)to, tile->stream);
-            for (; j + DOUBLES_IN <= head_dim; j += DOUBLES_IN) {
-                DOUBLES sum = {0};
-                for (ptrdiff_t k = 0; k < used; k++) {
-                    DOUBLES term;
-                    memcpy(&term, tile->sources[k] + j * sizeof(double), sizeof term);
-                    term *= tile->shares[k];
-                    sum = k ? sum + term : term;
-                }
-                RAU_NAME(put)((char *)(to + j), &sum, sizeof sum, around);
-            }
-            for (; j < head_dim; j++) {
-                double sum = 0.0;
-                for (ptrdiff_t k = 0; k < used; k++) {
-                    const double term = tile->shares[k] * ((const double *)tile->sources[k])[j];
-                    sum = k ? sum + term : term;
-                }
-                to[j] = sum;
-            }
-        }
-}
+static RAU_TARGET void RAU_NAME(rows_f64)(rau_tile *tile) { RAU_NAME(rows_of_many)(tile, RAU_F64, RAU_F64); }

@@ -1,4 +1,4 @@
-/* The memory's roof: a copy and a triad, as fast as this processor moves bytes in plain loops. What the
+/* The memory's roof: a copy, a triad, and the sum of more arrays, as fast as this processor moves bytes in plain loops. What the
    kernels reach is a share of it, so it runs in the same process, with the same OpenMP threads. */
 
 #ifndef RAU_ROOF_H
@@ -6,35 +6,51 @@
 
 #include "versions.h"
 
-/* to = a + b / 2, or a copy of a where b is NULL; `around` the cache, `to` must then be aligned to 64 bytes.
-   In place is to == a. */
-typedef void (*rau_roof_kernel)(float *to, const float *a, const float *b, ptrdiff_t n, int around);
+/* to = from[0] + from[1] / 2 + from[2] / 2 ..., from element `j` to `end`; `around` the cache, to + j must then be aligned to 64
+   bytes. In place is to == from[0]. */
+typedef void (*rau_roof_kernel)(float *to, const float *const *from, int arrays, ptrdiff_t j, ptrdiff_t end, int around);
 
 #define RAU_ROOF(version, target, vector, load, store, stream, fill, add, multiply)                                 \
-    static target void rau_roof_##version(float *to, const float *a, const float *b, ptrdiff_t n, int around) {     \
-        const ptrdiff_t step = sizeof(vector) / sizeof(float), whole = n / step * step;                              \
+    RAU_INLINE target void rau_roof_of_##version(                                                                    \
+        float *to, const float *const *from, const int arrays, ptrdiff_t j, ptrdiff_t end, const int around) {       \
+        const ptrdiff_t step = sizeof(vector) / sizeof(float), whole = j + (end - j) / step * step;                  \
         const vector half = fill(0.5f);                                                                              \
-        ptrdiff_t j = 0;                                                                                             \
-        if (b == NULL && around)                                                                                     \
-            for (; j < whole; j += step) stream(to + j, load(a + j));                                                \
-        else if (b == NULL)                                                                                          \
-            for (; j < whole; j += step) store(to + j, load(a + j));                                                 \
-        else if (around)                                                                                             \
-            for (; j < whole; j += step) stream(to + j, add(load(a + j), multiply(half, load(b + j))));              \
-        else                                                                                                         \
-            for (; j < whole; j += step) store(to + j, add(load(a + j), multiply(half, load(b + j))));               \
-        for (; j < n; j++) to[j] = b == NULL ? a[j] : a[j] + 0.5f * b[j];                                            \
+        for (; j < whole; j += step) {                                                                               \
+            vector sum = load(from[0] + j);                                                                          \
+            for (int k = 1; k < arrays; k++) sum = add(sum, multiply(half, load(from[k] + j)));                      \
+            if (around) stream(to + j, sum);                                                                         \
+            else store(to + j, sum);                                                                                 \
+        }                                                                                                            \
+        for (; j < end; j++) {                                                                                       \
+            float sum = from[0][j];                                                                                  \
+            for (int k = 1; k < arrays; k++) sum += 0.5f * from[k][j];                                               \
+            to[j] = sum;                                                                                             \
+        }                                                                                                            \
+    }                                                                                                                \
+    static target void rau_roof_##version(                                                                           \
+        float *to, const float *const *from, int arrays, ptrdiff_t j, ptrdiff_t end, int around) {                   \
+        if (arrays == 1 && around) rau_roof_of_##version(to, from, 1, j, end, 1);                                    \
+        else if (arrays == 1) rau_roof_of_##version(to, from, 1, j, end, 0);                                         \
+        else if (arrays == 2 && around) rau_roof_of_##version(to, from, 2, j, end, 1);                               \
+        else if (arrays == 2) rau_roof_of_##version(to, from, 2, j, end, 0);                                         \
+        else rau_roof_of_##version(to, from, arrays, j, end, around);                                                \
     }
 
 #ifdef RAU_X86
 RAU_ROOF(baseline, , __m128, _mm_loadu_ps, _mm_storeu_ps, _mm_stream_ps, _mm_set1_ps, _mm_add_ps, _mm_mul_ps)
 #else
-static void rau_roof_baseline(float *to, const float *a, const float *b, ptrdiff_t n, int around) {
+static void rau_roof_baseline(float *to, const float *const *from, int arrays, ptrdiff_t j, ptrdiff_t end, int around) {
     (void)around;
-    if (b == NULL)
-        for (ptrdiff_t j = 0; j < n; j++) to[j] = a[j];
+    if (arrays == 1)
+        for (; j < end; j++) to[j] = from[0][j];
+    else if (arrays == 2)
+        for (; j < end; j++) to[j] = from[0][j] + 0.5f * from[1][j];
     else
-        for (ptrdiff_t j = 0; j < n; j++) to[j] = a[j] + 0.5f * b[j];
+        for (; j < end; j++) {
+            float sum = from[0][j];
+            for (int k = 1; k < arrays; k++) sum += 0.5f * from[k][j];
+            to[j] = sum;
+        }
 }
 #endif
 #ifdef RAU_VERSIONS
@@ -44,7 +60,7 @@ RAU_ROOF(avx512, __attribute__((target("avx512f"))), __m512, _mm512_loadu_ps, _m
          _mm512_set1_ps, _mm512_add_ps, _mm512_mul_ps)
 #endif
 
-static void rau_roof(float *to, const float *a, const float *b, ptrdiff_t n, int around, int threads) {
+static void rau_roof(float *to, const float *const *from, int arrays, ptrdiff_t n, int around, int threads) {
     const rau_version *found[3];
     const int versions = rau_versions(found); /* the roof is the machine's, whatever version the kernels run in */
 #ifdef RAU_VERSIONS
@@ -54,7 +70,7 @@ static void rau_roof(float *to, const float *a, const float *b, ptrdiff_t n, int
 #endif
     const rau_roof_kernel kernel = kernels[versions - 1];
     if (rau_forked || !RAU_OPENMP || threads < 2) { /* enters no parallel region */
-        kernel(to, a, b, n, around);
+        kernel(to, from, arrays, 0, n, around);
         if (around) rau_fence();
         return;
     }
@@ -65,7 +81,7 @@ static void rau_roof(float *to, const float *a, const float *b, ptrdiff_t n, int
 #endif
     for (part = 0; part < threads; part++) {
         const ptrdiff_t first = lines * part / threads * 16, last = lines * (part + 1) / threads * 16;
-        kernel(to + first, a + first, b == NULL ? NULL : b + first, (last < n ? last : n) - first, around);
+        kernel(to, from, arrays, first, last < n ? last : n, around);
         if (around) rau_fence();
     }
 }

@@ -37,12 +37,14 @@
 enum rau_format { RAU_F32, RAU_F16, RAU_BF16, RAU_F64, RAU_FORMATS };
 #define RAU_ITEM(format) ((format) == RAU_F64 ? 8 : (format) == RAU_F32 ? 4 : 2) /* bytes */
 
-/* Measured on Zen 5; docs/benchmarks.md, "What was tried and did not pay", has the figures of the other choices. */
+/* Measured on Zen 5 (RAU_GATHERED: on Zen 3); docs/benchmarks.md, "What was tried and did not pay", has the figures of the other choices. */
 enum {
     RAU_GROUP = 16,       /* rows weighed at a time, at most: in groups of 64 a row takes 6.6 ns, in these 3.9 */
     RAU_RUN = 96,         /* rows ahead of which statistics are prefetched: 0.82 of their triad, 0.70 at 16 rows */
     RAU_LONG = 128,       /* rows: so long a run's weights are padded by a cache line, or 64 runs share 12 ways of a set */
     RAU_SHORT_RUN = 8192, /* bytes: shorter runs of rows are prefetched across their ends, which no processor follows by itself */
+    RAU_GATHERED = 512,   /* bytes of rows of the result that go around the cache together where one by one does not do */
+    RAU_LONGEST_GATHERED = 4096, /* bytes of such a row */
     RAU_APART = 8         /* rows ahead of which rows with gaps between them are prefetched: half an array's heads 0.30 -> 0.55 */
 };
 

@@ -33,7 +33,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(exp_differences)(DOUBLES *m, const DOUBLES *
     }
 }
 
-/* Vectors of rows weighed at a time, of two states: the chain of one exponential is long, and other rows fill its gaps. */
+/* Vectors of rows weighed at a time: the chain of one exponential is long, and other rows fill its gaps. */
 #if RAU_BYTES == 32
 #define GROUP 4
 #else
@@ -136,8 +136,8 @@ typedef struct {
    go on with the start of the next one: what lies behind the end is not wanted soon, and nobody else fetches the start. Behind
    the last run lies what the next tile needs. */
 RAU_INLINE RAU_TARGET void RAU_NAME(prefetch_statistics)(RAU_NAME(upcoming) *next, const int quarter) {
-    const ptrdiff_t states = next->states;
-    while (next->lead < RAU_RUN - RAU_GROUP + quarter * (RAU_GROUP / 4)) {
+    const ptrdiff_t states = next->states, few = 2 * RAU_RUN / states, run = few < 2 * RAU_GROUP ? 2 * RAU_GROUP : few;
+    while (next->lead < run - RAU_GROUP + quarter * (RAU_GROUP / 4)) {
         const int last = next->outer == next->outer_rows - 1;
         const ptrdiff_t left = last ? RAU_GROUP / 4 : next->inner_rows - next->inner;
         const ptrdiff_t rows = left < RAU_GROUP / 4 ? left : RAU_GROUP / 4;
@@ -199,11 +199,12 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_rows)(
             const DOUBLES other = SELECT(IS_NAN(apart), apart, exponential[i % vectors]);
             shares[i] = SELECT(EQUAL(apart, zero), one, other);
         }
-    } else { /* in vectors of one, see weigh_along */
-        const DOUBLES top[4] = {max[0], max[0], max[0], max[0]};
-        ptrdiff_t k = 0;
-        for (; k + 4 <= states; k += 4) RAU_NAME(exp_differences)(shares + k, top, 4);
-        for (; k < states; k++) RAU_NAME(exp_differences)(shares + k, top, 1);
+    } else {
+        const DOUBLES top[4] = {max[0], max[1 % vectors], max[2 % vectors], max[3 % vectors]};
+        const ptrdiff_t all = states * vectors;
+        ptrdiff_t i = 0;
+        for (; i + 4 <= all; i += 4) RAU_NAME(exp_differences)(shares + i, top, 4);
+        for (; i < all; i++) RAU_NAME(exp_differences)(shares + i, top + i % vectors, 1);
     }
     for (ptrdiff_t k = 0; k < states; k++)
         for (int v = 0; v < vectors; v++) {
@@ -272,7 +273,7 @@ RAU_INLINE RAU_TARGET void RAU_NAME(weigh_along)(
     RAU_NAME(weigh_rows)(lines, states, apart, vectors, count, weights, gap, numbers, lanes, stream, wide, &next); \
     next.lead -= (rows), rest -= (rows), weights += (rows) * item; \
     for (ptrdiff_t j = 0; j < 2 * states + 2; j++) lines[j].at += (rows) * (step ? step : lines[j].step)
-        while (states == 2 && rest >= GROUP * DOUBLES_IN) {
+        while (rest >= GROUP * DOUBLES_IN) {
             WEIGH_ROWS(step, GROUP, GROUP * DOUBLES_IN, DOUBLES_IN);
         }
         while (rest >= DOUBLES_IN) {

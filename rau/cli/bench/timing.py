@@ -127,9 +127,9 @@ class Roof:
         stores = "around the cache (non-temporal)" if around else "into the cache"
         self.origin = f"the compiled core, threads: {threads}, stores {stores}, in place always into the cache"
         self.calls = {
-            "copy": lambda: roof(to, a, None, around, threads),
-            "triad": lambda: roof(to, a, b, around, threads),
-            "in-place triad": lambda: roof(a, a, b, False, threads),
+            "copy": lambda: roof(to, (a,), around, threads),
+            "triad": lambda: roof(to, (a, b), around, threads),
+            "in-place triad": lambda: roof(a, (a, b), False, threads),
         }
 
     def moved(self, name: str) -> int:
