@@ -30,8 +30,7 @@ def result_dtype(report: Violations, dtype: Any, own: str) -> str:
     wanted = dtype_name(dtype)
     if wanted not in known:
         report.add("dtype-attn", f"dtype = {shown(dtype)}, for outputs of {own}; expected one of {', '.join(known)}.")
-        return own
-    return wanted
+    return wanted or own
 
 
 def bind_scale(report: Violations, scale: Any, dtype: str, heads: int, like: Any) -> Any:
