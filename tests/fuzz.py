@@ -145,7 +145,7 @@ def call(number):
             options[name] = anything(rng, buffers)
     kind = rng.choice(
         ["update"] * 4 + ["merge"] * 3 + ["stream", "pairs"] * 2
-        + ["from_lse", "from_max_sum", "lse", "reorder", "explain", "compat", "threads"]
+        + ["from_lse", "from_max_sum", "lse", "reorder", "explain", "compat", "threads", "sink"]
     )  # fmt: skip
     states = [state() for _ in range(2 if kind != "merge" else rng.choice([1, 2, 3, 4, 9]))]
     if rng.random() < 0.05:  # aliasing
@@ -223,9 +223,10 @@ def call(number):
             return ring.result(wanted)
         writes = []
     elif kind == "from_lse":
-        lse = buffers.array(rng.choice([stats[:-1], stats[:-1][::-1], (S, N), attn]), stats_dtype)
+        lse = buffers.array(rng.choice([stats[:-1], stats[:-1][::-1], (S, N), attn, (2, N, S)]), stats_dtype)
         how = {"base": rng.choice(["e", "2", anything(rng, buffers)]), "layout": options["layout"]}
         how |= {"lse_layout": rng.choice([None, "BNS", "BSN", "TN", "NT"]), "inf_is_empty": rng.random() < 0.5, "heads": rng.choice([None, N, 3])}
+        how["actual_seq_qlen"] = rng.choice([None, lengths])
         def make():
             return rau.AttentionState.from_lse(states[0][0], lse, **how)
     elif kind == "lse":
@@ -233,6 +234,12 @@ def call(number):
         how |= {"base": rng.choice(["e", "2"]), "lse_layout": rng.choice([None, "BNS", "BSN", "TN", "NT"]), "actual_seq_qlen": lengths}
         def make():
             return rau.AttentionState(*states[0]).lse(**how)
+    elif kind == "sink":
+        sink = rng.choice([buffers.array((N,), stats_dtype), buffers.array((rng.randrange(4),), "f4"), anything(rng, buffers)])
+        named = {name: options[name] for name in ("layout", "softmax_layout", "check", "backend")}
+        def make():
+            return rau.add_sink(states[0], sink, actual_seq_qlen=lengths, **named)
+        writes = []
     elif kind == "reorder":
         to = rng.choice(["TND", "SBH", anything(rng, buffers)])
         def make():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from interop_recipes import DTYPES, RECIPES, check_recipe
 from pages import DOCS, blocks
+from states import tnd
 
 import rau
 from rau.testing import partial_attention
@@ -47,6 +48,7 @@ FLASHINFER, VLLM = recipe("FlashInfer 0"), recipe("vLLM 0")
 NPU, NPU_TND = recipe("npu_fusion_attention 0"), recipe("npu_fusion_attention 1")
 ROWS_LSE, ROWS_SUM = recipe("Rows without keys 0"), recipe("Rows without keys 1")
 SINKS = recipe("Attention sinks 0")
+TOKENS, PADDED, RAGGED, EIGHT = (recipe(f"Some tokens, padded sequences, another dtype {k}") for k in range(4))
 OWN, PAIRS = recipe("A maximum and a sum of one's own 0"), recipe("A pair in, a pair out 0")
 ALONE, GRADIENTS = recipe("One lane or eight 0"), recipe("Gradients 0")
 
@@ -395,6 +397,26 @@ def test_rows_without_keys_with_a_sum():
     out, lse = exact(q, k, v, mask)
     close(merged.attn_out, out.transpose(2, 0, 1, 3).reshape(S, B, N * D), 2e-6)
     close(merged.lse(base="e"), lse, 2e-6)
+
+
+def test_some_tokens_padding_and_another_dtype():
+    pytest.importorskip("ml_dtypes")
+    prev, cur = (tnd(16, 2, 8, lanes=1, seed=seed) for seed in (0, 1))
+    mask = np.arange(16) % 3 == 0
+    whole, kept = rau.merge_states([prev, cur], layout="TND"), prev.attn_out.copy()
+    merged = run(TOKENS, rau=rau, prev=prev, cur=cur, mask=mask)["merged"]
+    np.testing.assert_array_equal(merged.attn_out, np.where(mask[:, None, None], whole.attn_out, kept))
+    np.testing.assert_array_equal(prev.attn_out, merged.attn_out)
+    prev = tnd(16, 2, 8, lanes=1, seed=0)
+    padded = run(PADDED, rau=rau, prev=prev, cur=cur)["padded"].attn_out
+    real = np.isin(np.arange(16), [0, 1, 2, 3, 4, 8, 9])
+    np.testing.assert_array_equal(padded, np.where(real[:, None, None], whole.attn_out, 0))
+    ragged = run(RAGGED, rau=rau, pool=prev)["ragged"].attn_out
+    one_by_one = [[part[k : k + 1] for part in prev] for k in range(16)]
+    np.testing.assert_array_equal(ragged[2:], rau.merge_states(one_by_one[2:], layout="TND").attn_out)
+    assert not ragged[1].any()
+    eight = run(EIGHT, rau=rau, prev=prev, cur=cur)["eight"].astype("f4")
+    np.testing.assert_allclose(eight, whole.attn_out / 2, rtol=2**-4, atol=2**-10)
 
 
 def test_attention_sinks():
