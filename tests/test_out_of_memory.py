@@ -101,7 +101,7 @@ def test_each_allocation_of_the_core():
         class Core:
             name, capabilities = "core", rau.registry.get("cython").capabilities
             def update(self, problem, prev, cur, out):
-                sizes = problem.N, problem.D, problem.lanes
+                sizes = problem.T, problem.N, problem.D, problem.lanes
                 seen[:] = *problem.block_terms, arrays, "float32", "float32", *sizes, True, False, 2
                 return out
         rau.ring_attention_update(*prev, *cur, out=out, backend=Core())
