@@ -13,7 +13,7 @@ import pytest
 from mutants import NUMPY, OneLane, Plain
 
 from rau import merge_states, registry
-from rau.backends import AttentionState, Backend, Capabilities
+from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.errors import BackendUnavailableError, ShapeError, UnknownBackendError, UnsupportedError
 from rau.testing.cases import Case, named
 from rau.testing.comparison import compare
@@ -139,6 +139,29 @@ def test_an_output_alone_that_is_wrong_is_found(what):
         Mine.merge = lambda self, problem, states, out: rau_state(Alone.merge(self, problem, states, out), states)
     report = check_backend(Mine(), select="algebra/output-alone-float32")
     assert bool(report.failures) == (what is not None), str(report)
+
+
+class OfRuns(Alone):
+    """Says that it takes runs of tokens, and merges all of them where it is told to forget."""
+
+    capabilities = replace(Alone.capabilities, runs=True)
+    forgets = False
+
+    def merge(self, problem, states, out):
+        if self.forgets:
+            options = problem.actual_seq_qlen, problem.layout, problem.softmax_layout, problem.profile
+            problem = Problem.of(states, out, *options, in_place=problem.in_place, statistics=problem.statistics)
+        return Alone.merge(self, problem, states, out)
+
+
+@pytest.mark.parametrize("forgets", [False, True], ids=["heeds runs", "forgets them"])
+def test_runs_that_are_forgotten_are_found(forgets):
+    class Mine(OfRuns):
+        pass
+
+    Mine.forgets = forgets
+    report = check_backend(Mine(), select="algebra/some-tokens-float32")
+    assert bool(report.failures) == forgets, str(report)
 
 
 def rau_state(result, states):

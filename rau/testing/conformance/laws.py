@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from rau.arrays.numpy_ import ITEMSIZE
+from rau.sink import add_sink
 from rau.state import AttentionState
 from rau.testing.cases import Case
 from rau.testing.comparison import compare, same_bits
@@ -21,6 +23,7 @@ from rau.testing.trial.judge import folds, held_to, keeps_lse
 from rau.testing.under_test import host_state, own_state
 from rau.update import merge_states
 
+_EMPTY = (0.0, -np.inf, 0.0)  # the neutral element
 Merge = Callable[[Sequence[AttentionState]], AttentionState]
 Law = Callable[[Any, str], list[str]]  # of a backend and a dtype: what is wrong
 
@@ -197,7 +200,7 @@ def some_tokens(backend: Any, dtype: str) -> list[str]:
     whole = host_state(backend, merge([own_state(backend, first), own_state(backend, other)], case.lengths_argument()))
     mask = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0], bool)
     padding = {"cu_seqlens_padded": [0, 4, 6, 9], "actual_seq_qlen": [0, 2, 3, 5]}
-    empty = [np.full_like(part, value) for part, value in zip(whole, (0.0, -np.inf, 0.0), strict=True)]
+    empty = [np.full_like(part, value) for part, value in zip(whole, _EMPTY, strict=True)]
     asked: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
         "tokens": ({"tokens": mask}, first), "a slice": ({"tokens": slice(3, 9)}, first), "padding": (padding, empty),
     }  # fmt: skip
@@ -216,6 +219,33 @@ def some_tokens(backend: Any, dtype: str) -> list[str]:
     return problems
 
 
+def states_by_row(backend: Any, dtype: str) -> list[str]:
+    """Rows of two states, of none and of three are what as many merges of single rows give."""
+    pool, _ = _of_tokens(backend, dtype).fill()
+    indptr = [0, 2, 2, 4, 5, 7, 9]
+    merge = partial(merge_states, layout="TND", backend=backend)
+    merged = host_state(backend, merge(own_state(backend, pool), indptr=indptr))
+    expected = [np.full((len(indptr) - 1, *part.shape[1:]), value, part.dtype) for part, value in zip(pool, _EMPTY, strict=True)]
+    for row, (begin, end) in enumerate(pairwise(indptr)):
+        one = [own_state(backend, AttentionState(*(part[k : k + 1] for part in pool))) for k in range(begin, end)]
+        for part, values in zip(expected, host_state(backend, merge(one)) if one else (), strict=bool(one)):
+            part[row] = values[0]
+    return same_bits(merged, AttentionState(*expected))
+
+
+def sinks(backend: Any, dtype: str) -> list[str]:
+    """A sink is the merge with a state of output 0, maximum the sink and sum 1; one of -inf changes no bit."""
+    case = _case(backend, dtype, 2, "empty")
+    state, other = case.fill()
+    sink = np.array([0.5, -np.inf, 3e38, -3e38], other.softmax_max.dtype)  # for each of its 4 heads
+    rows = np.broadcast_to(sink.reshape(-1, 1, 1), other.softmax_max.shape)
+    added = AttentionState(np.zeros_like(other.attn_out), np.array(rows), np.ones_like(other.softmax_sum))
+    own, zero = own_state(backend, state), own_state(backend, other._replace(softmax_max=sink)).softmax_max
+    merged = host_state(backend, add_sink(own, zero, case.layout, backend=backend))
+    expected = host_state(backend, merge_states([own, own_state(backend, added)], layout=case.layout, backend=backend))
+    return same_bits(merged, expected)
+
+
 # Each law, and the dtypes that it can be held to: 16 bits are rounded at every merge.
 LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
     "neutral-element": (neutral_element, tuple(ITEMSIZE)),
@@ -225,6 +255,8 @@ LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
     "permutations": (permutations, tuple(ITEMSIZE)),
     "output-alone": (output_alone, tuple(ITEMSIZE)),
     "some-tokens": (some_tokens, tuple(ITEMSIZE)),
+    "states-by-row": (states_by_row, tuple(ITEMSIZE)),
+    "sinks": (sinks, tuple(ITEMSIZE)),
 }
 
 
@@ -233,13 +265,14 @@ def laws(backend: Any) -> Iterator[Check]:
     takes = backend.capabilities
     for name, (law, dtypes) in LAWS.items():
         for dtype in dtypes:
-            case = _of_tokens(backend, dtype) if name == "some-tokens" else _case(backend, dtype)
+            of_tokens = name in ("some-tokens", "states-by-row")
+            case = _of_tokens(backend, dtype) if of_tokens else _case(backend, dtype)
             reasons = excluded_by(backend, case)
-            if not reasons and name in ("commutativity", "permutations", "some-tokens") and keeps_lse(backend):
+            if not reasons and name in ("commutativity", "permutations", "some-tokens", "states-by-row") and keeps_lse(backend):
                 reasons = ["statistics lse: the same bits are not promised"]
-            elif not reasons and name == "some-tokens" and not {*takes.array_types} & {"numpy:ndarray", "torch:Tensor"}:
+            elif not reasons and (of_tokens or name == "sinks") and not {*takes.array_types} & {"numpy:ndarray", "torch:Tensor"}:
                 reasons = ["array types of its own: rows of NumPy arrays and torch tensors are chosen"]
-            elif not reasons and name in ("output-alone", "some-tokens") and not takes.deterministic:
+            elif not reasons and (of_tokens or name in ("output-alone", "sinks")) and not takes.deterministic:
                 reasons = ["deterministic False: the same bits are not promised"]
             elif not reasons and name == "commutativity" and takes.tolerance != 1:
                 reasons = [f"tolerance {takes.tolerance:g}: the same bits are not promised"]
