@@ -48,7 +48,7 @@ FLASHINFER, VLLM = recipe("FlashInfer 0"), recipe("vLLM 0")
 NPU, NPU_TND = recipe("npu_fusion_attention 0"), recipe("npu_fusion_attention 1")
 ROWS_LSE, ROWS_SUM = recipe("Rows without keys 0"), recipe("Rows without keys 1")
 SINKS = recipe("Attention sinks 0")
-TOKENS, PADDED, RAGGED, EIGHT = (recipe(f"Some tokens, padded sequences, another dtype {k}") for k in range(4))
+TOKENS, SLOTS, RAGGED, EIGHT = (recipe(f"Some tokens, padded sequences, another dtype {k}") for k in range(4))
 OWN, PAIRS = recipe("A maximum and a sum of one's own 0"), recipe("A pair in, a pair out 0")
 ALONE, GRADIENTS = recipe("One lane or eight 0"), recipe("Gradients 0")
 
@@ -408,7 +408,7 @@ def test_some_tokens_padding_and_another_dtype():
     np.testing.assert_array_equal(merged.attn_out, np.where(mask[:, None, None], whole.attn_out, kept))
     np.testing.assert_array_equal(prev.attn_out, merged.attn_out)
     prev = tnd(16, 2, 8, lanes=1, seed=0)
-    padded = run(PADDED, rau=rau, prev=prev, cur=cur)["padded"].attn_out
+    padded = run(SLOTS, rau=rau, prev=prev, cur=cur)["padded"].attn_out
     real = np.isin(np.arange(16), [0, 1, 2, 3, 4, 8, 9])
     np.testing.assert_array_equal(padded, np.where(real[:, None, None], whole.attn_out, 0))
     ragged = run(RAGGED, rau=rau, pool=prev)["ragged"].attn_out
