@@ -97,7 +97,7 @@ def _with_statistics(
         made = [full(backend, states[0][0], problem.stats_shape, problem.stats_dtype, 0.0) for _ in range(2)]
         out = AttentionState(out.attn_out, *made)
     options = problem.layout, problem.softmax_layout, problem.profile
-    return Problem.of(states, out, problem.actual_seq_qlen, *options, in_place=problem.in_place), out
+    return Problem.of(states, out, problem.actual_seq_qlen, *options, in_place=problem.in_place, runs=problem.runs), out
 
 
 def full(backend: Any, like: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:

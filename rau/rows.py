@@ -27,6 +27,7 @@ from rau.constraints.rows import (
     bind_tokens,
     check_token_major,
     count,
+    rows_beside,
     rows_of_sequences,
     runs_of,
 )
@@ -96,11 +97,13 @@ def merge_rows(
             registry.log_call(call, chosen, origin)
             if into is not None:
                 kind.will_write(as_state(into))
-            target = as_state(_others(kind, first, into, dtypes, options, padded=padded, stands=on_first))
+            target = as_state(_new(kind, first, dtypes, options, padded) if into is None else into)
             problem = Problem.of(
                 regular, target, *described, in_place=problem.in_place, statistics=options.statistics, runs=runs_of(rows)
             )
             hand_over(call, chosen, problem, regular, target)
+            if into is not None and not (padded or on_first):
+                _keep(kind, into, _kept(kind, first, into, dtypes, rows, problem.T))
             return target if out is None else as_state(out)
 
     picked = states
@@ -108,7 +111,7 @@ def merge_rows(
         picked, lengths = [[kind.take(array, rows) for array in state] for state in states], np.array([0, count(rows)])
     if dtype != problem.dtype and problem.dtype != "float32":  # later states may be narrower than a float32 one
         picked = [[kind.cast(picked[0][0], "float32"), *picked[0][1:]], *picked[1:]]
-    merged = compute(picked, lengths, options, None)
+    merged = compute(picked, lengths, options._replace(profile="portable"), None)  # whose limits were looked at
     if dtype != problem.dtype:
         wide = merged.attn_out
         if dtype in EIGHT_BITS:
@@ -119,28 +122,38 @@ def merge_rows(
         merged = merged._replace(attn_out=kind.cast(wide, dtype))
     if rows is None and into is None:
         return merged
-    if into is not None:
+    kept = None
+    if into is None:
+        into = _new(kind, first, dtypes, options, padded)
+    else:
         kind.will_write(as_state(into))
-    into = _others(kind, first, into, dtypes, options, padded=padded, stands=on_first or rows is None)
+        if not (padded or on_first or rows is None):
+            kept = _kept(kind, first, into, dtypes, rows, problem.T)  # before `into`, which may stand on it, is written
     for target, values in zip(into, merged):
         kind.put(target, slice(None) if rows is None else rows, _of_lanes(kind, values, target))
+    if kept is not None:
+        _keep(kind, into, kept)
     return as_state(into if out is None else out)
 
 
-def _others(
-    kind: Kind, first: Sequence[Any], into: Any, dtypes: Sequence[str], options: Options, *, padded: bool, stands: bool
-) -> Sequence[Any]:
-    """Return the arrays of a result, new ones where `into` is None, with what is to be in the rows that are not merged.
+def _new(kind: Kind, first: Sequence[Any], dtypes: Sequence[str], options: Options, padded: bool) -> Sequence[Any]:
+    """Return new arrays of a result, with what is to be in the rows that are not merged: the first state's, or nothing."""
+    others = _empty(kind, first) if padded else first
+    return [kind.cast(array, own) for array, own in zip(others, dtypes)][: 3 if options.statistics else 1]
 
-    Those of the first state, on which `into` may already stand; of padding, nothing in new arrays and what is there in given ones.
-    """
-    if into is None:
-        others = _empty(kind, first) if padded else first
-        return [kind.cast(array, own) for array, own in zip(others, dtypes)][: 3 if options.statistics else 1]
-    if not (padded or stands):
-        for target, array, own in zip(into, first, dtypes):
-            kind.assign(target, _of_lanes(kind, array if kind.dtype(array) == own else kind.cast(array, own), target))
-    return into
+
+def _kept(
+    kind: Kind, first: Sequence[Any], into: Sequence[Any], dtypes: Sequence[str], rows: Rows, length: int
+) -> tuple[Rows, list[Any]]:
+    """Copy the rows of the first state that are not merged."""
+    rest = rows_beside(rows, length)
+    return rest, [kind.cast(kind.take(array, rest), own) for array, own, _ in zip(first, dtypes, into)]
+
+
+def _keep(kind: Kind, into: Sequence[Any], kept: tuple[Rows, list[Any]]) -> None:
+    """Write rows that are not merged."""
+    for target, values in zip(into, kept[1]):
+        kind.put(target, kept[0], _of_lanes(kind, values, target))
 
 
 def merge_pair_rows(
@@ -170,7 +183,7 @@ def merge_pair_rows(
 
 
 def merge_counts(
-    call: str, state: Any, indptr: Any, options: Options, out: Any, asked: Asked | None, compute: Compute
+    call: str, state: Any, lengths: Any, indptr: Any, options: Options, out: Any, asked: Asked | None, compute: Compute
 ) -> AttentionState:
     """Merge as many states in each row as it has: those from indptr[t] to indptr[t + 1] of one triple of arrays.
 
@@ -182,8 +195,9 @@ def merge_counts(
         report.add("states", f"states is {described(state)}; with indptr expected one triple (attn_out, softmax_max, softmax_sum) "
                    "of arrays that hold the states of all rows.")  # fmt: skip
     check_token_major(report, "indptr", options.layout, options.softmax_layout)
-    if asked is not None or out is not None:
-        report.add("indptr", "indptr is given with tokens, cu_seqlens_padded, dtype, scale or out; expected it without them.")
+    if asked is not None or out is not None or lengths is not None:
+        report.add("indptr", "indptr is given with actual_seq_qlen, tokens, cu_seqlens_padded, dtype, scale or out; expected it "
+                   "without them.")  # fmt: skip
     report.raise_if_broken()
     (state,), _ = _plain((state,), None)
     problem, _ = bind(call, (state,), lambda _, field: f"states.{FIELDS[field]}", None, options, None)

@@ -263,7 +263,9 @@ def merge_states(
     options = Options(layout, softmax_layout, profile, check, statistics)
     asked = asked_of("merge_states", tokens, cu_seqlens_padded, dtype, scale)
     if indptr is not None:
-        merged = merge_counts("merge_states", states, indptr, options, out, asked, _computing("merge_states", backend))
+        merged = merge_counts(
+            "merge_states", states, actual_seq_qlen, indptr, options, out, asked, _computing("merge_states", backend)
+        )
         return merged if statistics else merged.attn_out
     states = as_states(states, layout)
     if statistics:
@@ -341,6 +343,9 @@ def merge_lse(
     check_pairs(report, pairs, out)
     asked = asked_of("merge_lse", tokens, cu_seqlens_padded)
     if all([attn_out is None for attn_out, _ in pairs]):
+        if asked is not None:
+            report.add("tokens", "tokens or cu_seqlens_padded are given, and the pairs have no outputs, which tell the axis of the "
+                       "tokens; expected neither. Pass the log-sum-exps of the tokens that are meant.")  # fmt: skip
         return None, _lse_alone(report, pairs, base, inf_is_empty, out, backend)
     names = [(f"pairs[{k}][0]", f"pairs[{k}][1]") for k in range(len(pairs))]
     states = states_of(pairs, names, report, base, layout, axes, inf_is_empty, heads, 1)

@@ -1,5 +1,7 @@
 """Merges of some tokens, of padded sequences, of any number of states a row; and results of another dtype."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from running import on_host, same
@@ -336,3 +338,57 @@ def test_a_ring_ends_in_eight_bits(any_backend, dtype):
     np.testing.assert_array_equal(made.view(np.uint8), rounded(states()[0].attn_out * scale[:, None], dtype))
     with pytest.raises(rau.OptionError, match="scale is given for an output of float16"):
         ring.result("float16", 2.0)
+
+
+@pytest.mark.parametrize("tokens", [CHOICES["slice"], CHOICES["mask"]], ids=["slice", "mask"])
+def test_out_may_stand_on_the_first_state_the_other_way_round(any_backend, tokens):
+    """Its maximum where the sums are to be, and its sums where the maxima are."""
+    backend, mask = rau.registry.get(any_backend), chosen(tokens)
+    first, other = states()[:2]
+    merged = rau.merge_states([first, other], layout="TND")
+    expected = [np.where(mask[:, None, None], new, old) for new, old in zip(merged, first)]
+    prev, cur = of(backend, first), of(backend, other)
+    out = (backend.asarray(np.zeros_like(first.attn_out)), prev.softmax_sum, prev.softmax_max)
+    same(on_host(backend, rau.merge_states([prev, cur], layout="TND", tokens=tokens, out=out, backend=any_backend)), expected)
+
+
+def test_what_does_not_go_together_is_refused():
+    pairs = [(None, state.softmax_max[..., 0]) for state in states()[:2]]
+    with pytest.raises(rau.OptionError, match="pairs have no outputs"):
+        rau.merge_lse(pairs, "TND", base="e", lse_layout="TN", tokens=[1])
+    with pytest.raises(rau.OptionError, match="indptr is given with actual_seq_qlen"):
+        rau.merge_states(states()[0], [0, 99], "TND", indptr=[0, 2, 6])
+    with pytest.raises(rau.ConstraintError, match=r"indptr = \[0, 2, 4\]: it ends at 4") as caught:
+        rau.merge_states(states()[0], layout="TND", indptr=[0, 2, 4])
+    assert "padding" not in str(caught.value)
+    ring = rau.StreamingMerge("TND", like=states()[0], actual_seq_qlen=REAL, cu_seqlens_padded=SLOTS)
+    with pytest.raises(rau.OptionError, match="in a ring of padded sequences"):
+        ring.update(*(part[:2] for part in states()[1]), tokens=[2, 3])
+    with pytest.raises(rau.OptionError, match="scale = 1000"):
+        rau.merge_states(states(), layout="TND", dtype="float8_e5m2", scale=10**400)
+
+
+class OfRuns(type(rau.registry.get("numpy"))):
+    """Takes runs of tokens, and cannot leave statistics out; or refuses, once it is asked."""
+
+    capabilities = replace(rau.registry.get("numpy").capabilities, without_statistics=False)
+    refuses = False
+
+    def merge(self, problem, states, out):
+        if self.refuses:
+            raise rau.UnsupportedError("not today")
+        return super().merge(problem, states, out)
+
+
+def test_a_backend_of_runs_that_cannot_leave_statistics_out():
+    expected = rau.merge_states(states(), layout="TND", tokens=[1, 4]).attn_out
+    alone = rau.merge_states(states(), layout="TND", tokens=[1, 4], statistics=False, backend=OfRuns())
+    np.testing.assert_array_equal(alone, expected)
+
+
+def test_a_backend_that_refuses_leaves_out_as_it_was():
+    refusing, out = OfRuns(), tnd(T, 2, 8, lanes=1, seed=9)
+    refusing.refuses = True
+    with pytest.raises(rau.UnsupportedError, match="not today"):
+        rau.merge_states(states(), layout="TND", tokens=[1, 4], out=out, backend=refusing)
+    same(out, tnd(T, 2, 8, lanes=1, seed=9))

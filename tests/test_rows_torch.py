@@ -93,3 +93,10 @@ def test_inference_tensors_are_written_to():
         prev, cur = state(0), state(1)
     rau.merge_states([prev, cur], layout="TND", tokens=[1, 4], out=prev)
     assert all(torch.equal(got, wanted) for got, wanted in zip(prev, expected))
+
+
+def test_what_is_written_under_no_grad_is_no_part_of_a_graph():
+    prev, cur = state(0, grad=True), state(1)
+    with torch.no_grad():
+        rau.merge_states([prev, cur], layout="TND", tokens=[0, 2], out=prev, backend="torch")
+    assert all(part.grad_fn is None and part.requires_grad for part in prev)

@@ -115,7 +115,7 @@ def test_odd_sequences_have_no_halves():
         ring_of(sbh(7)).update(*sbh(3), tokens="front")
     assert str(caught.value) == (
         'StreamingMerge.update: [tokens-odd] tokens = "front", and every sequence has 7 tokens; expected even lengths. Pad '
-        "the sequences, or choose the tokens by a slice (not in TND)."
+        "the sequences, or choose the tokens by a slice (not where statistics are packed)."
     )
     ring = ring_of(tnd(), "TND", actual_seq_qlen=[0, 4, 7, 12])
     with pytest.raises(rau.ShapeError) as caught:

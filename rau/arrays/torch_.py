@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -172,7 +173,7 @@ class TorchKind:
 
     def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> None:
         torch = sys.modules["torch"]
-        with torch.inference_mode(array.is_inference() or torch.is_inference_mode_enabled()):
+        with torch.inference_mode() if array.is_inference() else nullcontext():  # which else would turn gradients on
             if array.itemsize == 1:  # of which no gradient is wanted, and torch copies no rows
                 array, values = array.view(torch.uint8), values.view(torch.uint8)
             if isinstance(rows, slice):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rau.errors import ShapeError
 from rau.state import AttentionState
 from rau.update import merge_lse
 from rau.update import merge_states as _merge_states
@@ -101,6 +102,9 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
     >>> v.shape, float(s[0, 0])
     ((3, 2, 8), 2.0)
     """
+    if tuple(v.shape[:3]) != tuple(s.shape):
+        raise ShapeError(f"merge_states: [shape-stats] s has shape {tuple(s.shape)} and v {tuple(v.shape)}; expected (T, K, N) and "
+                         "(T, K, N, D).", ("shape-stats",))  # fmt: skip
     return merge_lse([(v[:, k], s[:, k]) for k in range(v.shape[1])], **_HOW)
 
 

@@ -67,9 +67,10 @@ class _SDPAMerger:
         ConstraintError, UnsupportedError
             As :meth:`rau.AttentionState.from_lse` and :meth:`rau.StreamingMerge.update`.
         """
-        self._dtype, self._keeps_axis = out.dtype, lse.ndim == out.ndim
-        rows = lse[..., 0] if self._keeps_axis else lse
+        keeps_axis = lse.ndim == out.ndim
+        rows = lse[..., 0] if keeps_axis else lse
         self._merge.update(*AttentionState.from_lse(out, rows, **self._how), tokens="back" if partial else None)
+        self._dtype, self._keeps_axis = out.dtype, keeps_axis
 
     def results(self) -> tuple[Any, Any]:
         """Return what has been merged.

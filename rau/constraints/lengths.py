@@ -104,7 +104,7 @@ def _check_cumulative(
         found = f"it ends at {last}"
     hint = ""
     if first == 0 and not falling:  # cumulative, even where it also adds up to T
-        if tokens is not None and last < tokens:
+        if tokens is not None and last < tokens and name == NAME:
             whole = [*lengths.tolist(), tokens] if len(lengths) <= 8 else f"numpy.append({name}, {tokens})"
             hint = " The buffer is longer than the last length: if the rest is padding, pass it as a sequence of its own: "
             hint += f"{whole}."

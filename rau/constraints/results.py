@@ -42,8 +42,11 @@ def bind_scale(report: Violations, scale: Any, dtype: str, heads: int, like: Any
         report.add("scale", f"scale is given for an output of {dtype}; expected dtype={' or '.join(map(shown, EIGHT_BITS))}, "
                    "whose range it serves.")  # fmt: skip
     elif isinstance(scale, (int, float, np.floating)) and not isinstance(scale, bool):
-        with np.errstate(over="ignore"):
-            return float(np.float32(scale))
+        try:
+            with np.errstate(over="ignore"):
+                return float(np.float32(scale))
+        except OverflowError:
+            report.add("scale", f"scale = {shown(scale)}; {expected}.")
     else:
         scale, own = plain(scale), kind_of(like)
         kind = kind_of(scale)

@@ -129,6 +129,13 @@ def count(rows: Rows) -> int:
     return len(range(rows.start, rows.stop, rows.step)) if isinstance(rows, slice) else len(rows)
 
 
+def rows_beside(rows: Rows, length: int) -> Rows:
+    """Return the other rows, of so many in all."""
+    others = np.ones(length, bool)
+    others[rows] = False
+    return _as_slice(np.flatnonzero(others))
+
+
 def runs_of(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Return first rows and lengths of the runs of rows that follow one another."""
     if isinstance(rows, slice):

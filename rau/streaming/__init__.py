@@ -75,7 +75,8 @@ class StreamingMerge:
     -----
     The running state has the kind and device of the first partial state's arrays: it is float32, or float64 where they
     are. The first step allocates it. No later step allocates anything of its size or copies any of it, with or without
-    `tokens`: the backend is given views and writes in place. What memory a backend itself needs is up to it: `cython` and
+    `tokens`: the backend is given views and writes in place (rows chosen by number or mask, and those of padded sequences, are
+    copied out and back). What memory a backend itself needs is up to it: `cython` and
     `cuda` need none, `numpy` and `torch` compute in temporaries. For a backend that does not merge 16 bits into float32,
     partial states are widened; for one that does not write in place, results are copied.
 
@@ -215,6 +216,9 @@ class StreamingMerge:
         rows: Rows | None = None
         if tokens is not None:
             places, lengths, half, rows = self._places(running.kind, whole, tokens)
+            if rows is not None and self._real is not None:
+                raise _broken(UPDATE, "tokens", "tokens are chosen in a ring of padded sequences; expected \"front\", \"back\" or "
+                              "none, since padding stays empty.")  # fmt: skip
             names = of_part
         if on_host:
             bind(UPDATE, (partial,), _of_partial, lengths, self._whole, None)

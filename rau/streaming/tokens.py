@@ -48,7 +48,7 @@ def part_of(call: str, tokens: Any, layout: str, packed: bool, length: int, leng
             which, size = f"sequence {odd[0]} (tokens {begin} to {end})", end - begin
         more = f", and {len(odd) - 1} more are odd" if len(odd) > 1 else ""
         report.add("tokens-odd", f'tokens = "{tokens}", and {which} has {size} tokens{more}; expected even lengths. '
-                   "Pad the sequences, or choose the tokens by a slice (not in TND).")  # fmt: skip
+                   "Pad the sequences, or choose the tokens by a slice (not where statistics are packed).")  # fmt: skip
         raise report.error()
     if layout == "TND":
         return tokens
