@@ -89,6 +89,9 @@ def merge_rows(
 
     dtypes = dtype, problem.stats_dtype, problem.stats_dtype
     on_first = into is not None and all([kind.memory(a).same_view(kind.memory(b)) for a, b in zip(into, first)])
+    kept = None
+    if into is not None and rows is not None and not (padded or on_first):
+        kept = _kept(kind, first, into, dtypes, rows, problem.T)  # before `into`, which may stand on it, is written
     where_they_lie = dtype == problem.dtype and not in_graph and options.check == "metadata"
     if rows is not None and where_they_lie and (into is None or padded or on_first or not problem.in_place):
         described = problem.actual_seq_qlen, options.layout, options.softmax_layout, options.profile
@@ -102,8 +105,7 @@ def merge_rows(
                 regular, target, *described, in_place=problem.in_place, statistics=options.statistics, runs=runs_of(rows)
             )
             hand_over(call, chosen, problem, regular, target)
-            if into is not None and not (padded or on_first):
-                _keep(kind, into, _kept(kind, first, into, dtypes, rows, problem.T))
+            _keep(kind, target, kept)
             return target if out is None else as_state(out)
 
     picked = states
@@ -122,17 +124,13 @@ def merge_rows(
         merged = merged._replace(attn_out=kind.cast(wide, dtype))
     if rows is None and into is None:
         return merged
-    kept = None
     if into is None:
         into = _new(kind, first, dtypes, options, padded)
     else:
         kind.will_write(as_state(into))
-        if not (padded or on_first or rows is None):
-            kept = _kept(kind, first, into, dtypes, rows, problem.T)  # before `into`, which may stand on it, is written
     for target, values in zip(into, merged):
         kind.put(target, slice(None) if rows is None else rows, _of_lanes(kind, values, target))
-    if kept is not None:
-        _keep(kind, into, kept)
+    _keep(kind, into, kept)
     return as_state(into if out is None else out)
 
 
@@ -150,10 +148,11 @@ def _kept(
     return rest, [kind.cast(kind.take(array, rest), own) for array, own, _ in zip(first, dtypes, into)]
 
 
-def _keep(kind: Kind, into: Sequence[Any], kept: tuple[Rows, list[Any]]) -> None:
-    """Write rows that are not merged."""
-    for target, values in zip(into, kept[1]):
-        kind.put(target, kept[0], _of_lanes(kind, values, target))
+def _keep(kind: Kind, into: Sequence[Any], kept: tuple[Rows, list[Any]] | None) -> None:
+    """Write the rows that are not merged, where there are any to be written: last, since a backend may refuse."""
+    rest, copies = kept or (slice(0, 0), [])
+    for target, values in zip(into, copies):
+        kind.put(target, rest, _of_lanes(kind, values, target))
 
 
 def merge_pair_rows(
