@@ -20,7 +20,7 @@ from rau.arrays.torch_ import tensor_inside
 from rau.backends.torch_ import Geometry
 from rau.call import NAMES, run
 from rau.constraints import Options, bind
-from rau.errors import DTypeError, UnsupportedError
+from rau.errors import DTypeError, ShapeError, UnsupportedError
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -330,7 +330,11 @@ class AttentionToParts(torch.autograd.Function):
         grads: list[Any] = []
         for part in _taken_apart(flat, ctx.lengths):
             of_q, *of_part = ctx.backward_of_a_part(grad_out, q, *part, out, lse)
-            grad_q += of_q
+            if len(of_part) != len(part):
+                raise ShapeError(f"merge_attention: [states] backward returned {1 + len(of_part)} gradients for q and a part of "
+                                 f"{len(part)} items; expected {1 + len(part)}, None where there is none.", ("states",))  # fmt: skip
+            if of_q is not None:
+                grad_q += of_q
             grads += of_part
         return None, None, None, None, None, grad_q.to(q.dtype), *grads
 

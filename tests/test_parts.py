@@ -103,6 +103,20 @@ def test_gradients_of_the_queries_are_added_up_in_float32():
     assert not torch.equal(mine, one + two + three)
 
 
+def test_a_backward_that_returns_too_few_gradients_is_named():
+    """Though the next part's returns one more, so that their number is right in all."""
+    (q, k, v), mask, upstream = inputs()
+    kernel, counts = Kernel(), iter((3, 5, 4))
+
+    def backward(*given):
+        return (*kernel.backward(*given), None)[: next(counts)]
+
+    parts = list(zip(k.split(CUTS, 2), v.split(CUTS, 2), mask.split(CUTS, 1), strict=True))
+    out, _ = rau.merge_attention(q, parts, kernel.forward, backward, "BNSD", base="e", inf_is_empty=True)
+    with pytest.raises(rau.ShapeError, match="backward returned 3 gradients for q and a part of 3 items; expected 4"):
+        torch.autograd.grad(out, q, upstream)
+
+
 def test_no_gradient_is_wrong_in_silence():
     leaves, mask, _ = inputs()
     out, lse = merged(*leaves, mask, Kernel())

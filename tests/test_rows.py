@@ -184,6 +184,8 @@ def test_other_layouts_have_no_axis_of_tokens_alone(layout, asked):
 
 WRONG = {  # what is asked, and what the message says
     "twice": ({"tokens": [1, 1]}, "names 1 more than once"),
+    "a mask of ints": ({"tokens": np.array([1, 0, 1, 0, 1, 1])}, "It looks like a mask: pass it as bools"),
+    "bools and numbers": ({"tokens": [True, 2, 0]}, "tokens holds 2, of type int"),
     "beyond": ({"tokens": [0, 6]}, r"tokens\[1\] = 6; expected numbers of tokens, from 0 to 5"),
     "negative": ({"tokens": [-1]}, r"tokens\[0\] = -1"),
     "fraction": ({"tokens": [1.5]}, "has dtype float64"),

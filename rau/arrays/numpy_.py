@@ -24,7 +24,8 @@ except ImportError:  # not compiled: every call takes the validator
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 NARROW = tuple(name for name, size in ITEMSIZE.items() if size < 4)  # merged in float32, and rounded once more where stored
 EIGHT_BITS = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}  # results alone, and the largest number of each
-BITS = {"bfloat16": "uint16", **dict.fromkeys(EIGHT_BITS, "uint8")}  # what NumPy has only through ml_dtypes, and as which integers it is seen without
+# What NumPy has only through ml_dtypes, and as which integers it is seen without.
+BITS = {"bfloat16": "uint16", **dict.fromkeys(EIGHT_BITS, "uint8")}
 _NUMPY_NAMES: dict[np.dtype, str] = {}
 _DTYPES: dict[str, Any] = {name: np.dtype(name) for name in ITEMSIZE if name not in BITS}
 LARGE = 1 << 18  # elements: a smaller array stays in the cache, where its place does not matter

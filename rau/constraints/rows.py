@@ -31,7 +31,8 @@ def bind_tokens(report: Violations, tokens: Any, length: int) -> Rows | None:
     if isinstance(tokens, slice):
         return bind_slice(report, tokens, length)
     if isinstance(tokens, (list, tuple)):
-        wrong = [item for item in tokens if not isinstance(item, (bool, int, float, np.generic))]
+        bools = [isinstance(item, (bool, np.bool_)) for item in tokens]
+        wrong = [item for item, its in zip(tokens, bools) if not isinstance(item, (int, float, np.generic)) or its != bools[0]]
         if wrong:
             report.add("tokens", f"tokens holds {shown(wrong[0])}, {described(wrong[0])}; {expected}.")
             return None
@@ -56,8 +57,9 @@ def bind_tokens(report: Violations, tokens: Any, length: int) -> Rows | None:
         report.add("tokens", f"tokens[{at}] = {values[at]}; expected numbers of tokens, from 0 to {length - 1} (T = {length}).")
     elif len(np.unique(values)) < len(values):
         again, counts = np.unique(values, return_counts=True)
+        hint = " It looks like a mask: pass it as bools." if len(values) == length and values.max() <= 1 else ""
         report.add("tokens", f"tokens names {again[counts.argmax()]} more than once; expected each token once at most, since "
-                   "one call merges a row once.")  # fmt: skip
+                   f"one call merges a row once.{hint}")  # fmt: skip
     else:
         return _as_slice(values.astype(np.int64))
     return None

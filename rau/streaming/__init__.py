@@ -171,8 +171,9 @@ class StreamingMerge:
         tokens : slice, {"front", "back"}, or array of int or bool, optional
             Which tokens the partial state covers; all by default. A slice along the token axis, unless statistics are packed.
             In layout "TND" with token-major statistics also the tokens' numbers, each at most once, or a mask of shape (T,): the
-            partial state has as many tokens as are chosen, in that order. "front" and "back" are the first and the second half of every sequence, in all layouts and both
-            orders of the statistics: the partial state then has T / 2 tokens, its sequences half as long, one after another.
+            partial state has as many tokens as are chosen, in that order. "front" and "back" are the first and the second half of
+            every sequence, in all layouts and both orders of the statistics: the partial state then has T / 2 tokens, its
+            sequences half as long, one after another.
 
         Raises
         ------
