@@ -16,7 +16,7 @@ from rau.arithmetic import scaled
 from rau.arrays import Kind, kind_of, looks_like_array, plain
 from rau.arrays.numpy_ import EIGHT_BITS
 from rau.call import NAMES, as_state, hand_over
-from rau.constraints import Options, bind
+from rau.constraints import Options, bind, check_options
 from rau.constraints.hints import described
 from rau.constraints.results import bind_scale, result_dtype
 from rau.constraints.rows import (
@@ -190,10 +190,12 @@ def merge_counts(
     """
     refuse_tracing(call)
     report = Violations(call)
+    options, _ = check_options(report, options)
+    report.raise_if_broken()
     if not isinstance(state, (tuple, list)) or len(state) != 3 or not all(map(looks_like_array, state)):
         report.add("states", f"states is {described(state)}; with indptr expected one triple (attn_out, softmax_max, softmax_sum) "
                    "of arrays that hold the states of all rows.")  # fmt: skip
-    check_token_major(report, "indptr", options.layout, options.softmax_layout)
+    check_token_major(report, "indptr", options)
     if asked is not None or out is not None or lengths is not None:
         report.add("indptr", "indptr is given with actual_seq_qlen, tokens, cu_seqlens_padded, dtype, scale or out; expected it "
                    "without them.")  # fmt: skip
@@ -222,7 +224,9 @@ def _find(report: Violations, asked: Asked, attn_out: Any, lengths: Any, options
         return None, lengths
     if tokens is not None and padded is not None:
         report.add("tokens", f"tokens and {PADDED} are both given; expected one of them. Choose among the real tokens by tokens.")
-    check_token_major(report, "tokens" if padded is None else PADDED, options.layout, options.softmax_layout)
+    options, _ = check_options(report, options)
+    report.raise_if_broken()
+    check_token_major(report, "tokens" if padded is None else PADDED, options)
     report.raise_if_broken()
     count = next(iter(getattr(attn_out, "shape", ())), None)
     rows: Rows | None = None

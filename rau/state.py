@@ -157,8 +157,8 @@ class AttentionState(NamedTuple):
         True
         """
         report = Violations("AttentionState.from_lse")
-        check_base(report, base)
-        axes = check_layouts(report, layout, lse_layout, padded=True)
+        base = check_base(report, base)
+        layout, axes = check_layouts(report, layout, lse_layout, padded=True)
         lanes = check_lanes(report, lanes)
         names = (("attn_out", "lse"),)
         (state,) = states_of([(attn_out, lse)], names, report, base, layout, axes, inf_is_empty, heads, lanes, actual_seq_qlen)
@@ -225,8 +225,8 @@ class AttentionState(NamedTuple):
         2.0
         """
         report = Violations("AttentionState.from_max_sum")
-        check_base(report, base)
-        axes = check_layouts(report, layout, stats_layout, "stats_layout")
+        base = check_base(report, base)
+        layout, axes = check_layouts(report, layout, stats_layout, "stats_layout")
         number = check_heads(report, heads)
         lanes = check_lanes(report, lanes)
         out = check_array(report, "attn_out", attn_out, "dtype-attn", tuple(ITEMSIZE))
@@ -299,9 +299,9 @@ class AttentionState(NamedTuple):
         array([[[1., 1.]]], dtype=float32)
         """
         report = Violations("AttentionState.lse")
-        check_base(report, base)
-        axes = check_layouts(report, layout, lse_layout)
-        check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
+        base = check_base(report, base)
+        layout, axes = check_layouts(report, layout, lse_layout)
+        softmax_layout = check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
         arrays = [
             check_array(report, name, stats, "dtype-stats", ("float32", "float64"))
             for name, stats in (("softmax_max", self.softmax_max), ("softmax_sum", self.softmax_sum))
@@ -345,8 +345,8 @@ def states_of(
 ) -> list[AttentionState]:
     """Make states of pairs (attn_out, lse), as :meth:`AttentionState.from_lse` says, or raise what `report` then holds.
 
-    `names` are the caller's, of the arrays of each pair. `base` was checked; `axes` and `lanes` are what the checks of them
-    returned.
+    `names` are the caller's, of the arrays of each pair. `base`, `layout`, `axes` and `lanes` are what the
+    checks of them returned.
     """
     number = check_heads(report, heads)
     padded = layout == "TND" and axes in PADDED

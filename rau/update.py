@@ -338,8 +338,8 @@ def merge_lse(
     True
     """
     report = Violations("merge_lse")
-    check_base(report, base)
-    axes = check_layouts(report, layout, lse_layout)
+    base = check_base(report, base)
+    layout, axes = check_layouts(report, layout, lse_layout)
     check_pairs(report, pairs, out)
     asked = asked_of("merge_lse", tokens, cu_seqlens_padded)
     if all([attn_out is None for attn_out, _ in pairs]):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import fuzz
+import rau
 from rau import registry
 from rau.backends.numpy_ import NumPyBackend
 from rau.state import AttentionState
@@ -58,7 +59,7 @@ def into_an_input(self, problem, states, out):
 def written_and_refused(self, problem, states, out):
     if out is not None:
         out[2][...] = 7
-    raise ValueError
+    raise rau.ConstraintError("refused")
 
 
 def another_error(self, problem, states, out):

@@ -324,6 +324,53 @@ def test_whatever_an_argument_does_when_it_is_asked():
             pytest.fail(name)
 
 
+NAMED = {
+    "ring_attention_update": ("layout", "softmax_layout", "profile", "check"),
+    "merge_states": ("layout", "softmax_layout", "profile", "check"),
+    "merge_states, of some tokens": ("layout", "softmax_layout", "profile", "check"),
+    "merge_states, by row": ("layout", "softmax_layout", "profile", "check"),
+    "StreamingMerge": ("layout", "softmax_layout", "profile", "check"),
+    "add_sink": ("layout", "softmax_layout", "check"),
+    "merge_lse": ("layout", "lse_layout", "base"),
+    "from_lse": ("layout", "lse_layout", "base"),
+    "from_max_sum": ("layout", "stats_layout", "base"),
+    "lse": ("layout", "softmax_layout", "lse_layout", "base"),
+    "reorder_softmax": ("to",),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("call", NAMED)
+@pytest.mark.parametrize(
+    "given",
+    [np.zeros((2, 0, 1)), np.zeros(0), np.zeros(2), np.array("TND"), np.array(["TND", "SBH"]), np.zeros(2, "i4,f4"), b"TND", [], {}, 1.5],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_name_that_is_no_word_is_named(call, given):
+    state, packed = tnd(3), ("TND", "SBH")
+    out, rows = state[0], state[1][..., 0]
+    calls = {
+        "ring_attention_update": lambda **how: rau.ring_attention_update(*state, *state, [0, 3], **how),
+        "merge_states": lambda **how: rau.merge_states([state, state], [0, 3], **how),
+        "merge_states, of some tokens": lambda **how: rau.merge_states([state, state], tokens=[1], **how),
+        "merge_states, by row": lambda **how: rau.merge_states(state, indptr=[0, 3], **how),
+        "StreamingMerge": lambda **how: rau.StreamingMerge(actual_seq_qlen=[0, 3], **how),
+        "add_sink": lambda **how: rau.add_sink(state, np.zeros(2, "f4"), actual_seq_qlen=[0, 3], **how),
+        "merge_lse": lambda **how: rau.merge_lse([(out, rows)] * 2, **{"base": "e", "lse_layout": "TN", **how}),
+        "from_lse": lambda **how: rau.AttentionState.from_lse(out, rows, **{"base": "e", "lse_layout": "TN", **how}),
+        "from_max_sum": lambda **how: rau.AttentionState.from_max_sum(out, rows, rows, **{"base": "e", "stats_layout": "TN", **how}),
+        "lse": lambda **how: rau.AttentionState(*state).lse(**{"base": "e", "lse_layout": "TN", "actual_seq_qlen": [0, 3], **how}),
+        "reorder_softmax": lambda **how: rau.reorder_softmax(state[1], [0, 3], **how),
+    }
+    for name in NAMED[call]:
+        for order in packed if "softmax_layout" in NAMED[call] and name != "softmax_layout" else ("TND",):
+            how = {"layout": "TND", "softmax_layout": order} if "softmax_layout" in NAMED[call] else {"layout": "TND"}
+            if call == "reorder_softmax":
+                how = {}
+            with pytest.raises(rau.RauError, match=rf"\b{name} = "):
+                calls[call](**{**how, name: given})
+
+
 @pytest.mark.parametrize("backend", HOST)
 def test_what_the_caller_asks_of_numpy_reaches_nobody(backend):
     tiny = rau.AttentionState(*(np.full_like(part, 1e-40) for part in sbh()))

@@ -98,7 +98,8 @@ def bind(
         Its message says everything that is wrong with the call.
     """
     report = Violations(call)
-    layout, limits = check_options(report, options)
+    options, limits = check_options(report, options)
+    layout = options.layout
     packed = layout == "TND" and options.softmax_layout == "SBH"
     into = out if out is not None and is_whole(report, out, options.statistics) else None
     kind = _check_arrays(report, states, names)

@@ -22,22 +22,18 @@ from rau.errors import shown
 from rau.layouts import FIELDS, LAYOUTS, LSE_LAYOUTS, OTHER_LSE_LAYOUTS, PADDED, lse_layouts
 
 
-def check_base(report: Violations, base: object) -> None:
-    """Check the base of the logarithm.
-
-    Parameters
-    ----------
-    report : Violations
-    base : object
-    """
+def check_base(report: Violations, base: object) -> str:
+    """Check the base of the logarithm; return it, empty where it is wrong."""
     note = " Natural logarithms: FlashAttention, PyTorch, vLLM. Base 2: FlashInfer."
-    report.choice("base", "base", base, ("e", "2"), note)
+    return report.choice("base", "base", base, ("e", "2"), note)
 
 
 def check_layouts(
     report: Violations, layout: object, axes: object, option: str = "lse_layout", padded: bool = False
-) -> str:
-    """Check the names of an attention layout and of the axes of what it has a row of; return the latter, empty where wrong.
+) -> tuple[str, str]:
+    """Check the names of an attention layout and of the axes of what it has a row of.
+
+    Return them, empty where wrong; the axes are so where the layout is.
 
     `option` is what the caller knows the axes by. Where `padded`, those of :data:`PADDED` go with layout "TND" as well.
 
@@ -45,22 +41,22 @@ def check_layouts(
     them apart where T = N, and mistaking one for the other silently gives wrong numbers.
     """
     known = check_layout(report, layout)
-    names = lse_layouts(str(layout)) if known else tuple(LSE_LAYOUTS)
+    names = lse_layouts(known) if known else tuple(LSE_LAYOUTS)
     what = "lse" if option == "lse_layout" else "the statistics"
     if axes is None:
-        if known and layout != "TND":
-            return names[0]
+        if known and known != "TND":
+            return known, names[0]
         if known:
             report.add("lse-layout", f'{option} is None; layout "TND" expects the axes of {what} by name: "TN" for (T, N) '
                        '(FlashInfer), "NT" for (N, T) (vLLM, FlashAttention\'s varlen calls).')  # fmt: skip
-        return ""
+        return known, ""
     forms = " or ".join(map(LSE_LAYOUTS.__getitem__, names))
-    note = f' With layout "{layout}" {what} {"is" if what == "lse" else "are"} {forms}.' if known else ""
-    if padded and layout == "TND":
+    note = f' With layout "{known}" {what} {"is" if what == "lse" else "are"} {forms}.' if known else ""
+    if padded and known == "TND":
         names += tuple(PADDED)
         note += f" Padded, {' or '.join(PADDED.values())}, it needs {NAME}."
     named = report.choice("lse-layout", option, axes, names, note, OTHER_LSE_LAYOUTS)
-    return str(axes) if named and known else ""
+    return known, named if known else ""
 
 
 class Described(NamedTuple):
@@ -126,7 +122,7 @@ def check_rows(
     its = check_array(report, name, rows, "dtype-stats", ("float64",) if wide else ("float32", "float64"))
     if its is not None and out is not None:
         check_alike(report, name, its, out_name, out)
-        if its.dtype == "float64" or (isinstance(base, str) and base == "2"):
+        if its.dtype == "float64" or base == "2":
             check_float64(report, name, rows, its)
     return its
 

@@ -35,29 +35,27 @@ def check_statistics(report: Violations, statistics: object, out: object) -> Non
     report.raise_if_broken()
 
 
-def check_layout(report: Violations, layout: object) -> bool:
-    """Check the name of a layout of attention outputs."""
+def check_layout(report: Violations, layout: object) -> str:
+    """Check the name of a layout of attention outputs; return it, empty where it is wrong."""
     note = " The letters are the axes of attn_out: B batch, S or T tokens, N heads, D head dimension, H = N * D."
     return report.choice("layout", "layout", layout, LAYOUTS, note, OTHER_LAYOUTS)
 
 
-def check_softmax_layout(report: Violations, rule: str, argument: str, order: object) -> None:
-    """Check the name of an order of the statistics in layout TND."""
+def check_softmax_layout(report: Violations, rule: str, argument: str, order: object) -> str:
+    """Check the name of an order of the statistics in layout TND; return it, empty where it is wrong."""
     note = ' "TND" is token-major; "SBH" is packed per sequence, as the vendor\'s kernels emit.'
-    report.choice(rule, argument, order, ("TND", "SBH"), note, {})
+    return report.choice(rule, argument, order, ("TND", "SBH"), note, {})
 
 
-def check_options(report: Violations, options: Options) -> tuple[str, Profile]:
-    """Check them; return the layout, empty where there is no such, and the limits."""
-    layout, softmax_layout, profile, check, _ = options
-    known = check_layout(report, layout)
-    check_softmax_layout(report, "softmax-layout", "softmax_layout", softmax_layout)
-    report.choice("check", "check", check, CHECKS)
-    if not report.choice("profile", "profile", profile, PROFILES):
-        return (layout if known else ""), PROFILES["portable"]
-    limits = PROFILES[profile]
-    if known and layout not in limits.layouts:
+def check_options(report: Violations, options: Options) -> tuple[Options, Profile]:
+    """Check them; return them, those that are wrong as empty names, and the limits."""
+    layout = check_layout(report, options.layout)
+    softmax_layout = check_softmax_layout(report, "softmax-layout", "softmax_layout", options.softmax_layout)
+    check = report.choice("check", "check", options.check, CHECKS)
+    profile = report.choice("profile", "profile", options.profile, PROFILES)
+    limits = PROFILES[profile or "portable"]
+    if layout and layout not in limits.layouts:
         takes = " and ".join(f'"{name}"' for name in limits.layouts)
         report.add("layout-profile", f'layout = "{layout}"; profile "{profile}" knows {takes} only. '
                    'profile="portable" takes it.')  # fmt: skip
-    return (layout if known else ""), limits
+    return Options(layout, softmax_layout, profile, check, options.statistics), limits

@@ -9,6 +9,7 @@ import numpy as np
 from rau.arrays import kind_of, plain
 from rau.constraints.hints import described
 from rau.constraints.lengths import bind_lengths
+from rau.constraints.options import Options
 from rau.constraints.rules import Violations
 from rau.errors import shown
 
@@ -17,10 +18,11 @@ PADDED = "cu_seqlens_padded"
 REORDER = 'rau.reorder_softmax(stats, lengths, to="TND") puts packed statistics into that order.'
 
 
-def check_token_major(report: Violations, argument: str, layout: str, softmax_layout: str) -> None:
+def check_token_major(report: Violations, argument: str, options: Options) -> None:
     """Check that rows can be chosen: the first axis of all arrays is that of tokens."""
-    if layout != "TND" or softmax_layout != "TND":
-        got = f"layout {shown(layout)}" if layout != "TND" else 'softmax_layout "SBH"'
+    layout = options.layout
+    if layout != "TND" or options.softmax_layout != "TND":
+        got = f'layout "{layout}"' if layout != "TND" else 'softmax_layout "SBH"'
         hint = "Pass slices of the arrays, and of out." if layout != "TND" else REORDER
         report.add("tokens", f'{argument} is given with {got}; expected layout "TND" with token-major statistics. {hint}')
 

@@ -98,20 +98,23 @@ class Violations:
         known: Collection[str],
         note: str = "",
         others: Mapping[str, tuple[str, str]] | None = None,
-    ) -> bool:
+    ) -> str:
         """Check that an option's value exists, and note it with the one that seems to be meant where it does not.
+
+        What follows looks at what is returned, the value or "" where it is wrong, since anything may have been given: an
+        array compared to a name is an array.
 
         `note` is appended: what the values mean. `others` is for values that are no words, as :func:`meant` takes it;
         without it the closest spelling is named.
         """
         if isinstance(value, str) and value in known:  # asked in this order, anything can be tested
-            return True
+            return value
         expected = ", ".join(f'"{name}"' for name in known)
         text = f"{argument} = {shown(value)}; expected one of {expected}."
         if isinstance(value, str):
             text += _closest(value, known) if others is None else meant(value, known, others)
         self.add(rule, text + note)
-        return False
+        return ""
 
     def error(self) -> ConstraintError:
         """Word everything noted as one error, of the class of the first broken rule; what several states share, once."""

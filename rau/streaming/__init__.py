@@ -124,12 +124,12 @@ class StreamingMerge:
         check: str = "metadata",
     ) -> None:
         report = Violations(_CLASS)
-        _, limits = check_options(report, Options(layout, softmax_layout, profile, check))
+        self._options, limits = check_options(report, Options(layout, softmax_layout, profile, check))  # of partial states
         report.raise_if_broken()
         lengths, self._real = None, None
         self._packed = layout == "TND" and softmax_layout == "SBH"
         if cu_seqlens_padded is not None:
-            check_token_major(report, PADDED, layout, softmax_layout)
+            check_token_major(report, PADDED, self._options)
             report.raise_if_broken()
             bound = bind_padded(report, actual_seq_qlen, cu_seqlens_padded, None)
             report.raise_if_broken()
@@ -138,7 +138,6 @@ class StreamingMerge:
         elif layout == "TND":
             lengths = bind_lengths(report, actual_seq_qlen, None, self._packed, limits.vendor)
             report.raise_if_broken()
-        self._options = Options(layout, softmax_layout, profile, check)  # of each partial state
         self._whole = self._options._replace(profile="portable", check="metadata")  # of the running one
         self._lengths, self._backend = lengths, backend
         self._running: RunningState | None = None
