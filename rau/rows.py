@@ -87,11 +87,32 @@ def merge_rows(
     if rows is None and dtype == problem.dtype:
         return compute(states, lengths, options, out)
 
-    dtypes = dtype, problem.stats_dtype, problem.stats_dtype
+    if in_graph and dtype in EIGHT_BITS:
+        raise UnsupportedError(f"{call}: dtype = {dtype} and an input requires grad; eight bits have no gradient here. Call "
+                               "under torch.no_grad(), or merge to float32 and round that.")  # fmt: skip
+
+    def rounded(attn_out: Any) -> Any:
+        """Copy part of the output in the dtype that is wanted."""
+        if dtype not in EIGHT_BITS:
+            return kind.cast(attn_out, dtype)
+        wide = attn_out if kind.dtype(attn_out) == "float32" else kind.cast(attn_out, "float32")
+        return kind.cast(scaled(wide, scale, EIGHT_BITS[dtype], options.layout, problem.N), dtype)
+
+    def copied(state: Sequence[Any]) -> list[Any]:
+        return [rounded(state[0]), *(kind.cast(array, problem.stats_dtype) for array in state[1:])]
+
+    fields = 3 if options.statistics else 1
     on_first = into is not None and all([kind.memory(a).same_view(kind.memory(b)) for a, b in zip(into, first)])
-    kept = None
+    rest: Rows = slice(0, 0)  # what is not merged, and has to be written
+    kept: list[Any] = []
     if into is not None and rows is not None and not (padded or on_first):
-        kept = _kept(kind, first, into, dtypes, rows, problem.T)  # before `into`, which may stand on it, is written
+        rest = rows_beside(rows, problem.T)
+        kept = copied([kind.take(array, rest) for array in first[:fields]])  # before `into`, which may stand on it, is written
+
+    def new() -> list[Any]:
+        """Make arrays for the result, with what is to be in the rows that are not merged: the first state's, or nothing."""
+        return copied((_empty(kind, first) if padded else first)[:fields])
+
     where_they_lie = dtype == problem.dtype and not in_graph and options.check == "metadata"
     if rows is not None and where_they_lie and (into is None or padded or on_first or not problem.in_place):
         described = problem.actual_seq_qlen, options.layout, options.softmax_layout, options.profile
@@ -100,12 +121,12 @@ def merge_rows(
             registry.log_call(call, chosen, origin)
             if into is not None:
                 kind.will_write(as_state(into))
-            target = as_state(_new(kind, first, dtypes, options, padded) if into is None else into)
+            target = as_state(new() if into is None else into)
             problem = Problem.of(
                 regular, target, *described, in_place=problem.in_place, statistics=options.statistics, runs=runs_of(rows)
             )
             hand_over(call, chosen, problem, regular, target)
-            _keep(kind, target, kept)
+            _put(kind, target, rest, kept)
             return target if out is None else as_state(out)
 
     picked = states
@@ -115,44 +136,22 @@ def merge_rows(
         picked = [[kind.cast(picked[0][0], "float32"), *picked[0][1:]], *picked[1:]]
     merged = compute(picked, lengths, options._replace(profile="portable"), None)  # whose limits were looked at
     if dtype != problem.dtype:
-        wide = merged.attn_out
-        if dtype in EIGHT_BITS:
-            if getattr(wide, "requires_grad", False):
-                raise UnsupportedError(f"{call}: dtype = {dtype} and an input requires grad; eight bits have no gradient here. Call "
-                                       "under torch.no_grad(), or merge to float32 and round that.")  # fmt: skip
-            wide = scaled(wide, scale, EIGHT_BITS[dtype], options.layout, problem.N)
-        merged = merged._replace(attn_out=kind.cast(wide, dtype))
+        merged = merged._replace(attn_out=rounded(merged.attn_out))
     if rows is None and into is None:
         return merged
     if into is None:
-        into = _new(kind, first, dtypes, options, padded)
+        into = new()
     else:
         kind.will_write(as_state(into))
-    for target, values in zip(into, merged):
-        kind.put(target, slice(None) if rows is None else rows, _of_lanes(kind, values, target))
-    _keep(kind, into, kept)
+    _put(kind, into, slice(None) if rows is None else rows, merged)
+    _put(kind, into, rest, kept)
     return as_state(into if out is None else out)
 
 
-def _new(kind: Kind, first: Sequence[Any], dtypes: Sequence[str], options: Options, padded: bool) -> Sequence[Any]:
-    """Return new arrays of a result, with what is to be in the rows that are not merged: the first state's, or nothing."""
-    others = _empty(kind, first) if padded else first
-    return [kind.cast(array, own) for array, own in zip(others, dtypes)][: 3 if options.statistics else 1]
-
-
-def _kept(
-    kind: Kind, first: Sequence[Any], into: Sequence[Any], dtypes: Sequence[str], rows: Rows, length: int
-) -> tuple[Rows, list[Any]]:
-    """Copy the rows of the first state that are not merged."""
-    rest = rows_beside(rows, length)
-    return rest, [kind.cast(kind.take(array, rest), own) for array, own, _ in zip(first, dtypes, into)]
-
-
-def _keep(kind: Kind, into: Sequence[Any], kept: tuple[Rows, list[Any]] | None) -> None:
-    """Write the rows that are not merged, where there are any to be written: last, since a backend may refuse."""
-    rest, copies = kept or (slice(0, 0), [])
-    for target, values in zip(into, copies):
-        kind.put(target, rest, _of_lanes(kind, values, target))
+def _put(kind: Kind, into: Sequence[Any], rows: Rows, values: Sequence[Any]) -> None:
+    """Write rows of a state, of as many fields as both have."""
+    for target, its in zip(into, values):
+        kind.put(target, rows, its if its.shape[-1] == target.shape[-1] else kind.lanes(its, target.shape[-1]))
 
 
 def merge_pair_rows(
@@ -261,8 +260,3 @@ def _settled(call: str, state: Sequence[Any]) -> Kind:
             "and puts back here; expected NumPy arrays or torch tensors."
         )
     return kind
-
-
-def _of_lanes(kind: Kind, values: Any, target: Any) -> Any:
-    """See statistics with the lanes of those that they are written to."""
-    return values if values.shape[-1] == target.shape[-1] else kind.lanes(values, target.shape[-1])

@@ -175,6 +175,30 @@ def test_eight_bits_are_the_nearest_number(any_backend, dtype):
     np.testing.assert_array_equal(codes.ravel()[known], rounded(products, dtype)[known])
 
 
+@pytest.mark.parametrize("given", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_tokens_that_are_not_merged_are_scaled_and_rounded_too(any_backend, dtype, given):
+    pytest.importorskip("ml_dtypes")
+    backend, mask, scale = rau.registry.get(any_backend), chosen([1, 4]), np.float32([300.0, 1e-2])
+    made = states(dtype=given)
+    merged = rau.merge_states(made, layout="TND", dtype="float32").attn_out
+    wide = np.where(mask[:, None, None], merged, made[0].attn_out.astype(np.float32))
+    how = {"layout": "TND", "tokens": [1, 4], "dtype": dtype, "scale": backend.asarray(scale), "backend": any_backend}
+    fresh = rau.merge_states([of(backend, state) for state in made], **how)
+    into = of(backend, AttentionState(wide.astype(dtype), *made[2][1:]))
+    rau.merge_states([of(backend, state) for state in made], **how, out=into)
+    for result in (fresh, into):
+        codes = backend.to_numpy(result.attn_out).view(np.uint8)
+        np.testing.assert_array_equal(codes, rounded(wide * scale[:, None], dtype))
+    padded = {**how, "cu_seqlens_padded": [0, 4, T], "actual_seq_qlen": [0, 1, 3]}
+    del padded["tokens"]
+    result = rau.merge_states([of(backend, state) for state in made], **padded)
+    real = chosen([0, 4, 5])
+    codes = backend.to_numpy(result.attn_out).view(np.uint8)
+    merged = rau.merge_states(made, layout="TND", dtype="float32").attn_out
+    np.testing.assert_array_equal(codes, rounded(np.where(real[:, None, None], merged, 0) * scale[:, None], dtype))
+
+
 @pytest.mark.parametrize("asked", [{"tokens": [1, 4]}, {"tokens": slice(2, 5)}, {"cu_seqlens_padded": SLOTS}], ids=["rows", "slice", "padded"])
 @pytest.mark.parametrize("layout", ["BSND", "BNSD", "SBH"])
 def test_other_layouts_have_no_axis_of_tokens_alone(layout, asked):
