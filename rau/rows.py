@@ -158,15 +158,19 @@ def merge_pair_rows(
     call: Callable[[Sequence[Sequence[Any]], Options, Any, Asked | None], AttentionState], pairs: Sequence[Sequence[Any]],
     states: Sequence[AttentionState], lengths: Any, options: Options, axes: str, how: dict[str, Any], out: Any, asked: Asked,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Merge some rows of pairs (attn_out, lse), which are `states` as well, and what was asked of them not checked.
+    """Merge pairs (attn_out, lse), which are `states` as well, where something is asked of that, which was not checked.
 
     `call` makes a call of states, options, out and what is asked; `axes` are those of the log-sum-exps, `how` what
     AttentionState.lse takes. The log-sum-exps first, as :func:`rau.merge_lse` has them.
     """
     rows, _ = _find(Violations("merge_lse"), asked, states[0][0], lengths, options)
-    kind, axis = _settled("merge_lse", states[0]), axes.index("T")
-    assert rows is not None
-    picked = [AttentionState(*(kind.take(array, rows) for array in (state[0][..., :0], *state[1:]))) for state in states]
+    kind = _settled("merge_lse", states[0])
+    if rows is None and out is None:
+        both = call(states, options, None, asked)
+        return both.attn_out, both.lse(**how)
+    picked = [state._replace(attn_out=state.attn_out[..., :0]) for state in states]
+    if rows is not None:
+        picked = [AttentionState(*(kind.take(array, rows) for array in state)) for state in picked]
     lse = call(picked, options, None, None).lse(**how)
     alone = options._replace(statistics=False)
     merged = call(states, alone, None if out is None else out[:1], asked).attn_out
@@ -174,9 +178,12 @@ def merge_pair_rows(
     if out is None:
         other = kind.full(given, tuple(given.shape), kind.dtype(given), -np.inf) if padded else given
         out = merged, kind.cast(other, kind.dtype(lse))
-    elif not padded and not kind.memory(out[1]).same_view(kind.memory(given)):
+    elif rows is not None and not padded and not kind.memory(out[1]).same_view(kind.memory(given)):
         kind.assign(out[1], kind.cast(given, kind.dtype(lse)))
-    kind.put(out[1], rows, lse, axis)
+    if rows is None:
+        kind.assign(out[1], lse)
+    else:
+        kind.put(out[1], rows, lse, axes.index("T"))
     return out[0], out[1]
 
 

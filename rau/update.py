@@ -284,6 +284,8 @@ def merge_lse(
     actual_seq_qlen: Any = None,
     cu_seqlens_padded: Any = None,
     tokens: Any = None,
+    dtype: Any = None,
+    scale: Any = None,
     out: Any = None,
     backend: Any = None,
 ) -> tuple[Any, Any]:
@@ -300,9 +302,13 @@ def merge_lse(
     layout, base, lse_layout, inf_is_empty, heads
         As in :meth:`AttentionState.from_lse`; of all pairs.
     actual_seq_qlen, cu_seqlens_padded, tokens : optional
-        As in :func:`ring_attention_update`. The first is read together with the second alone.
+        As in :func:`ring_attention_update`. The first is read together with the second alone. Of tokens that are not merged,
+        the first pair comes back.
+    dtype, scale : optional
+        As in :func:`merge_states`: of the output.
     out : pair of arrays, optional
-        Arrays to write into: an output of the first one's shape and dtype, and a log-sum-exp of the dtype that the result has.
+        Arrays to write into: an output of the first one's shape and of the result's dtype, and a log-sum-exp of the dtype that the
+        result has.
         They may be those of a pair themselves, which makes the merge in place (unless its log-sum-exp is float64 beside a
         narrower output). Any other overlap is refused.
     backend
@@ -311,7 +317,7 @@ def merge_lse(
     Returns
     -------
     attn_out, lse : array
-        The output has the first one's dtype, the log-sum-exp is float32 (float64 with a float64 output), of the same base and
+        The output has the first one's dtype, or `dtype`, the log-sum-exp is float32 (float64 with a float64 output), of the same base and
         axes as those given; -inf for a row without keys. The arrays of `out` where it was given.
 
     Raises
@@ -341,11 +347,11 @@ def merge_lse(
     base = check_base(report, base)
     layout, axes = check_layouts(report, layout, lse_layout)
     check_pairs(report, pairs, out)
-    asked = asked_of("merge_lse", tokens, cu_seqlens_padded)
+    asked = asked_of("merge_lse", tokens, cu_seqlens_padded, dtype, scale)
     if all([attn_out is None for attn_out, _ in pairs]):
         if asked is not None:
-            report.add("tokens", "tokens or cu_seqlens_padded are given, and the pairs have no outputs, which tell the axis of the "
-                       "tokens; expected neither. Pass the log-sum-exps of the tokens that are meant.")  # fmt: skip
+            report.add("tokens", "tokens, cu_seqlens_padded, dtype or scale are given, and the pairs have no outputs, whose tokens "
+                       "and dtype those are; expected none of them. Pass the log-sum-exps of the tokens that are meant.")  # fmt: skip
         return None, _lse_alone(report, pairs, base, inf_is_empty, out, backend)
     names = [(f"pairs[{k}][0]", f"pairs[{k}][1]") for k in range(len(pairs))]
     states = states_of(pairs, names, report, base, layout, axes, inf_is_empty, heads, 1)

@@ -147,6 +147,66 @@ def test_the_signatures_are_the_peers():
     assert named == {function.__name__ for function in SIGNATURES} - {"step", "results"}
 
 
+LSE, OUT = np.zeros((4, 2), "f4"), np.ones((4, 2, 8), "f4")
+BATCH, ROWS = OUT[None], LSE.T[None]  # BSND, BNS
+GIVEN = {  # arguments that fit
+    flashinfer.merge_state: (OUT, LSE, OUT, LSE),
+    flashinfer.merge_state_in_place: (OUT, LSE, OUT, LSE, np.ones(4, bool)),
+    flashinfer.merge_states: (OUT[:, None], LSE[:, None]),
+    flashinfer.variable_length_merge_states: (OUT, LSE, np.array([0, 1, 4])),
+    vllm.merge_attn_states: (OUT, OUT, LSE.T, OUT, LSE.T, LSE.T),
+    sglang.merge_state_v2: (OUT, LSE, OUT, LSE),
+    ring_flash_attention.update_out_and_lse: (OUT, LSE[..., None], OUT, LSE.T),
+    ring_flash_attention.flatten_varlen_lse: (ROWS, np.array([0, 4])),
+    ring_flash_attention.unflatten_varlen_lse: (LSE[..., None], np.array([0, 4]), 4),
+    transformer_engine.flash_attn_fwd_out_correction_init: (BATCH, ROWS, ROWS, 1),
+    transformer_engine.flash_attn_fwd_out_correction: (BATCH, BATCH, ROWS, ROWS, 1),
+    transformer_engine.flash_attn_fwd_second_half_out_correction: (
+        BATCH.reshape(1, 2, 2, 2, 8), BATCH[:, :2], ROWS, ROWS[..., :2], 1
+    ),
+    transformer_engine.flash_attn_fwd_softmax_lse_correction: (ROWS, ROWS),
+    transformer_engine.flash_attn_fwd_second_half_softmax_lse_correction: (ROWS.reshape(1, 2, 2, 2), ROWS[..., :2]),
+    transformer_engine.thd_second_half_lse_correction: (LSE.T, LSE.T[:, :2], np.array([0, 4]), True),
+    transformer_engine.thd_out_correction: (OUT, OUT[:2], LSE.T, LSE.T[:, :2], np.array([0, 4]), True, True),
+    xformers.merge_attentions: ([BATCH], [ROWS]),
+    flash_attn.flash_attn_combine: (OUT[None], LSE[None]),
+}  # fmt: skip
+
+
+def fresh(values):
+    return [np.array(value) if isinstance(value, np.ndarray) else value for value in values]
+
+
+@pytest.mark.parametrize("function", GIVEN, ids=lambda function: f"{function.__module__.rpartition('.')[2]}.{function.__name__}")
+def test_what_does_not_fit_is_named_and_nothing_is_written(function):
+    function(*fresh(GIVEN[function]))
+    for at, argument in enumerate(GIVEN[function]):
+        name = list(inspect.signature(function).parameters)[at]
+        wrong = {
+            np.ndarray: [None, 7, "no", [[1.0, 2.0]], np.float32(1)], list: [None, 7, [], [None], np.ones(3, "f4")],
+        }.get(type(argument), [])  # fmt: skip
+        if isinstance(argument, np.ndarray):
+            wrong += [argument[..., None], argument[:0], argument[:-1] if len(argument) > 1 else np.concatenate([argument] * 2)]
+        for value in wrong:
+            if value is None and list(inspect.signature(function).parameters.values())[at].default is None:
+                continue  # which leaves it out
+            if function is ring_flash_attention.update_out_and_lse and value is None and name in ("out", "lse"):
+                continue
+            if name == "cu_seqlens" and np.array_equal(value, [0]) and function is not ring_flash_attention.flatten_varlen_lse:
+                continue  # tokens behind the last sequence are nobody's
+            given = fresh(GIVEN[function])
+            given[at] = value
+            kept = [np.array(each) if isinstance(each, np.ndarray) else None for each in given]
+            try:
+                result = function(*given)
+            except rau.RauError as error:
+                assert len(str(error).splitlines()[0]) < 400, error
+                for each, its in zip(given, kept, strict=True):
+                    assert its is None or np.array_equal(each, its, equal_nan=True), (name, value)
+            else:
+                raise AssertionError((name, value, result))
+
+
 def test_importing_them_imports_no_peer_and_no_framework():
     """Nor does rau import them."""
     program = (
@@ -272,6 +332,25 @@ def test_vllm_in_eight_bits(way, dtype, context, eight, mantissa, least, largest
     assert np.array_equal(got[beyond], np.copysign(largest, exact[beyond]))
     if with_lse:
         close(way.host(suffix_lse), lse.T)  # in place
+
+
+@pytest.mark.parametrize("tokens", [-1, 3, "2", 1.0, np.ones(1)], ids=repr)
+def test_vllm_refuses_a_number_of_tokens_that_there_are_not(way, tokens):
+    v, s = way(np.ones((2, 1, 8))), way(np.zeros((1, 2)))
+    before = way.bits(v, s)
+    with pytest.raises(rau.RauError, match=r"prefill_tokens_with_context is .*; expected a number of tokens, from 0 to T = 2\."):
+        vllm.merge_attn_states(v, v, s, v, s, s, tokens)
+    assert way.bits(v, s) == before
+
+
+def test_vllm_writes_no_output_whose_log_sum_exp_it_cannot_write(way):
+    pytest.importorskip("ml_dtypes")
+    v, s, output = way(np.ones((2, 1, 8))), way(np.zeros((1, 2))), way(np.ones((2, 1, 8)), "float8_e5m2")
+    before = way.bits(output)
+    for wrong in (way(np.zeros((2, 2))), way(np.zeros((1, 2)), "float16"), [1.0]):
+        with pytest.raises(rau.RauError, match=r"out\[1\]"):
+            vllm.merge_attn_states(output, v, s, v, s, wrong, 1, way([2.0]))
+    assert way.bits(output) == before
 
 
 def test_vllm_refuses_a_scale_without_eight_bits(way):

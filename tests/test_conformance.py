@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 from mutants import NUMPY, OneLane, Plain
 
-from rau import merge_states, registry
+from rau import merge_states, registry, rows
 from rau.backends import AttentionState, Backend, Capabilities, Problem
-from rau.errors import BackendUnavailableError, ShapeError, UnknownBackendError, UnsupportedError
+from rau.errors import (
+    BackendUnavailableError,
+    ShapeError,
+    UnknownBackendError,
+    UnsupportedError,
+)
 from rau.testing.cases import Case, named
 from rau.testing.comparison import compare
 from rau.testing.conformance import check_backend, checks
@@ -162,6 +167,26 @@ def test_runs_that_are_forgotten_are_found(forgets):
     Mine.forgets = forgets
     report = check_backend(Mine(), select="algebra/some-tokens-float32")
     assert bool(report.failures) == forgets, str(report)
+
+
+@pytest.mark.parametrize("wrong", [None, "sign", "range", "twice rounded", "head"])
+def test_eight_bits_that_are_wrong_are_found(monkeypatch, wrong):
+    pytest.importorskip("ml_dtypes")
+    right = rows.scaled
+
+    def scaled(attn_out, scale, largest, layout, heads):
+        if wrong == "head" and np.ndim(scale):
+            scale = scale[::-1]
+        if wrong == "range":
+            largest *= 0.9
+        result = right(attn_out, scale, largest, layout, heads)
+        if wrong == "twice rounded":
+            result = result.astype(np.float16).astype(np.float32)
+        return -result if wrong == "sign" else result
+
+    monkeypatch.setattr(rows, "scaled", scaled)
+    report = check_backend("numpy", select="algebra/eight-bits-*")
+    assert len(report.failures) == (0 if wrong is None else 2), str(report)
 
 
 def rau_state(result, states):

@@ -9,6 +9,8 @@ from states import tnd
 
 import rau
 from rau.state import AttentionState
+from rau.testing.reference.eight_bits import EXPONENTS as EIGHT_BITS
+from rau.testing.reference.eight_bits import nearest_codes, numbers_of
 
 T = 6
 CHOICES = {
@@ -121,39 +123,11 @@ def test_another_dtype_is_rounded_once(any_backend, own, dtype):
     same(on_host(backend, rau.merge_states(given, layout="TND", backend=any_backend)), [wide[0].astype(own), *wide[1:]])
 
 
-EIGHT_BITS = {"float8_e4m3fn": (4, 7), "float8_e5m2": (5, 15)}  # bits of the exponent, and its bias
-
-
-def values_of(dtype):
-    """All finite numbers that are not negative, by what the bits of the format mean."""
-    bits, bias = EIGHT_BITS[dtype]
-    fraction = 7 - bits
-    numbers = []
-    for code in range(128):
-        exponent, rest = code >> fraction, code & ((1 << fraction) - 1)
-        if (dtype == "float8_e4m3fn" and code == 127) or (dtype == "float8_e5m2" and exponent == 31):
-            break
-        numbers.append(np.ldexp(rest + (0 if exponent == 0 else 1 << fraction), max(exponent, 1) - bias - fraction))
-    return np.array(numbers)
-
-
-def rounded(values, dtype):
-    """Codes of the nearest numbers, of the even one where two are as near; the largest beyond."""
-    numbers = values_of(dtype)
-    size = np.abs(values.astype(np.float64))
-    above = np.searchsorted(numbers, np.fmin(size, numbers[-1]))
-    below = np.maximum(above - 1, 0)
-    middle = (numbers[above] + numbers[below]) / 2
-    code = np.where((size > middle) | ((size == middle) & (above % 2 == 0)), above, below)
-    code = np.where(size >= numbers[-1], len(numbers) - 1, np.where(size == 0, 0, code))
-    return np.where(np.isnan(values), 127, code).astype(np.uint8) | np.where(np.signbit(values), 128, 0).astype(np.uint8)
-
-
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 def test_eight_bits_are_the_nearest_number(any_backend, dtype):
     """At every number of the format, every middle of two, and the float32 numbers beside them."""
     pytest.importorskip("ml_dtypes")
-    backend, numbers = rau.registry.get(any_backend), values_of(dtype)
+    backend, numbers = rau.registry.get(any_backend), numbers_of(dtype)
     edges = np.concatenate([numbers, (numbers[1:] + numbers[:-1]) / 2]).astype(np.float32)
     tried = np.concatenate([edges, np.nextafter(edges, np.float32(np.inf)), np.nextafter(edges, np.float32(-1))])
     tried = np.concatenate([tried, -tried, np.float32([np.inf, -np.inf, np.nan, 3e38, -1e-45, 464, 465, 61440, 1.97])])
@@ -161,7 +135,7 @@ def test_eight_bits_are_the_nearest_number(any_backend, dtype):
     how = {"layout": "TND", "dtype": dtype, "statistics": False, "backend": any_backend}
     codes = backend.to_numpy(rau.merge_states([of(backend, state)], **how)).view(np.uint8).ravel()
     known = ~np.isnan(tried)
-    np.testing.assert_array_equal(codes[known], rounded(tried, dtype)[known])
+    np.testing.assert_array_equal(codes[known], nearest_codes(tried, dtype)[known])
     assert (codes[~known] >= len(numbers) + (dtype == "float8_e5m2")).all()  # NaN, of which there are several
 
     scales = np.float32([3.0, 1e-3])  # one a head, in a layout that folds them
@@ -172,7 +146,7 @@ def test_eight_bits_are_the_nearest_number(any_backend, dtype):
     with np.errstate(over="ignore"):
         products = np.concatenate([tried * scale for scale in scales])
     known = ~np.isnan(products)
-    np.testing.assert_array_equal(codes.ravel()[known], rounded(products, dtype)[known])
+    np.testing.assert_array_equal(codes.ravel()[known], nearest_codes(products, dtype)[known])
 
 
 @pytest.mark.parametrize("given", ["float32", "bfloat16"])
@@ -189,14 +163,43 @@ def test_tokens_that_are_not_merged_are_scaled_and_rounded_too(any_backend, dtyp
     rau.merge_states([of(backend, state) for state in made], **how, out=into)
     for result in (fresh, into):
         codes = backend.to_numpy(result.attn_out).view(np.uint8)
-        np.testing.assert_array_equal(codes, rounded(wide * scale[:, None], dtype))
+        np.testing.assert_array_equal(codes, nearest_codes(wide * scale[:, None], dtype))
     padded = {**how, "cu_seqlens_padded": [0, 4, T], "actual_seq_qlen": [0, 1, 3]}
     del padded["tokens"]
     result = rau.merge_states([of(backend, state) for state in made], **padded)
     real = chosen([0, 4, 5])
     codes = backend.to_numpy(result.attn_out).view(np.uint8)
     merged = rau.merge_states(made, layout="TND", dtype="float32").attn_out
-    np.testing.assert_array_equal(codes, rounded(np.where(real[:, None, None], merged, 0) * scale[:, None], dtype))
+    np.testing.assert_array_equal(codes, nearest_codes(np.where(real[:, None, None], merged, 0) * scale[:, None], dtype))
+
+
+@pytest.mark.parametrize("tokens", [None, [1, 4]], ids=["all", "some"])
+@pytest.mark.parametrize("dtype", [*EIGHT_BITS, "float16"])
+def test_pairs_are_merged_to_another_dtype_too(any_backend, dtype, tokens):
+    pytest.importorskip("ml_dtypes")
+    backend, how = rau.registry.get(any_backend), {"layout": "TND", "backend": any_backend, "tokens": tokens}
+    asked = {"dtype": dtype, "scale": 300.0 if dtype in EIGHT_BITS else None}
+    named = {"base": "2", "lse_layout": "NT"}
+    lses = [np.ascontiguousarray(state.softmax_max[..., 0].T) for state in states()]
+    outs = [state.attn_out for state in states()]
+
+    def pairs():
+        return [(backend.asarray(out.copy()), backend.asarray(lse.copy())) for out, lse in zip(outs, lses, strict=True)]
+
+    made = [AttentionState.from_lse(*pair, layout="TND", **named) for pair in pairs()]
+    expected = backend.to_numpy(rau.merge_states(made, **how, **asked, statistics=False))
+    lse = backend.to_numpy(rau.merge_lse(pairs(), **how, **named)[1])
+    same([backend.to_numpy(part) for part in rau.merge_lse(pairs(), **how, **named, **asked)], [expected, lse])
+    for given in (pairs(), pairs()):
+        out = backend.asarray(np.ones(expected.shape, expected.dtype)), given[0][1]  # the log-sum-exp in place
+        result = rau.merge_lse(given, **how, **named, **asked, out=out)
+        assert result[0] is out[0] and result[1] is out[1]
+        same([backend.to_numpy(part) for part in result], [expected, lse])
+    for wrong, message in (({"dtype": "int8"}, "dtype = 'int8'"), ({"scale": 2.0}, "scale is given for an output of float32")):
+        given = pairs()
+        with pytest.raises(rau.RauError, match=message):
+            rau.merge_lse(given, **how, **named, **wrong, out=given[0])
+        same([backend.to_numpy(part) for part in given[0]], [outs[0], lses[0]])
 
 
 @pytest.mark.parametrize("asked", [{"tokens": [1, 4]}, {"tokens": slice(2, 5)}, {"cu_seqlens_padded": SLOTS}], ids=["rows", "slice", "padded"])
@@ -361,7 +364,7 @@ def test_a_ring_ends_in_eight_bits(any_backend, dtype):
     ring.update(*of(backend, states()[0]))
     scale = np.float32([300.0, 1e9])
     made = backend.to_numpy(ring.result(dtype, backend.asarray(scale)).attn_out)
-    np.testing.assert_array_equal(made.view(np.uint8), rounded(states()[0].attn_out * scale[:, None], dtype))
+    np.testing.assert_array_equal(made.view(np.uint8), nearest_codes(states()[0].attn_out * scale[:, None], dtype))
     with pytest.raises(rau.OptionError, match="scale is given for an output of float16"):
         ring.result("float16", 2.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rau.compat.pairs import merged
+from rau.compat.pairs import check, merged, zipped
 
 __all__ = ["flash_attn_combine"]
 
@@ -43,7 +43,13 @@ def flash_attn_combine(
     >>> out.shape, lse.shape
     ((2, 3, 2, 8), (2, 3, 2))
     """
-    layout, lse_layout = ("TND", "TN") if out_partial.ndim == 4 else ("BSND", "BSN")
+    pairs = zipped(
+        "flash_attn_combine", ("out_partial", out_partial, "(T, N, D) or (B, S, N, D)"),
+        ("lse_partial", lse_partial, "(T, N) or (B, S, N)"),
+    )  # fmt: skip
+    if out is not None:
+        check("flash_attn_combine", {"out": (out, "(T, N, D) or (B, S, N, D)")})
+    layout, lse_layout = ("TND", "TN") if pairs and pairs[0][0].ndim == 3 else ("BSND", "BSN")
     how = {"base": "e", "layout": layout, "lse_layout": lse_layout}
     dtype = out_dtype if out is None else out.dtype
-    return merged(list(zip(out_partial, lse_partial, strict=True)), how, out, with_lse=return_lse, dtype=dtype)
+    return merged(pairs, how, out, with_lse=return_lse, dtype=dtype)

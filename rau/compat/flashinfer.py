@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rau.errors import ShapeError
+from rau.compat.pairs import check
 from rau.state import AttentionState
 from rau.update import merge_lse
 from rau.update import merge_states as _merge_states
@@ -72,7 +72,10 @@ def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any =
     >>> v[:, 0, 0].tolist(), s[:, 0].tolist()
     ([2.0, 1.0, 2.0], [1.0, 0.0, 1.0])
     """
-    tokens = None if mask is None else mask != 0  # of integers, which would be the tokens' numbers
+    tokens = None
+    if mask is not None:
+        check("merge_state_in_place", {"v": (v, "(T, N, D)"), "mask": (mask, "(T)")})
+        tokens = mask != 0  # of integers, which would be the tokens' numbers
     merge_lse([(v, s), (v_other, s_other)], **_HOW, tokens=tokens, out=(v, s))
 
 
@@ -102,9 +105,7 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
     >>> v.shape, float(s[0, 0])
     ((3, 2, 8), 2.0)
     """
-    if tuple(v.shape[:3]) != tuple(s.shape):
-        raise ShapeError(f"merge_states: [shape-stats] s has shape {tuple(s.shape)} and v {tuple(v.shape)}; expected (T, K, N) and "
-                         "(T, K, N, D).", ("shape-stats",))  # fmt: skip
+    check("merge_states", {"v": (v, "(T, K, N, D)"), "s": (s, "(T, K, N)")})
     return merge_lse([(v[:, k], s[:, k]) for k in range(v.shape[1])], **_HOW)
 
 

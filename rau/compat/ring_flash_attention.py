@@ -6,8 +6,11 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from rau.arithmetic import cast, library
 from rau.arrays import kind_of
+from rau.compat.pairs import check, starts_of
 from rau.constraints.rules import Violations
 from rau.update import merge_lse
 
@@ -47,6 +50,10 @@ def update_out_and_lse(out: Any, lse: Any, block_out: Any, block_lse: Any, slice
     >>> out[0, :, 0, 0].tolist(), lse.shape
     ([1.0, 1.0, 2.0, 2.0], (1, 4, 2, 1))
     """
+    outs, rows = "(B, S, N, D) or (T, N, D)", "(B, S, N, 1) or (T, N, 1)"
+    check("update_out_and_lse", {"block_out": (block_out, outs), "block_lse": (block_lse, "(B, N, S) or (N, T)")})
+    if out is not None:
+        check("update_out_and_lse", {"out": (out, outs), "lse": (lse, rows)})
     if slice_ is not None:
         if out is None:
             report = Violations("update_out_and_lse")
@@ -83,8 +90,9 @@ def flatten_varlen_lse(lse: Any, cu_seqlens: Any) -> Any:
     >>> flatten_varlen_lse(np.array([[[1, 2, 3]], [[4, 0, 0]]]), np.array([0, 3, 4]))
     array([[1, 2, 3, 4]])
     """
-    lengths = [end - start for start, end in pairwise(cu_seqlens.tolist())]
-    return library(lse).concatenate([lse[i, :, :length] for i, length in enumerate(lengths)], 1)
+    check("flatten_varlen_lse", {"lse": (lse, "(S, N, L)"), "cu_seqlens": (cu_seqlens, "(C)")})
+    lengths = np.diff(starts_of("flatten_varlen_lse", cu_seqlens, lse=(lse, False))).tolist()
+    return library(lse).concatenate([lse[i, :, :length] for i, length in enumerate(lengths)] or [lse.reshape(-1, 0)], 1)
 
 
 def unflatten_varlen_lse(lse: Any, cu_seqlens: Any, max_seqlen: int) -> Any:
@@ -108,9 +116,11 @@ def unflatten_varlen_lse(lse: Any, cu_seqlens: Any, max_seqlen: int) -> Any:
     array([[[  0.,   1.,   2.]],
            [[  3., -inf, -inf]]], dtype=float32)
     """
-    bounds, kind = cu_seqlens.tolist(), kind_of(lse)
-    assert kind is not None
+    check("unflatten_varlen_lse", {"lse": (lse, "(T, N, 1)"), "cu_seqlens": (cu_seqlens, "(C)")})
+    bounds, kind = starts_of("unflatten_varlen_lse", cu_seqlens, lse=(lse[..., 0].swapaxes(0, 1), True)).tolist(), kind_of(lse)
+    assert kind is not None  # as was checked
     padded = kind.full(lse, (len(bounds) - 1, lse.shape[-2], max_seqlen), "float32", -math.inf)
+    starts_of("unflatten_varlen_lse", cu_seqlens, max_seqlen=(padded, False))
     for i, (start, end) in enumerate(pairwise(bounds)):
         padded[i, :, : end - start] = lse[start:end, :, 0].swapaxes(0, 1)
     return padded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rau.compat.pairs import check
 from rau.constraints.rules import Violations
 from rau.errors import shown
 from rau.state import AttentionState
@@ -67,6 +68,8 @@ class _SDPAMerger:
         ConstraintError, UnsupportedError
             As :meth:`rau.AttentionState.from_lse` and :meth:`rau.StreamingMerge.update`.
         """
+        check("_SDPAMerger.step", {"out": (out, "(B, N, S, D)"), "lse": (lse, "(B, N, S) or (B, N, S, 1)")} if self._how["layout"] == "BNSD"
+              else {"out": (out, "(B, S, N, D)"), "lse": (lse, "(B, S, N) or (B, S, N, 1)")})  # fmt: skip
         keeps_axis = lse.ndim == out.ndim
         rows = lse[..., 0] if keeps_axis else lse
         self._merge.update(*AttentionState.from_lse(out, rows, **self._how), tokens="back" if partial else None)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rau.arithmetic import library
+from rau.compat.pairs import check, starts_of
 from rau.constraints.rows import rows_of_sequences
 from rau.state import AttentionState
 from rau.update import merge_lse, merge_states
@@ -67,6 +68,7 @@ def flash_attn_fwd_second_half_softmax_lse_correction(softmax_lse: Any, softmax_
     ConstraintError, UnsupportedError
         As :func:`rau.merge_lse`.
     """
+    check("flash_attn_fwd_second_half_softmax_lse_correction", {"softmax_lse": (softmax_lse, "(B, N, 2, S)")})
     flash_attn_fwd_softmax_lse_correction(softmax_lse[..., 1, :], softmax_lse_per_step)
 
 
@@ -93,6 +95,7 @@ def flash_attn_fwd_out_correction_init(
     ConstraintError, UnsupportedError
         As :func:`flash_attn_fwd_out_correction`.
     """
+    check("flash_attn_fwd_out_correction_init", {"out_init_step": (out_init_step, "(B, S, N, D)")})
     out = library(out_init_step).zeros_like(out_init_step)
     flash_attn_fwd_out_correction(out, out_init_step, softmax_lse, softmax_lse_init_step, seq_dim)
     return out
@@ -129,6 +132,11 @@ def flash_attn_fwd_out_correction(
     >>> float(out[0, 0, 0, 0].round(5))
     7.0
     """
+    its = "(S, B, N, D)" if seq_dim == 0 else "(B, S, N, D)"
+    check("flash_attn_fwd_out_correction", {
+        "out": (out, its), "out_per_step": (out_per_step, its), "softmax_lse": (softmax_lse, "(B, N, S)"),
+        "softmax_lse_per_step": (softmax_lse_per_step, "(B, N, S)"),
+    })  # fmt: skip
     if seq_dim == 0:
         out, out_per_step = out.swapaxes(0, 1), out_per_step.swapaxes(0, 1)
     _add(out, out_per_step, softmax_lse, softmax_lse_per_step, "BSND", "BNS")
@@ -155,6 +163,9 @@ def flash_attn_fwd_second_half_out_correction(
     ConstraintError, UnsupportedError
         As :func:`flash_attn_fwd_out_correction`.
     """
+    check("flash_attn_fwd_second_half_out_correction", {
+        "out": (out, "(2, S, B, N, D)" if seq_dim == 0 else "(B, 2, S, N, D)"), "softmax_lse": (softmax_lse, "(B, N, L)"),
+    })  # fmt: skip
     half = out[1] if seq_dim == 0 else out[:, 1]
     lse = softmax_lse[..., softmax_lse.shape[-1] // 2 :]
     flash_attn_fwd_out_correction(half, out_per_step, lse, softmax_lse_per_step, seq_dim)
@@ -177,7 +188,12 @@ def thd_second_half_lse_correction(lse: Any, lse_per_step: Any, cu_seqlens: Any,
     ConstraintError, UnsupportedError
         As :func:`rau.merge_lse`.
     """
-    _, _, rows, its_rows = _places(cu_seqlens, True, lse_packed)
+    form = "(N, T)" if lse_packed else "(C, N, L)"
+    its = form.replace("T", "H").replace("L", "H")  # half of them
+    check("thd_second_half_lse_correction", {
+        "lse": (lse, form), "lse_per_step": (lse_per_step, its), "cu_seqlens": (cu_seqlens, "(M)"),
+    })  # fmt: skip
+    _, _, rows, its_rows = _places("thd_second_half_lse_correction", cu_seqlens, True, lse_packed, lse, lse_per_step)
     half = lse[rows]
     flash_attn_fwd_softmax_lse_correction(half, lse_per_step[its_rows])
     lse[rows] = half
@@ -206,7 +222,13 @@ def thd_out_correction(
     ConstraintError, UnsupportedError
         As :func:`flash_attn_fwd_out_correction`.
     """
-    tokens, its_tokens, rows, its_rows = _places(cu_seqlens, only_second_half, lse_packed)
+    form = "(N, T)" if lse_packed else "(C, N, L)"
+    its = form.replace("T", "H").replace("L", "M") if only_second_half else form
+    check("thd_out_correction", {
+        "out": (out, "(T, N, D)"), "out_per_step": (out_per_step, "(H, N, D)" if only_second_half else "(T, N, D)"),
+        "lse": (lse, form), "lse_per_step": (lse_per_step, its), "cu_seqlens": (cu_seqlens, "(E)"),
+    })  # fmt: skip
+    tokens, its_tokens, rows, its_rows = _places("thd_out_correction", cu_seqlens, only_second_half, lse_packed, lse, lse_per_step)
     mine = out[tokens]
     _add(mine, out_per_step[its_tokens], lse[rows], lse_per_step[its_rows], "TND", "NT" if lse_packed else "TN")
     if not isinstance(tokens, slice):  # else a view
@@ -228,9 +250,10 @@ def _add(out: Any, part: Any, lse: Any, its_lse: Any, layout: str, lse_layout: s
     merge_states([total, weighed, balance], layout=layout, statistics=False, out=out)
 
 
-def _places(cu_seqlens: Any, half: bool, packed: bool) -> tuple[Any, Any, Any, Any]:
+def _places(call: str, cu_seqlens: Any, half: bool, packed: bool, lse: Any, its_lse: Any) -> tuple[Any, Any, Any, Any]:
     """Index the tokens of all sequences, or of their second halves: in the whole, in a step; then the rows of both."""
-    bounds = np.array(cu_seqlens.tolist())
+    bounds = starts_of(call, cu_seqlens, 2 if half else 1, lse=(lse, packed))
+    starts_of(call, bounds // 2 if half else bounds, 1, lse_per_step=(its_lse, packed))
     starts = (bounds[:-1] + bounds[1:]) // 2 if half else bounds[:-1]
     lengths = bounds[1:] - starts
     tokens = rows_of_sequences(starts, lengths)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from rau.compat.pairs import merged
+from rau.arithmetic import library
+from rau.compat.pairs import check, merged
+from rau.constraints.rules import Violations
+from rau.errors import shown
 
 __all__ = ["merge_attn_states"]
 
@@ -54,12 +58,16 @@ def merge_attn_states(
     >>> output[:, 0, 0].tolist()
     [3.0, 3.0, 4.0]
     """
-    narrow = {} if output_scale is None else {"dtype": output.dtype, "scale": 1 / output_scale}
-    prefix, suffix, n = (prefix_output, prefix_lse), (suffix_output, suffix_lse), prefill_tokens_with_context
-    parts = [(slice(n), [prefix, suffix])]
+    n, outputs, rows = prefill_tokens_with_context, "(T, N, D)", "(N, T)"
+    given = {"output": (output, outputs), "prefix_output": (prefix_output, outputs), "prefix_lse": (prefix_lse, rows),
+             "suffix_output": (suffix_output, outputs), "suffix_lse": (suffix_lse, rows)}  # fmt: skip
+    check("merge_attn_states", given | ({} if output_scale is None else {"output_scale": (output_scale, "(1) or ()")}))
+    asked = {} if output_scale is None else {"dtype": output.dtype, "scale": 1 / output_scale}
     if n is not None:
-        parts.append((slice(n, None), [suffix]))
-    for rows, sides in parts:
-        pairs = [(out[rows], lse[:, rows]) for out, lse in sides]
-        into = None if output_lse is None else output_lse[:, rows]
-        merged(pairs, _HOW, output[rows], into, with_lse=output_lse is not None, **narrow)
+        if not isinstance(n, int) or not 0 <= n <= output.shape[0]:
+            report = Violations("merge_attn_states")
+            report.add("tokens", f"prefill_tokens_with_context is {shown(n)}; expected a number of tokens, from 0 to T = {output.shape[0]}.")
+            raise report.error()
+        prefix_lse = library(prefix_lse).concatenate([prefix_lse[:, :n], library(prefix_lse).full_like(prefix_lse[:, n:], -math.inf)], 1)
+    pairs = [(prefix_output, prefix_lse), (suffix_output, suffix_lse)]
+    merged(pairs, _HOW, output, output_lse, with_lse=output_lse is not None, **asked)

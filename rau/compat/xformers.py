@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rau.compat.pairs import merged
+from rau.compat.pairs import merged, zipped
 
 __all__ = ["merge_attentions"]
 
@@ -49,9 +49,15 @@ def merge_attentions(
     >>> out.shape, lse.shape
     ((2, 3, 5, 2, 8), (2, 5, 2, 3))
     """
-    shape, rows = attn_split[0].shape, lse_split[0].shape
+    pairs = zipped(
+        "merge_attentions", ("attn_split", attn_split, "(B, M, H, D) or (B, M, G, H, D)"),
+        ("lse_split", lse_split, "(B, H, M) or (B, G, H, M)"),
+    )  # fmt: skip
+    if not pairs:
+        return merged(pairs, _HOW)  # which says that there is none
+    shape, rows = pairs[0][0].shape, pairs[0][1].shape
     heads = math.prod(shape[2:-1])  # of all groups
     flat, flat_rows = (*shape[:2], heads, shape[-1]), (rows[0], heads, rows[-1])
-    pairs = [(out.reshape(flat), lse.reshape(flat_rows)) for out, lse in zip(attn_split, lse_split, strict=True)]
+    pairs = [(out.reshape(flat), lse.reshape(flat_rows)) for out, lse in pairs]
     attn_out, lse_out = merged(pairs, _HOW, with_lse=write_lse, dtype=output_dtype)
     return attn_out.reshape(shape), lse_out if lse_out is None else lse_out.reshape(rows)

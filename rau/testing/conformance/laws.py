@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from rau.arrays.numpy_ import ITEMSIZE
+from rau.arrays.numpy_ import EIGHT_BITS, ITEMSIZE
 from rau.sink import add_sink
 from rau.state import AttentionState
 from rau.testing.cases import Case
 from rau.testing.comparison import compare, same_bits
 from rau.testing.conformance.report import Check
 from rau.testing.reference.attention import exact_attention, partial_attention
+from rau.testing.reference.eight_bits import nearest_codes
 from rau.testing.reference.oracle import oracle
 from rau.testing.trial import excluded_by
 from rau.testing.trial.judge import folds, held_to, keeps_lse
@@ -246,6 +248,30 @@ def sinks(backend: Any, dtype: str) -> list[str]:
     return same_bits(merged, expected)
 
 
+def eight_bits(backend: Any, dtype: str) -> list[str]:
+    """An output of eight bits is the float32 one, multiplied by the scale, limited to the format's range and rounded once."""
+    numbers = _states(backend, "float32", 3, "empty")
+    numbers[0].attn_out[:, 0, ..., :4] = np.nan, np.inf, -np.inf, -0.0
+    merge = partial(merge_states, layout=_layout(backend), backend=backend)
+    states = [own_state(backend, state) for state in numbers]
+    wide = host_state(backend, merge(states))
+    folded = wide.attn_out.reshape(-1, 4, 64)  # 4 heads; tokens and batch in whatever order
+    scales = np.array([1.0, 1e-3, 300.0, -7.0], np.float32)
+    own_scales = own_state(backend, numbers[0]._replace(softmax_max=scales)).softmax_max
+    problems = []
+    for how, scale, factors in (("one scale", 300.0, np.float32(300)), ("a scale for each head", own_scales, scales[:, None])):
+        narrow = merge(states, dtype=dtype, scale=scale)
+        found = host_state(backend, narrow._replace(softmax_max=states[0][1], softmax_sum=states[0][2])).attn_out
+        with np.errstate(over="ignore"):
+            products = folded * factors
+        expected, codes = nearest_codes(products, dtype), found.view(np.uint8).reshape(folded.shape)
+        wrong = np.where(np.isnan(products), np.isfinite(found.reshape(folded.shape).astype(np.float32)), codes != expected)
+        if wrong.any():
+            at = tuple(np.argwhere(wrong)[0])
+            problems.append(f"{dtype}, {how}: {wrong.sum()} of {wrong.size} wrong; {products[at]!r} became code {codes[at]}, not {expected[at]}")
+    return problems
+
+
 # Each law, and the dtypes that it can be held to: 16 bits are rounded at every merge.
 LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
     "neutral-element": (neutral_element, tuple(ITEMSIZE)),
@@ -257,6 +283,7 @@ LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
     "some-tokens": (some_tokens, tuple(ITEMSIZE)),
     "states-by-row": (states_by_row, tuple(ITEMSIZE)),
     "sinks": (sinks, tuple(ITEMSIZE)),
+    "eight-bits": (eight_bits, tuple(EIGHT_BITS)),
 }
 
 
@@ -266,16 +293,19 @@ def laws(backend: Any) -> Iterator[Check]:
     for name, (law, dtypes) in LAWS.items():
         for dtype in dtypes:
             of_tokens = name in ("some-tokens", "states-by-row")
-            case = _of_tokens(backend, dtype) if of_tokens else _case(backend, dtype)
+            merged = "float32" if name == "eight-bits" else dtype
+            case = _of_tokens(backend, dtype) if of_tokens else _case(backend, merged)
             reasons = excluded_by(backend, case)
             if not reasons and name in ("commutativity", "permutations", "some-tokens", "states-by-row") and keeps_lse(backend):
                 reasons = ["statistics lse: the same bits are not promised"]
-            elif not reasons and (of_tokens or name == "sinks") and not {*takes.array_types} & {"numpy:ndarray", "torch:Tensor"}:
+            elif not reasons and (of_tokens or name in ("sinks", "eight-bits")) and not {*takes.array_types} & {"numpy:ndarray", "torch:Tensor"}:
                 reasons = ["array types of its own: rows of NumPy arrays and torch tensors are chosen"]
-            elif not reasons and (of_tokens or name in ("output-alone", "sinks")) and not takes.deterministic:
+            elif not reasons and (of_tokens or name in ("output-alone", "sinks", "eight-bits")) and not takes.deterministic:
                 reasons = ["deterministic False: the same bits are not promised"]
             elif not reasons and name == "commutativity" and takes.tolerance != 1:
                 reasons = [f"tolerance {takes.tolerance:g}: the same bits are not promised"]
             elif not reasons and name == "permutations" and "BSND" not in takes.layouts:
                 reasons = ["layout BSND is not one of its layouts"]
+            elif not reasons and name == "eight-bits" and find_spec("ml_dtypes") is None:
+                reasons = ["ml_dtypes is not installed: NumPy has no outputs of eight bits"]
             yield Check(f"algebra/{name}-{dtype}", partial(law, backend, dtype), reasons)
