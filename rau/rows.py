@@ -32,6 +32,7 @@ from rau.constraints.rows import (
     runs_of,
 )
 from rau.constraints.rules import Violations
+from rau.constraints.values import check_values
 from rau.errors import UnsupportedError
 from rau.layouts import FIELDS
 from rau.problem import Problem
@@ -132,6 +133,10 @@ def merge_rows(
     picked = states
     if rows is not None:
         picked, lengths = [[kind.take(array, rows) for array in state] for state in states], np.array([0, count(rows)])
+        if options.check != "metadata":
+            check_values(report, kind, picked, NAMES[call], options.check, np.arange(problem.T)[rows])
+            report.raise_if_broken()
+            options = metadata
     if dtype != problem.dtype and problem.dtype != "float32":  # later states may be narrower than a float32 one
         picked = [[kind.cast(picked[0][0], "float32"), *picked[0][1:]], *picked[1:]]
     merged = compute(picked, lengths, options._replace(profile="portable"), None)  # whose limits were looked at

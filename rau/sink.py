@@ -6,12 +6,14 @@ from typing import Any
 
 from rau.arithmetic import library
 from rau.arrays.numpy_ import ITEMSIZE
-from rau.constraints import Options
+from rau.call import NAMES
+from rau.constraints import Options, bind
 from rau.constraints.hints import described
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.lse_arguments import check_alike, check_array, check_lengths_here
 from rau.constraints.options import check_layout, check_softmax_layout
 from rau.constraints.rules import Violations
+from rau.errors import ConstraintError
 from rau.layouts import LAYOUTS
 from rau.lse import reordered
 from rau.state import AttentionState
@@ -106,4 +108,8 @@ def add_sink(
         xp.broadcast_to(zeros, attn_out.shape), xp.broadcast_to(logits, shape), xp.broadcast_to(xp.ones_like(logits), shape)
     )
     options = Options(layout, softmax_layout, "portable", check)
-    return dispatch("add_sink", [state, added], lengths, options, None, backend)
+    try:
+        return dispatch("add_sink", [state, added], lengths, options, None, backend)
+    except ConstraintError:  # what does not fit to the state may be the state's own fault, which is said alone then
+        bind("add_sink", [state], NAMES["add_sink"], lengths, options, None)
+        raise

@@ -158,5 +158,9 @@ def test_what_is_refused():
     for parts in (leaves[1], tuple(leaves[1:])):
         with pytest.raises(rau.ShapeError, match=r"parts is of type .*; expected a list of tuples \(k, v\), one for each part"):
             rau.merge_attention(leaves[0], parts, kernel.forward, kernel.backward, "BNSD", base="e")
+    for kernels, says in (((None, kernel.backward), r"forward is None; expected a function, forward\(q, k, v\)"),
+                          ((kernel.forward, "no"), r"backward is of type str; .* backward\(grad_out, q, k, v, out, lse\)")):  # fmt: skip
+        with pytest.raises(rau.ShapeError, match=says):
+            rau.merge_attention(leaves[0], [leaves[1:]], *kernels, "BNSD", base="e")
     with pytest.raises(rau.OptionError, match="base = None"):
         merged(*leaves, mask, Kernel(), base=None)

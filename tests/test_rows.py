@@ -252,8 +252,9 @@ def test_what_is_wrong_is_said_and_nothing_is_written(asked, message):
 def test_values_are_looked_at_of_the_rows_alone():
     given = [spoiled(state, MASK) for state in states()]
     rau.merge_states(given, REAL, "TND", cu_seqlens_padded=SLOTS, check="values")
-    with pytest.raises(rau.ConstraintError, match="value-max"):
-        rau.merge_states(given, layout="TND", tokens=[0, 2], check="values")
+    for tokens in ([0, 2], [2, 0], slice(2, 4), np.arange(T) == 2):  # the token, by its number in what was given
+        with pytest.raises(rau.ConstraintError, match=r"\[value-max\] states\[0..2\].softmax_max\[2, 0, 0\] = nan"):
+            rau.merge_states(given, layout="TND", tokens=tokens, check="values")
 
 
 LAYS = [{"lse_layout": lay, "base": base} for lay in ("TN", "NT") for base in "e2"]

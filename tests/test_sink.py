@@ -148,6 +148,7 @@ PACKED = {"state": state(*attention(), "TND", "SBH"), "layout": "TND", "softmax_
         ({"softmax_layout": "BNS"}, ("softmax-layout",), "softmax_layout = 'BNS'"),
         ({"check": "all"}, ("check",), "check = 'all'"),
         ({"state": GOOD["state"]._replace(softmax_sum=np.ones((2, 4, 4, 1), "f4"))}, ("shape-stats",), "state.softmax_sum has shape"),
+        ({"state": GOOD["state"]._replace(softmax_max=np.ones((2, 4, 4, 1), "f4"))}, ("shape-stats",), "state.softmax_max has shape"),
         (PACKED, ("packed-qlen-required",), "actual_seq_qlen is None; packed statistics expect"),
         (PACKED | {"actual_seq_qlen": [0, 5]}, ("tnd-qlen-cumulative",), "expected a non-decreasing sequence from 0 to T = 6"),
     ],
@@ -157,6 +158,7 @@ def test_what_is_refused(changed, rules, says):
         rau.add_sink(**GOOD | changed)
     assert caught.value.rules == rules
     assert str(caught.value).startswith("add_sink: [") and says in str(caught.value)
+    assert "state" not in changed or "sink has" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("layout", "order"), [("BNSD", "TND"), ("TND", "SBH")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,28 +13,31 @@ from rau.constraints.rules import Violations
 
 
 def check_values(
-    report: Violations, kind: Kind, states: Sequence[Sequence[Any]], names: Callable[[int, int], str], check: str
-) -> None:
+    report: Violations, kind: Kind, states: Sequence[Sequence[Any]], names: Callable[[int, int], str], check: str,
+    tokens: np.ndarray | None = None,
+) -> None:  # fmt: skip
     """Read the statistics of every state, of shape (..., lanes), and note what no attention kernel would have written.
 
-    The check "document" also holds the reference page to its word that max is positive.
+    The check "document" also holds the reference page to its word that max is positive. `tokens` are the numbers that the rows
+    of the first axis have for the caller, where the states are but some of those given.
     """
     if kind.device(states[0][0]) == "meta":
         report.add("array-device", f'{names(0, 0)} is on meta, where tensors have no values; check = "{check}" expects a device '
                    'that has them. Leave check at "metadata".')  # fmt: skip
         return
+    note = partial(_note, report, tokens)
     for k, state in enumerate(states):
         maximum, total = (kind.to_numpy(array) for array in state[1:])
         for name, stats in ((names(k, 1), maximum), (names(k, 2), total)):
             lane = stats[..., :1]
-            _note(report, "value-lanes", name, stats, (stats != lane) & ~(np.isnan(stats) & np.isnan(lane)),
+            note("value-lanes", name, stats, (stats != lane) & ~(np.isnan(stats) & np.isnan(lane)),
                   "that of lane 0: the lanes of one token and head are equal")  # fmt: skip
-        _note(report, "value-max", names(k, 1), maximum, np.isnan(maximum) | (maximum == np.inf),
+        note("value-max", names(k, 1), maximum, np.isnan(maximum) | (maximum == np.inf),
               "a finite number, or -inf for a row without keys")  # fmt: skip
         if check == "document":
-            _note(report, "document-max-positive", names(k, 1), maximum, ~(maximum > 0),
+            note("document-max-positive", names(k, 1), maximum, ~(maximum > 0),
                   'a positive number, as the reference page says (real maxima are often negative: check="values")')
-        _note(report, "value-sum", names(k, 2), total, ~(total >= 0), "a number that is not negative")
+        note("value-sum", names(k, 2), total, ~(total >= 0), "a number that is not negative")
 
 
 def check_memory(
@@ -65,9 +69,12 @@ def _live(kind: Kind, state: Sequence[Any]) -> np.ndarray:
     return (total != 0) & (maximum != -np.inf)
 
 
-def _note(report: Violations, rule: str, name: str, stats: np.ndarray, wrong: np.ndarray, expected: str) -> None:
+def _note(
+    report: Violations, tokens: np.ndarray | None, rule: str, name: str, stats: np.ndarray, wrong: np.ndarray, expected: str
+) -> None:
     count = int(np.count_nonzero(wrong))
     if count:
         index = tuple(int(axis) for axis in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+        place = index if tokens is None else (int(tokens[index[0]]), *index[1:])
         others = f" ({count} such elements)" if count > 1 else ""
-        report.add(rule, f"{name}{list(index)} = {stats[index]}; expected {expected}.{others}")
+        report.add(rule, f"{name}{list(place)} = {stats[index]}; expected {expected}.{others}")
