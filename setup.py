@@ -82,6 +82,7 @@ class BuildCore(build_ext):
         print(f"rau: OpenMP {'found' if has_openmp else 'not found, the core will use one thread'}", flush=True)
         ext.extra_compile_args = flags
         ext.extra_link_args = [] if msvc else flags
+        ext.libraries = [] if msvc else ["m"]  # fegetenv and fesetenv, off x86
         # What `python -m rau info` prints.
         ext.define_macros = [("RAU_COMPILE_FLAGS", f'"{" ".join(flags)}"'), ("RAU_OPENMP", str(int(has_openmp)))]
 

@@ -186,9 +186,9 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
         The most to use.
     """
     cdef Call call
-    cdef Py_ssize_t i, part, rows, row_bytes, bytes_, weight_item
+    cdef Py_ssize_t i, part, rows, row_bytes, weight_item
     cdef Py_ssize_t states = len(arrays) // 3 - 1
-    cdef int64_t tokens = 0, elements
+    cdef int64_t tokens = 0, elements, bytes_  # of which 32 bits may not be enough
 
     call.blocks, call.columns = starts.shape[0], terms.shape[1]
     if call.blocks == 0:

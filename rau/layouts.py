@@ -322,7 +322,7 @@ def block_terms(
         if attn_batch is None or stats_batch is None or batch == 1:
             return BlockTerms(_NONE, _NONE, _frozen(terms))
         terms[1, 2::3] = [stride[stats_batch if index % 3 else attn_batch] for index, stride in enumerate(strides)]
-        return BlockTerms(_frozen(np.arange(batch)), _frozen(np.zeros(batch, dtype=np.int64)), _frozen(terms))
+        return BlockTerms(_frozen(np.arange(batch, dtype=np.int64)), _frozen(np.zeros(batch, dtype=np.int64)), _frozen(terms))
 
     if runs is None:
         assert cumulative is not None  # the validator requires it here
@@ -344,6 +344,18 @@ def block_terms(
             by_length[first] = row
     terms = np.array((line, by_start, by_length), dtype=np.int64)
     return BlockTerms(*runs, _frozen(terms))
+
+
+def numbered(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each member of groups of some sizes the group's number and its own in that, int64 on every platform.
+
+    Examples
+    --------
+    >>> numbered(np.array([2, 0, 3]))
+    (array([0, 0, 2, 2, 2]), array([0, 1, 0, 1, 2]))
+    """
+    group = np.repeat(np.arange(len(counts), dtype=np.int64), counts.astype(np.intp))  # int64 repeats nothing on 32 bits
+    return group, np.arange(len(group), dtype=np.int64) - (np.cumsum(counts) - counts)[group]
 
 
 def row_index(table: np.ndarray, operand: int, part: int) -> np.ndarray:
@@ -368,9 +380,7 @@ def row_index(table: np.ndarray, operand: int, part: int) -> np.ndarray:
     array([ 0,  4,  8, 12])
     """
     heads = table[:, HEADS]
-    rows = table[:, TOKENS] * heads
-    block = np.repeat(np.arange(len(table)), rows)
-    within = np.arange(len(block)) - (np.cumsum(rows) - rows)[block]
+    block, within = numbered(table[:, TOKENS] * heads)
     token, head = np.divmod(within, heads[block])
     first = column(operand, part)
     return table[block, first] + token * table[block, first + 1] + head * table[block, first + 2]

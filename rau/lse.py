@@ -12,7 +12,7 @@ import numpy as np
 
 from rau.arithmetic import cast, exp_nonpositive, library
 from rau.arrays.torch_ import packed_rows, places_in_sequences
-from rau.layouts import SUM, block_terms, row_index
+from rau.layouts import SUM, block_terms, numbered, row_index
 
 _SWAPPED = ("BSN", "NT")  # the others have the axes of the statistics
 _LN2 = math.log(2.0)
@@ -27,8 +27,7 @@ def joined(lse: Any, lse_layout: str, lengths: Any, tokens: int) -> Any:
     """Gather a log-sum-exp that is padded to the longest sequence, "BNS" or "BSN", into one of shape (T, N)."""
     lse = arranged(lse, lse_layout)
     if isinstance(lse, np.ndarray):
-        sequence = np.repeat(np.arange(len(lengths) - 1), np.diff(lengths))
-        place: Any = np.arange(tokens) - lengths[sequence]
+        sequence, place = numbered(np.diff(lengths))
     else:
         _, sequence, place = places_in_sequences(lengths, tokens, lse.device)
         place = place.clamp_(0, max(lse.shape[-1] - 1, 0))  # whatever lengths on a device contain

@@ -3,6 +3,7 @@
 import ctypes
 import decimal
 import math
+import platform
 import re
 import subprocess
 import sys
@@ -201,6 +202,14 @@ def tuning():
     own = _core.tuning()
     yield own
     _core.tune(**own)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="Linux on x86 names what it has")
+def test_the_processor_is_asked_right():
+    """As the system has it, which also knows what it saves."""
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    needed = {"baseline": set(), "avx2": {"avx2", "f16c"}, "avx512": {"avx2", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    assert _core.simd_versions() == [name for name, its in needed.items() if its <= flags]
 
 
 @pytest.mark.parametrize("simd", _core.simd_versions())

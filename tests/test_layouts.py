@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from states import state
 
+import rau
+import rau.rows
 from rau.constraints import Options, bind
 from rau.layouts import (
     ATTN,
@@ -183,6 +185,53 @@ def test_no_rows_at_all(layout):
         assert row_index(block_terms(layout, False, lengths, None, strides).table(), 0, ATTN).tolist() == []
     if layout == "TND":
         assert len(block_terms("TND", True, (0, 0, 2, 4), np.array([0]), strides).table()) == 0
+
+
+class NarrowIntegers:
+    """NumPy as it is where its default integer has 32 bits: on 32-bit processors, and on Windows before NumPy 2."""
+
+    intp = np.int32
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def arange(self, *bounds, dtype="i4"):
+        return np.arange(*bounds, dtype=dtype)
+
+    def array(self, values, dtype=None, **options):
+        made = np.array(values, dtype, **options)
+        return made.astype("i4") if dtype is None and made.dtype == np.int64 and not isinstance(values, np.ndarray) else made
+
+    def flatnonzero(self, values):
+        return np.flatnonzero(values).astype("i4")
+
+    def repeat(self, values, counts, axis=None):
+        assert np.can_cast(getattr(counts, "dtype", "i4"), "i4"), "to no integer that counts memory there"
+        return np.repeat(values, counts, axis)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cython", "numpy") if name in {status.name for status in rau.registry.status() if status.available}])
+def test_integers_of_32_bits_by_default(monkeypatch, backend):
+    """Whatever NumPy makes of integers that nobody gave a type, the block table is int64."""
+    calls = {
+        "SBH": {}, "BSND": {}, "BNSD": {}, "TND": {"actual_seq_qlen": [0, 2, 6]},
+        "packed": {"actual_seq_qlen": [0, 2, 6], "softmax_layout": "SBH"}, "mask": {"tokens": np.array([1, 0, 0, 1, 1, 0], bool)},
+        "numbers": {"tokens": [5, 1]}, "slice": {"tokens": slice(0, 6, 2)}, "run": {"tokens": slice(2, 4)},
+        "padded": {"actual_seq_qlen": [0, 1, 3], "cu_seqlens_padded": [0, 4, 6]},
+    }  # fmt: skip
+    results = []
+    for narrow in (False, True):
+        if narrow:
+            for module in (rau.layouts, rau.lse, rau.rows, rau.problem, rau.constraints, rau.constraints.rows, rau.constraints.lengths):
+                monkeypatch.setattr(module, "np", NarrowIntegers(), raising=False)
+            rau.registry.refresh()  # and with it what is known of signatures
+        for name, how in calls.items():
+            layout = name if name in LAYOUTS else "TND"
+            shapes = {"SBH": ((6, 2, 16), (2, 2, 6, 1)), "BSND": ((2, 6, 2, 8), (2, 2, 6, 1)), "BNSD": ((2, 2, 6, 8), (2, 2, 6, 1))}
+            states = [state(*shapes.get(layout, ((6, 2, 8), (6, 2, 1))), "float32", seed) for seed in (1, 2)]
+            results.append(rau.merge_states(states, layout=layout, backend=backend, **how))
+    for wide, narrow in zip(results[: len(calls)], results[len(calls) :], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(wide, narrow, strict=True))
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4))

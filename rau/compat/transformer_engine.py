@@ -14,6 +14,7 @@ import numpy as np
 from rau.arithmetic import library
 from rau.compat.pairs import check, starts_of
 from rau.constraints.rows import rows_of_sequences
+from rau.layouts import numbered
 from rau.state import AttentionState
 from rau.update import merge_lse, merge_states
 
@@ -260,7 +261,6 @@ def _places(call: str, cu_seqlens: Any, half: bool, packed: bool, lse: Any, its_
     its_tokens = slice(bounds[0] // 2, bounds[-1] // 2) if half else tokens
     if packed:
         return tokens, its_tokens, (..., tokens), (..., its_tokens)
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
-    its_place = np.arange(len(sequence)) - (np.cumsum(lengths) - lengths)[sequence]
+    sequence, its_place = numbered(lengths)
     place = its_place + (starts - bounds[:-1])[sequence]
     return tokens, its_tokens, (sequence, slice(None), place), (sequence, slice(None), its_place)

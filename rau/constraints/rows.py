@@ -12,6 +12,7 @@ from rau.constraints.lengths import bind_lengths
 from rau.constraints.options import Options
 from rau.constraints.rules import Violations
 from rau.errors import shown
+from rau.layouts import numbered
 
 Rows = slice | np.ndarray  # places along the token axis; an array of them is int64, each once
 PADDED = "cu_seqlens_padded"
@@ -63,7 +64,7 @@ def bind_tokens(report: Violations, tokens: Any, length: int) -> Rows | None:
         report.add("tokens", f"tokens names {again[counts.argmax()]} more than once; expected each token once at most, since "
                    f"one call merges a row once.{hint}")  # fmt: skip
     else:
-        return _as_slice(values.astype(np.int64))
+        return _as_slice(values)
     return None
 
 
@@ -114,9 +115,8 @@ def bind_padded(report: Violations, lengths: Any, padded: Any, tokens: int | Non
 
 def rows_of_sequences(starts: np.ndarray, lengths: np.ndarray) -> Rows:
     """Return the rows of sequences that start at some rows and have some lengths."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return _as_slice(np.repeat(starts - (ends - lengths), lengths) + np.arange(total))
+    sequence, place = numbered(lengths)
+    return _as_slice(starts[sequence] + place)
 
 
 def bind_counts(report: Violations, indptr: Any, states: int) -> np.ndarray | None:
@@ -144,9 +144,9 @@ def runs_of(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Return first rows and lengths of the runs of rows that follow one another."""
     if isinstance(rows, slice):
         if rows.step == 1:
-            return np.array([rows.start]), np.array([rows.stop - rows.start])
-        rows = np.arange(rows.start, rows.stop, rows.step)
-    first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+            return np.array([rows.start], np.int64), np.array([rows.stop - rows.start], np.int64)
+        rows = np.arange(rows.start, rows.stop, rows.step, dtype=np.int64)
+    first = np.flatnonzero(np.diff(rows, prepend=-2) != 1).astype(np.int64)
     return rows[first], np.diff(first, append=len(rows))
 
 
@@ -154,6 +154,7 @@ def _as_slice(rows: np.ndarray) -> Rows:
     """See rows that follow one another as a slice: arrays then need no copy."""
     if not len(rows):
         return slice(0, 0, 1)
+    rows = rows.astype(np.int64, copy=False)
     first, last = int(rows[0]), int(rows[-1])
     one_run = last - first + 1 == len(rows) and bool((np.diff(rows) == 1).all())
     return slice(first, last + 1, 1) if one_run else rows

@@ -17,6 +17,10 @@
 #error "rau needs IEEE arithmetic: no -ffast-math, no x87 (on 32-bit x86 add -msse2 -mfpmath=sse)"
 #endif
 
+#if defined(_MSC_VER) && !defined(__clang__)
+#pragma fp_contract(off) /* before Visual Studio 2022 17.0 a product and a sum became one instruction even under /fp:precise */
+#endif
+
 #if (defined(__x86_64__) || defined(_M_X64)) && !defined(RAU_PLAIN_C)
 #define RAU_X86 1
 #include <immintrin.h>

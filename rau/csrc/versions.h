@@ -37,9 +37,21 @@
 #endif
 
 #ifdef RAU_VERSIONS
-static int rau_has_f16c(void) { /* not every compiler's __builtin_cpu_supports knows the name */
+/* How many versions beyond the first the processor has and the system saves the registers of. The processor is asked here:
+   __builtin_cpu_supports says no to everything under zig's runtime, and not every compiler's knows f16c. */
+static int rau_beyond_baseline(void) {
+    unsigned a, b, c, d, saved, high;
+    const unsigned basic = bit_OSXSAVE | bit_AVX | bit_F16C;
+    const unsigned wide = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & basic) != basic) return 0;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if ((saved & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return 0;
+    return (saved & 0xe6) == 0xe6 && (b & wide) == wide ? 2 : 1;
+}
+
+static int rau_is_intel(void) {
     unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
 }
 #endif
 
@@ -48,12 +60,9 @@ static int rau_versions(const rau_version *found[3]) {
     int count = 0;
     found[count++] = &rau_version_baseline;
 #ifdef RAU_VERSIONS
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && rau_has_f16c())
-        found[count++] = &rau_version_avx2;
-    if (count == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found[count++] = &rau_version_avx512;
+    const int beyond = rau_beyond_baseline();
+    if (beyond > 0) found[count++] = &rau_version_avx2;
+    if (beyond > 1) found[count++] = &rau_version_avx512;
 #endif
     return count;
 }
@@ -74,8 +83,7 @@ static rau_tuning rau_tuned(void) {
     if (second > 0 && second / 2 < tuning.tile_bytes) tuning.tile_bytes = second / 2; /* the rest is for the rows that pass by */
 #endif
 #ifdef RAU_VERSIONS
-    __builtin_cpu_init();
-    if (__builtin_cpu_is("intel")) tuning.rows_ahead = 4; /* which gain from it; AMD's lose: they follow long rows by themselves */
+    if (rau_is_intel()) tuning.rows_ahead = 4; /* which gain from it; AMD's lose: they follow long rows by themselves */
 #endif
     return tuning;
 }
