@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from rau.cli.console import Visible, visible
 from rau.errors import RauError
 
-COMMANDS = ("info", "demo", "bench", "check", "difftest", "matrix", "cases", "diagnose")
+COMMANDS = ("info", "demo", "bench", "check", "bits", "difftest", "matrix", "cases", "diagnose")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,130 @@
+"""The published bits: that they are those of every backend, and that no bit changes without a digest."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rau import registry
+from rau.__main__ import main
+from rau.backends import Backend
+from rau.state import AttentionState
+from rau.testing import bits
+
+pytest.importorskip("ml_dtypes")
+
+
+def test_these_are_the_published_bits(backend):
+    assert bits.digests(registry.get(backend)) == bits.published()
+
+
+def test_what_is_published_are_digests():
+    """Of every group that there is, and of no failure."""
+    published = bits.published()
+    assert all(re.fullmatch("[0-9a-f]{16}", value) for value in published.values()) and len({*published.values()}) == len(published)
+    assert {*bits.cases()} < {*published}
+
+
+def test_the_integers_are_those_of_the_paper():
+    """The first numbers of its reference implementation, from 1234567, one by one in Python's integers."""
+    state, expected = 1234567, []
+    for _ in range(5):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = state
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        expected.append(z ^ (z >> 31))
+    assert expected[0] == 6457827717110365317  # as published with the reference implementation
+    assert bits.words(1234567, 5).tolist() == expected
+
+
+def test_what_is_merged_is_exact_and_nasty():
+    """No rounding decides what the inputs are, and all that can be wrong with statistics is in them."""
+    for name, group in bits.cases().items():
+        for case in group[:1]:
+            (first, *_) = states = bits.fill(case, 0)
+            assert len(states) == case.states and first.attn_out.dtype.name == case.dtype, name
+            wide = first.attn_out.astype(np.float64)
+            assert (np.isnan(wide) | (wide.astype(first.attn_out.dtype).astype(np.float64) == wide)).all()
+    states = [state for case in bits.cases()["float32, 17 states"] for state in bits.fill(case, 1)]
+    maxima, sums = (np.concatenate([state[field].ravel() for state in states]) for field in (1, 2))
+    for found in (np.isnan(maxima), np.isnan(sums), maxima == np.inf, maxima == -np.inf, sums == np.inf, sums == 0, sums < 0,
+                  (sums > 0) & (sums < 1e-38), sums > 1e38, maxima > 1e37, maxima < -700, (maxima == 0) & np.signbit(maxima)):  # fmt: skip
+        assert found.any()
+
+
+class Mine(Backend):
+    name = "mine"
+    capabilities = replace(registry.get("numpy").capabilities, dtypes=("float32",), mixed=False)
+    wrong = None
+
+    def update(self, problem, prev, cur, out):
+        return self.merge(problem, [prev, cur], out)
+
+    def merge(self, problem, states, out):
+        result = registry.get("numpy").merge(problem, states, out)
+        if self.wrong is not None:
+            self.wrong(problem, result)
+        return result
+
+
+def last_bit(problem, result):
+    if problem.K == 4:
+        result.attn_out.view(np.int32)[np.isfinite(result.attn_out)] ^= 1
+
+
+def zero(problem, result):
+    if problem.layout == "BSND":
+        result.softmax_sum[np.signbit(result.softmax_sum)] *= -1
+
+
+def raises(problem, result):
+    if problem.layout == "SBH":
+        raise ValueError("no memory")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "groups"),
+    [
+        (last_bit, {"float32, 4 states"}), (zero, {"float32, BSND"}), (raises, {"float32, SBH", "float32, SBH, 1 lane"}),
+    ],
+)  # fmt: skip
+def test_the_groups_that_differ_are_named(monkeypatch, capsys, wrong, groups):
+    class Wrong(Mine):
+        pass
+
+    Wrong.wrong = staticmethod(wrong)
+    monkeypatch.setattr("rau.testing.under_test.load", lambda name: Wrong())
+    assert main(["bits", "--backend", "mine"]) == 1
+    told = capsys.readouterr().out
+    assert "mine: NOT the published bits in" in told and "Next: python -m rau check mine" in told
+    found = {line.strip().partition(": ")[0] for line in told.splitlines() if line.startswith("    float32")}
+    assert found >= groups and len(found) <= 3, told
+    assert ("ValueError: no memory" in told) == (wrong is raises)
+
+
+def test_what_is_not_taken_or_not_promised_is_said(monkeypatch, capsys):
+    class Fast(Mine):
+        capabilities = replace(Mine.capabilities, tolerance=4.0)
+        wrong = staticmethod(last_bit)
+
+    monkeypatch.setattr("rau.testing.under_test.load", lambda name: Mine())
+    assert main(["bits", "--backend", "mine", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["backends"]["mine"]
+    assert {name.split(",")[0] for name in row["same"]} >= {"float32", "ring of float32"} and row["differ"] == []
+    assert len(row["same"]) + len(row["not_taken"]) == len(bits.published())
+    monkeypatch.setattr("rau.testing.under_test.load", lambda name: Fast())
+    assert main(["bits", "--backend", "mine"]) == 0
+    assert "Its capabilities do not promise them." in capsys.readouterr().out
+
+
+def test_a_maximum_of_zero_has_no_sign_and_all_nan_are_one():
+    def state(maximum, nan):
+        stats = np.full((1, 1, 1), maximum, np.float32)
+        return AttentionState(np.array([nan], np.uint32).view(np.float32).reshape(1, 1, 1), stats, np.ones_like(stats))
+
+    same = {bits.digest([], [state(zero, nan)]) for zero in (0.0, -0.0) for nan in (0x7FC00000, 0xFFC00001)}
+    assert len(same) == 1
+    assert bits.digest([], [state(0.0, 0x3F800000)]) != bits.digest([], [state(0.0, 0x3F800001)])
