@@ -13,6 +13,10 @@ RAU_INLINE RAU_TARGET FLOATS RAU_NAME(from_f16)(const char *at) {
     return (FLOATS)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 #elif RAU_BYTES == 32
     return (FLOATS)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
+#elif defined(RAU_NEON) && RAU_BYTES
+    uint16x4_t halves;
+    memcpy(&halves, at, sizeof halves);
+    return (FLOATS)vcvt_f32_f16(vreinterpret_f16_u16(halves));
 #else
     SHORTS halves;
     memcpy(&halves, at, sizeof halves);
@@ -29,6 +33,9 @@ RAU_INLINE RAU_TARGET FLOATS RAU_NAME(from_f16)(const char *at) {
 RAU_INLINE RAU_TARGET WORDS RAU_NAME(choose)(WORDS mask, WORDS yes, WORDS no) { return (mask & yes) | (~mask & no); }
 
 RAU_INLINE RAU_TARGET SHORTS RAU_NAME(to_f16)(FLOATS x) {
+#if defined(RAU_NEON) && RAU_BYTES
+    return (SHORTS)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x));
+#else
     const WORDS zero = {0}, bits = RAU_NAME(words_of)(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     /* Normal results: move the exponent's bias from 127 to 15 and round 13 bits away. */
     WORDS normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -38,6 +45,7 @@ RAU_INLINE RAU_TARGET SHORTS RAU_NAME(to_f16)(FLOATS x) {
     WORDS result = RAU_NAME(choose)(ALL_BITS(WORDS, magnitude < zero + 0x38800000u), small, normal);
     result = RAU_NAME(choose)(ALL_BITS(WORDS, magnitude > zero + 0x7f800000u), zero + 0x7e00u, result);
     return CONVERT(SHORTS, result | sign);
+#endif
 }
 #endif
 

@@ -30,6 +30,11 @@
 #include <cpuid.h>
 #endif
 
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(RAU_PLAIN_C)
+#define RAU_NEON 1
+#include <arm_neon.h>
+#endif
+
 #if defined(__GNUC__)
 #define RAU_INLINE static inline __attribute__((always_inline))
 #define RAU_PREFETCH(address) __builtin_prefetch((address), 0, 3)

@@ -103,6 +103,18 @@ static rau_fenv rau_fenv_set(void) {
 }
 static void rau_fenv_restore(rau_fenv old) { _mm_setcsr(old); }
 static void rau_fence(void) { _mm_sfence(); }
+#elif defined(RAU_NEON)
+typedef uint64_t rau_fenv;
+static rau_fenv rau_fenv_set(void) { /* glibc's fesetenv keeps AHP and DN, which change what conversions of float16 are */
+    uint64_t old;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    if (old) __asm__ volatile("msr fpcr, %0" : : "r"(UINT64_C(0)) : "memory");
+    return old;
+}
+static void rau_fenv_restore(rau_fenv old) {
+    if (old) __asm__ volatile("msr fpcr, %0" : : "r"(old) : "memory");
+}
+static void rau_fence(void) {}
 #else
 #include <fenv.h>
 typedef fenv_t rau_fenv;
