@@ -82,6 +82,14 @@ def sent_bytes(ring):
     return forward, forward + ring.ranks * dkv_bytes(ring)
 
 
+def merge_received(method, ranks, rows, head_dim, itemsize):
+    """Most bytes that a rank receives in `rau.distributed.merge`, by its method, or in merge_scatter ("scatter")."""
+    state = rows * (head_dim * itemsize + 2 * STATS)
+    if method == "tree":  # of float32
+        return (ranks - 1).bit_length() * rows * (head_dim * 4 + 2 * STATS)
+    return (ranks - 1) * state // (ranks if method == "scatter" else 1)
+
+
 def update_bytes(ring, part=1.0):
     """Bytes that an update reads and writes: a partial state, and the running one twice; of a `part` of the queries."""
     partial = ring.head_dim * ring.itemsize + 2 * STATS
@@ -188,17 +196,18 @@ def parts(ring):
     """Under torchrun: time what a step is made of, each part on all ranks at once; print the seconds, rank 0."""
     import torch
     import torch.distributed as dist
-    from ring_attention import Ring as Neighbours
-    from ring_attention import as_state, attend, attend_backward, cut
 
     import rau
+    from rau.distributed.attention import attend, attend_backward
+    from rau.distributed.ranks import Ranks
 
     dist.init_process_group("gloo")
-    neighbours, merge = Neighbours(torch.device("cpu")), rau.StreamingMerge()
-    tensors = torch.randn(4, ring.tokens // ring.ranks, 1, ring.heads, ring.head_dim)
-    q, k, v, dout = (cut(each, None)[0] for each in tensors)
+    ranks, merge = Ranks("ring_cost.py", None, None), rau.StreamingMerge("BNSD")
+    tensors = torch.randn(4, 1, ring.heads, ring.tokens // ring.ranks, ring.head_dim)
+    q, k, v, dout = tensors
     out, lse = attend(q, k, v, ring.causal)
     sums, spare = torch.zeros(3, *q.shape), torch.empty_like(tensors[:2])
+    moves = [("to", tensors[:2], (ranks.rank + 1) % ranks.size), ("from", spare, (ranks.rank - 1) % ranks.size)]
 
     def backward():
         for total, term in zip(sums, attend_backward(dout, q, k, v, out, lse, ring.causal)):
@@ -207,8 +216,8 @@ def parts(ring):
     jobs = [
         lambda: attend(q, k, v, ring.causal),
         backward,
-        lambda: merge.update(*as_state([out], [lse], "SBH")),
-        lambda: neighbours.finish(neighbours.start(tensors[:2], spare)),
+        lambda: merge.update(*rau.AttentionState.from_lse(out, lse, base="e", layout="BNSD")),
+        lambda: ranks.wait(ranks.begin(moves, "timing it"), "timing it"),
     ]
     times = [[] for _ in jobs]
     for _ in range(10):

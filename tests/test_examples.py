@@ -163,7 +163,7 @@ def test_when_a_rank_is_lost_the_others_say_so_and_end(fault, timeout):
         for rank in (0, 2):
             shown, errors = ranks[rank].communicate(timeout=60)
             assert ranks[rank].returncode == 1, errors
-            start_of_line = f"rank {rank}: a rank is lost or too slow, "
+            start_of_line = f"ring_attention: rank {rank} of 3: a rank is lost or too slow, "
             said = [line for line in errors.splitlines() if line.startswith(start_of_line)]
             assert len(said) == 1 and "Traceback" not in errors, errors
             assert shown == ""
