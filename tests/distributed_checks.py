@@ -97,7 +97,7 @@ def bits(state):
     digest = hashlib.sha256()
     for part in state:
         digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-        digest.update(part.nan_to_num(12345.0).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(part.nan_to_num(12345.0).double().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -106,7 +106,7 @@ SPREADS = {1: [(8,)], 2: [(4, 4), (1, 7), (0, 8)], 4: [(2, 2, 2, 2), (5, 1, 0, 2
 
 @check
 def the_merge_of_a_list_has_its_bits_however_it_is_spread():
-    mixed = ("float32", "bfloat16", "float16", *("float32",) * 5)
+    mixed = ("float32", *("bfloat16",) * 7)
     for layout, dtypes, lanes in [
         ("SBH", ("bfloat16",) * 8, 8), ("BNSD", ("float64",) * 8, 1), ("TND", mixed, 1), ("BSND", ("float16",) * 8, 1),
     ]:  # fmt: skip
@@ -387,7 +387,8 @@ def any_attention_function_will_do():
     Problem("TND", True).judge((counted("forward", attend), counted("backward", attend_backward)))
     assert calls["forward"] >= 3 * SIZE and calls["backward"] >= 3 * SIZE
     q = torch.randn(1, 2, 4, 8, requires_grad=True)
-    out, _ = ring_attention(q, q, q, forward=lambda *given: [each.detach() for each in attend(*given)])
+    group = dist.new_group()  # which is not to be used any more after what a kernel raises
+    out, _ = ring_attention(q, q, q, group, forward=lambda *given: [each.detach() for each in attend(*given)])
     assert "pass the kernel's own gradient as backward=" in raised(rau.UnsupportedError, call=out.sum().backward)
     out, _ = ring_attention(q, q, q)
     message = raised(rau.UnsupportedError, out.sum(), q, create_graph=True, call=torch.autograd.grad)
@@ -582,9 +583,10 @@ def a_killed_rank_ends_in_one_error():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     FOLDER, RESULTS = Path(sys.argv[3]), {}
-    store = dist.FileStore(str(FOLDER / "store"), SIZE)
-    dist.init_process_group("gloo", store=store, rank=RANK, world_size=SIZE, timeout=timedelta(seconds=60))
-    GROUPS = {size: dist.new_group(list(range(size))) for size in range(1, SIZE + 1)}
+    store, patience = dist.FileStore(str(FOLDER / "store"), SIZE), timedelta(seconds=20)
+    dist.init_process_group("gloo", store=store, rank=RANK, world_size=SIZE, timeout=patience)
+    LAST = list(CHECKS)[-1]
+    GROUPS = {size: dist.new_group(list(range(size)), timeout=patience) for size in range(1, SIZE + 1)}
     for name, function in CHECKS.items():
         start = time.monotonic()
         try:
@@ -593,5 +595,10 @@ if __name__ == "__main__":
         except BaseException:
             RESULTS[name] = traceback.format_exc()
         print(RANK, name, f"{time.monotonic() - start:.2f} s", file=sys.stderr)
+        # A rank that has failed is out of step, and the others would wait for it in every check that follows.
+        store.set(f"{name} {RANK}", "failed" if RESULTS[name] else "passed")
+        others = [rank for rank in range(SIZE) if name != LAST or rank != VICTIM]
+        if b"failed" in [store.get(f"{name} {rank}") for rank in others]:
+            break
     (FOLDER / f"{RANK}.json").write_text(json.dumps(RESULTS))
     os._exit(0)  # leaving in good order would wait for the rank that is lost

@@ -63,7 +63,7 @@ class Ranks:
         except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise LostRankError(
-                f"{self.call}: rank {self.rank} of {self.size}: a rank is lost or too slow, {doing}: {reason} The group cannot be "
+                f"{self.call}: rank {self.rank} of {self.size}: a rank is lost or too slow, {doing}: {reason.rstrip('.')}. The group cannot be "
                 "used any more: end this process, or make a new group of the ranks that are left."
             ) from error
 

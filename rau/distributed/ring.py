@@ -104,6 +104,9 @@ def ring_attention(
     :class:`rau.StreamingMerge`, in which rank r merges its own keys first, then those of rank r - 1 and so on; its bound, for as many
     partial states as there are ranks, comes on top of what the kernel's own errors make.
 
+    What `forward` or `backward` raises ends the call of that rank alone: to the others it is lost, and the group cannot be used any
+    more.
+
     Of tokens without any key the output is 0, and the log-sum-exp -inf.
     """
     ranks = Ranks("ring_attention", group, timeout)
