@@ -148,8 +148,26 @@ def large_rings(networks, heads, kv_heads, head_dim, itemsize, second):
                 print(f"{network:<12}{kv:8}{size}{times}{cost.merge / cost.total:15.1%}")
 
 
+def merges():
+    """Print what a merge across ranks takes: on its way, and in memory, where each input is read and the result written."""
+    tokens, heads, head_dim = 128, 64, 128
+    rows, rates = tokens * heads, H100["NVLink"]
+    narrow, wide = rows * (2 * head_dim + 2 * STATS), rows * (4 * head_dim + 2 * STATS)
+    print(f"A merge of one state a rank, {tokens} tokens, N = {heads}, D = {head_dim}, bfloat16, on H100s: MB that a rank receives, and us")
+    print("ranks   gather: MB  NVLink  memory    tree: MB  NVLink  memory    scatter: MB  NVLink  memory")
+    for ranks in (2, 4, 8, 16, 64):
+        levels = (ranks - 1).bit_length()
+        moved = {"gather": (ranks + 1) * narrow, "tree": levels * 3 * wide, "scatter": (ranks + 1) * narrow / ranks}
+        cells = []
+        for method, messages in (("gather", 1), ("tree", levels), ("scatter", 1)):
+            received = merge_received(method, ranks, rows, head_dim, 2)
+            network = messages * rates.message + received / rates.network
+            cells.append(f"{received / 1e6:12.2f}{network * 1e6:8.0f}{moved[method] / rates.merge * 1e6:8.1f}")
+        print(f"{ranks:5}{'  '.join(cells)}")
+
+
 def tables():
-    """Print what docs/scaling.md shows: rings of up to thousands of ranks, and from which size on the merge shows."""
+    """Print what docs/scaling.md shows: rings of up to thousands of ranks, when the merge shows, and merges across ranks."""
     print("One layer, causal, N = 64, D = 128, bfloat16, on H100s: forward pass on the last rank, milliseconds")
     large_rings(H100, 64, (64, 8), 128, 2, 1e3)
     print("\nTokens per rank from which, in a step on H100s (N = 64, D = 128, bfloat16),")
@@ -167,6 +185,8 @@ def tables():
             for heads in (64, 8):
                 cells.append(f"{kv_bytes(one._replace(kv_heads=heads)) / rates.network / attention:15.0f}")
         print(f"{name:<6}", *cells)
+    print()
+    merges()
 
 
 # ---- measured -------------------------------------------------------------------------------------------------------

@@ -207,6 +207,7 @@ def counting():
 def the_bytes_are_those_of_the_model():
     rows, width = 16, 32  # a state of 4 heads, whose shares are multiples of 8 bytes
     state = rau.AttentionState(torch.ones(rows, 4, width, dtype=torch.bfloat16), *torch.ones(2, rows, 4, 1))
+    table = []
     for method in ("gather", "tree", "scatter"):
         for size in (2, 4):
             if RANK < size:
@@ -215,7 +216,11 @@ def the_bytes_are_those_of_the_model():
                         merge_scatter(state, GROUPS[size], layout="TND")
                     else:
                         merge(state, GROUPS[size], layout="TND", method=method)
-                assert found["received"] == merge_received(method, size, rows * 4, width, 2), (method, size, found)
+                predicted = merge_received(method, size, rows * 4, width, 2)
+                assert found["received"] == predicted, (method, size, found)
+                table.append(f"| {method} | {size} | {predicted} | {found['received']} |\n")
+    if RANK == 0:
+        assert "".join(table) in (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
     ring = Ring(SIZE, 64, 4, 2, 8, 4, causal=True)
     q, k, v = (torch.randn(1, heads, 64 // SIZE, 8, requires_grad=True) for heads in (4, 2, 2))
     forward, backward = sent_bytes(ring)
