@@ -5,9 +5,10 @@ From a checkout, in a fresh environment:
     python -m pip install -e '.[torch]'
     torchrun --standalone --nproc-per-node 4 examples/bits_across_ranks.py
 
-Three statements, each shown by a line: the merge of eight states has the same digest with 1, 2, 4 or 8 ranks, in whatever order
-these arrive, and the joined shares of merge_scatter have it too; a tree has the same bits on every rank, within its bound; a ring
-has the same bits at every run with as many ranks, within the bound of attention in one process. Exit status 1 if one is not so.
+Three statements, each shown by a line: the merge of eight states has the same digest with 1, 2, 4 or 8 ranks, in whatever
+order these arrive, and the joined shares of merge_scatter have it too; a tree has the same bits on every rank, within its
+bound; a ring has the same bits at every run with as many ranks, within the bound of attention in one process. Exit status 1
+if one is not so.
 """
 
 import hashlib
@@ -65,13 +66,18 @@ def of_tree(merged, states, ranks):
     return share(merged.attn_out, weights.sum(0), weights.abs().sum(0)).item() / bound
 
 
+def zigzag(tensor, rank, ranks):
+    """A rank's part of (B, N, S, D)."""
+    chunks = tensor.chunk(2 * ranks, dim=2)
+    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]], dim=2)
+
+
 def ring(rank, ranks):
     """A causal ring, forward and backward: a digest of what this rank has, and its largest share of a bound."""
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(4, 1, 2, 2 * TOKENS, HEAD_DIM, generator=generator)
-    chunks = whole.chunk(2 * ranks, dim=3)
-    *leaves, dout = torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]], dim=3)
-    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    *leaves, dout = (zigzag(each, rank, ranks) for each in whole)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
     out, lse = late(ring_attention, *leaves, causal=True)
     out.backward(dout)
     results = [out.detach(), *(leaf.grad for leaf in leaves)]
@@ -83,7 +89,7 @@ def ring(rank, ranks):
     bounds = ring_bounds(kernel_errors(attention, [whole], causal=True).tolist(), whole.dtype, ranks)
     shares = []
     for result, right, size, bound in zip(results, *exact(*whole, causal=True)[1:], bounds):
-        right, size = (torch.cat([each.chunk(2 * ranks, 2)[i] for i in (rank, 2 * ranks - 1 - rank)], 2) for each in (right, size))
+        right, size = (zigzag(each, rank, ranks) for each in (right, size))
         shares.append(share(result, right, size).item() / bound)
     return digest(*results, lse), max(shares)
 

@@ -96,7 +96,7 @@ def one_process(q, k, v, dout, causal):
 
 
 def cut(tensor, lengths, half=None):
-    """Views (B, N, S, D) of the sequences in (B, N, S, D), or in (T, N, D), which has one for each length; or of their halves."""
+    """Views (B, N, S, D) of sequences, or of their halves, in (B, N, S, D), or in (T, N, D), which has one for each length."""
     views = [part.transpose(0, 1)[None] for part in tensor.split(lengths)] if lengths else [tensor]
     return [view.chunk(2, dim=2)[half == "back"] for view in views] if half else views
 

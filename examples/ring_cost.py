@@ -153,7 +153,8 @@ def merges():
     tokens, heads, head_dim = 128, 64, 128
     rows, rates = tokens * heads, H100["NVLink"]
     narrow, wide = rows * (2 * head_dim + 2 * STATS), rows * (4 * head_dim + 2 * STATS)
-    print(f"A merge of one state a rank, {tokens} tokens, N = {heads}, D = {head_dim}, bfloat16, on H100s: MB that a rank receives, and us")
+    size = f"{tokens} tokens, N = {heads}, D = {head_dim}, bfloat16"
+    print(f"A merge of one state a rank, {size}, on H100s: MB that a rank receives, and us")
     print("ranks   gather: MB  NVLink  memory    tree: MB  NVLink  memory    scatter: MB  NVLink  memory")
     for ranks in (2, 4, 8, 16, 64):
         levels = (ranks - 1).bit_length()

@@ -77,7 +77,8 @@ def states(layout="SBH", dtypes=("float32",) * 8, lanes=1, seed=0):
         rows = (S * B, N) if layout == "TND" else (B, N, S)
         wide = torch.float64 if dtype == "float64" else torch.float32
         maximum = (30 * torch.randn(rows, generator=generator)).to(wide)[..., None]
-        total = torch.rand(rows, generator=generator).to(wide)[..., None] * (torch.rand(rows, generator=generator)[..., None] < 0.8)
+        total, seen = torch.rand(2, *rows, 1, generator=generator)
+        total = (total * (seen < 0.8)).to(wide)
         out = torch.randn(SHAPES[layout], generator=generator)
         if layout in ("BNSD", "TND"):
             out = out.masked_fill(total == 0, torch.nan)
@@ -136,7 +137,8 @@ def a_share_is_a_slice_of_the_merge():
             if RANK >= size:
                 continue
             number = N if over == "heads" else whole[1].shape[axes[1]]
-            first, last = (sum(len(part) for part in torch.arange(number).tensor_split(size)[:rank]) for rank in (RANK, RANK + 1))
+            parts = torch.arange(number).tensor_split(size)
+            first, last = (sum(map(len, parts[:rank])) for rank in (RANK, RANK + 1))
             wide = D if (layout, over) == ("SBH", "heads") else 1
             wanted = rau.AttentionState(
                 whole[0].narrow(axes[0], first * wide, (last - first) * wide),
@@ -251,7 +253,7 @@ class Problem:
                 chunks, starts = [*sizes, *sizes[::-1]], [0]
                 starts += itertools.accumulate(chunks)
                 places = [
-                    [*range(starts[r], starts[r] + sizes[r]), *range(starts[-2 - r], starts[-2 - r] + sizes[r])] for r in range(SIZE)
+                    [start + k for start in (starts[r], starts[-2 - r]) for k in range(sizes[r])] for r in range(SIZE)
                 ]
                 k_places = places
             else:
@@ -402,7 +404,10 @@ def any_attention_function_will_do():
 
 @check
 def a_ring_has_the_same_bits_at_every_run():
-    for mode in ({"layout": "BNSD", "causal": True, "dtype": "bfloat16", "sink": True}, {"layout": "TND", "causal": False, "uneven": True}):
+    for mode in (
+        {"layout": "BNSD", "causal": True, "dtype": "bfloat16", "sink": True},
+        {"layout": "TND", "causal": False, "uneven": True},
+    ):
         runs = [Problem(**mode).run() for _ in range(3)]
         digests = {bits([*results, lse, *([] if of_sink is None else [of_sink])]) for results, lse, of_sink in runs}
         assert len(digests) == 1
@@ -487,7 +492,8 @@ def wrong_arguments():
         merge(grad)
     assert "method = 'ring'" in raised(rau.OptionError, one, method="ring")
     assert "over = 'rows'" in raised(rau.OptionError, one, over="rows", call=merge_scatter)
-    assert "states[0].attn_out is of type numpy.ndarray; expected a torch" in raised(rau.DTypeError, [[part.numpy() for part in one]])
+    arrays = [part.numpy() for part in one]
+    assert "states[0].attn_out is of type numpy.ndarray; expected a torch" in raised(rau.DTypeError, [arrays])
     for timeout in (0, -1.0, "60", True, float("nan")):
         assert "expected a positive number of seconds" in raised(rau.OptionError, one, timeout=timeout)
     assert "group is of type str" in raised(rau.OptionError, one, "world")

@@ -33,7 +33,9 @@ def environment():
 def test_four_ranks(tmp_path):
     """All checks in one go, since starting a process costs more than they do."""
     ranks = [
-        subprocess.Popen([sys.executable, CHECKS, str(rank), "4", tmp_path], env=environment(), stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, CHECKS, str(rank), "4", tmp_path], env=environment(), stderr=subprocess.PIPE, text=True
+        )
         for rank in range(4)
     ]
     try:
@@ -52,7 +54,8 @@ def test_four_ranks(tmp_path):
 
 def test_torchrun_shows_the_three_statements_about_bits():
     script = ROOT / "examples" / "bits_across_ranks.py"
-    assert "    torchrun --standalone --nproc-per-node 4 examples/bits_across_ranks.py\n" in script.read_text(encoding="utf-8")
+    command = "    torchrun --standalone --nproc-per-node 4 examples/bits_across_ranks.py\n"
+    assert command in script.read_text(encoding="utf-8")
     shown = []
     for ranks in (1, 2, 4):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script]
@@ -66,12 +69,12 @@ def test_torchrun_shows_the_three_statements_about_bits():
     assert len({ring for _, _, ring in shown}) == 3  # a digest of something: that two runs agree, the script has seen to
 
 
-@pytest.mark.parametrize("section", [name for name in blocks("scaling.md")])
+@pytest.mark.parametrize("section", blocks("scaling.md"))
 def test_the_code_of_the_page_runs(section, capsys):
     exec(compile(blocks("scaling.md")[section], f"docs/scaling.md, {section}", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out
 
 
 def test_without_a_group():
-    with pytest.raises(rau.OptionError, match=r"merge: \[group\] torch.distributed is not initialised; call torch.distributed.init"):
+    with pytest.raises(rau.OptionError, match=r"merge: \[group\] torch.distributed is not initialised; call torch."):
         rau.distributed.merge([])

@@ -32,7 +32,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v that these keys have a part in.
 
-    `out` and `lse` are those over *all* keys: the probabilities are recomputed as exp(score - lse), and so are the final ones.
+    `out` and `lse` are those over *all* keys, so that the probabilities, recomputed as exp(score - lse), are the final ones.
     """
     if not _has_flash(q):
         return differentiated(partial(_products, scale=scale))(dout, q, k, v, out, lse, causal)
@@ -41,7 +41,7 @@ def attend_backward(
         unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the random state of a dropout that is off
         lengths = None, None, q.shape[2], k.shape[2]
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
-            dout, q, ks, vs, out, lse, *lengths, 0.0, causal, unused, unused, scale=scale
+            dout, q, ks, vs, out, lse.contiguous(), *lengths, 0.0, causal, unused, unused, scale=scale
         )
     else:
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -65,8 +65,8 @@ def differentiated(forward: Callable[..., Any]) -> Callable[..., Any]:
             its_out, its_lse = forward(*leaves, causal)[:2]
         if not (its_out.requires_grad and its_lse.requires_grad):
             raise UnsupportedError(
-                "ring_attention: torch does not differentiate what forward returns, output and log-sum-exp both; pass the kernel's "
-                "own gradient as backward=."
+                "ring_attention: torch does not differentiate what forward returns, output and log-sum-exp both; pass the "
+                "kernel's own gradient as backward=."
             )
         weight = torch.where(its_lse == -torch.inf, 0.0, its_lse.detach() - lse).exp()
         weight = torch.where(its_lse == -torch.inf, 0.0, weight)

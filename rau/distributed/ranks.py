@@ -43,12 +43,12 @@ class Ranks:
         if not dist.is_available() or not dist.is_initialized():
             report.add("group", "torch.distributed is not initialised; call torch.distributed.init_process_group first.")
         elif group is not None and not isinstance(group, dist.ProcessGroup):
-            report.add("group", f"group is {described(group)}; expected a torch.distributed.ProcessGroup of which this rank is a "
-                       "member, or None for the default group. torch.distributed.new_group returns something else to ranks that "
-                       "are not members.")  # fmt: skip
+            report.add("group", f"group is {described(group)}; expected a torch.distributed.ProcessGroup of which this rank "
+                       "is a member, or None for the default group. torch.distributed.new_group returns something else to "
+                       "ranks that are not members.")  # fmt: skip
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
-            report.add("timeout", f"timeout = {shown(timeout)}; expected a positive number of seconds, or None for the timeout of "
-                       "the group.")  # fmt: skip
+            report.add("timeout", f"timeout = {shown(timeout)}; expected a positive number of seconds, or None for the "
+                       "group's own.")  # fmt: skip
         report.raise_if_broken()
         self.call = call
         self.group: Any = dist.group.WORLD if group is None else group
@@ -63,8 +63,8 @@ class Ranks:
         except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise LostRankError(
-                f"{self.call}: rank {self.rank} of {self.size}: a rank is lost or too slow, {doing}: {reason.rstrip('.')}. The group cannot be "
-                "used any more: end this process, or make a new group of the ranks that are left."
+                f"{self.call}: rank {self.rank} of {self.size}: a rank is lost or too slow, {doing}: {reason.rstrip('.')}. "
+                "The group cannot be used any more: end this process, or make a new group of the ranks that are left."
             ) from error
 
     def wait(self, works: Sequence[Any], doing: str) -> None:
@@ -76,6 +76,8 @@ class Ranks:
     def gather(self, mine: Tensor, doing: str) -> list[Tensor]:
         """Return every rank's tensor, all of the same size."""
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        if not mine.numel():
+            return everyone
         with self.waiting(doing):
             work = dist.all_gather(everyone, mine, group=self.group, async_op=True)
         self.wait([work], doing)

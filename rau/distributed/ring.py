@@ -45,20 +45,20 @@ def ring_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend to the keys of all ranks, each rank holding a part of the queries, keys and values; with its gradient.
 
-    Keys and values go round the ring of ranks, the next ones under way while a rank attends to those that it has, and a running
-    state in float32 merges the parts. In the backward pass they go round again, and their gradients, in float32, with them.
+    Keys and values go round the ring of ranks, the next ones under way while a rank attends to those that it has, and a
+    running state in float32 merges the parts. In the backward pass they go round again, with their gradients in float32.
 
     Parameters
     ----------
     q : torch.Tensor, float16, bfloat16, float32 or float64
         This rank's queries: (B, N, S, D) in layout "BNSD", (B, S, N, D) in "BSND", (T, N, D) in "TND".
     k, v : torch.Tensor, dtype of `q`
-        This rank's keys and values, of N heads or fewer, where each serves as many query heads (GQA). Ranks may hold different
-        numbers of tokens, or none.
+        This rank's keys and values, of N heads, or of fewer, each of which serves as many query heads (GQA). Ranks may hold
+        different numbers of tokens, or none.
     group : torch.distributed.ProcessGroup, optional
         The default group where it is None; ring order is rank order. All its ranks make the same call.
     causal : bool, default False
-        A query sees no later key. The sequence is then to be cut zig-zag, so that every step costs all ranks the same: of 2P
+        A query sees no later key. Sequences are then to be cut zig-zag, so that every step costs all ranks the same: of 2P
         chunks, rank r holds chunk r and behind it chunk 2P-1-r, both equally long.
     layout : {"BNSD", "BSND", "TND"}, default "BNSD"
     actual_seq_qlen : array of int64, shape (sequences + 1,), or list of int, optional
@@ -66,18 +66,19 @@ def ring_attention(
     actual_seq_kvlen : as `actual_seq_qlen`, optional
         Of the keys, where they differ.
     sink : torch.Tensor, float32 (float64 with float64), shape (N,), optional
-        A logit of each query head without a value, as in :func:`rau.add_sink`; the same on all ranks. Its gradient is that of this
-        rank's queries: add it up over the ranks, as that of any parameter which all of them hold.
+        A logit of each query head without a value, as in :func:`rau.add_sink`; the same on all ranks. Its gradient is that
+        of this rank's queries: add it up over the ranks, as that of any parameter which all of them hold.
     scale : float, optional
         Of the scores; by default 1 / sqrt(D).
     forward : callable, optional
-        Another kernel: ``forward(q, k, v, causal)`` returns an output and its natural log-sum-exp, (B, N, S, D) and (B, N, S),
-        for views in these axes, one sequence at a time in layout "TND". `causal` is true for the rank's own keys alone, which are
-        then as many as the queries. The default is torch's flash kernel, or products in float32 where a device has none.
+        Another kernel: ``forward(q, k, v, causal)`` returns an output and its natural log-sum-exp, (B, N, S, D) and
+        (B, N, S), for views in these axes, one sequence at a time in layout "TND". `causal` is true for the rank's own keys
+        alone, which are then as many as the queries. The default is torch's flash kernel, or products in float32 where a
+        device has none.
     backward : callable, optional
-        Its gradient: ``backward(dout, q, k, v, out, lse, causal)`` returns those of q, k and v, where `out` and `lse` are those over
-        all keys, as FlashAttention's backward takes them. Without it, `forward` is computed again and differentiated by torch,
-        which has to differentiate its log-sum-exp as well.
+        Its gradient: ``backward(dout, q, k, v, out, lse, causal)`` returns those of q, k and v, where `out` and `lse` are
+        those over all keys, as FlashAttention's backward takes them. Without it, `forward` is computed again and
+        differentiated by torch, which has to differentiate its log-sum-exp as well.
     timeout : float, optional
         As in :func:`rau.distributed.merge`.
 
@@ -95,17 +96,17 @@ def ring_attention(
     UnsupportedError
         For a gradient under ``create_graph=True``, or of a `forward` that torch does not differentiate.
     LostRankError
-        If a rank is gone, or silent for too long; its message names the step and the neighbours. The group cannot be used any
-        more then.
+        If a rank is gone, or silent for too long; its message names the step and the neighbours. The group cannot be used
+        any more then.
 
     Notes
     -----
     At a given number of ranks, and if `forward` does so, it returns the same bits at every run. The merge is
-    :class:`rau.StreamingMerge`, in which rank r merges its own keys first, then those of rank r - 1 and so on; its bound, for as many
-    partial states as there are ranks, comes on top of what the kernel's own errors make.
+    :class:`rau.StreamingMerge`, in which rank r merges its own keys first, then those of rank r - 1 and so on; its bound,
+    for as many partial states as there are ranks, comes on top of what the kernel's own errors make.
 
-    What `forward` or `backward` raises ends the call of that rank alone: to the others it is lost, and the group cannot be used any
-    more.
+    What `forward` or `backward` raises ends the call of that rank alone: to the others it is lost, and the group cannot be
+    used any more.
 
     Of tokens without any key the output is 0, and the log-sum-exp -inf.
     """
@@ -269,18 +270,17 @@ class _Ring(torch.autograd.Function):
             queries, keys, triangle = plan.visible(source)
             of_queries = [plan.cut(each, plan.queries, queries) for each in (dout, q, out, dq)]
             of_keys = [plan.cut(each, plan.keys[source], keys) for each in (ks, vs)]
-            terms = [
-                plan.backward(its_dout, its_q, its_k, its_v, its_out, its_lse, triangle) if its_q.numel() and its_k.numel() else None
-                for its_dout, its_q, its_out, its_lse, its_k, its_v in zip(
-                    *of_queries[:3], plan.rows(lse, queries), *of_keys, strict=True
-                )
-            ]
+            sequences = zip(*of_queries[:3], plan.rows(lse, queries), *of_keys, strict=True)
+            terms: list[Sequence[Tensor]] = []
+            for its_dout, its_q, its_out, its_lse, its_k, its_v in sequences:
+                there = its_q.numel() and its_k.numel()
+                terms.append(plan.backward(its_dout, its_q, its_k, its_v, its_out, its_lse, triangle) if there else ())
             ranks.wait(works, doing)  # for what the ranks before have added up
             if works:
                 held, spare = spare, held
             gradients = [plan.cut(each, plan.keys[source], keys) for each in plan.seen(held, k, v, source)]
             for sums, its in zip(zip(of_queries[3], *gradients, strict=True), terms, strict=True):
-                for total, term in zip(sums, its or (), strict=its is not None):
+                for total, term in zip(sums, its):
                     total.add_(term)
             if ranks.size > 1:
                 step = (ranks.rank - source) % ranks.size + 1
@@ -289,7 +289,8 @@ class _Ring(torch.autograd.Function):
                 )
         ranks.wait(works, doing)  # the last hop brings them home
         dk, dv = plan.seen(spare, k, v, ranks.rank)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), _of_sink(sink, dout, out, lse, plan), None
+        of_sink = _of_sink(sink, dout, out, lse, plan) if ctx.needs_input_grad[3] else None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), of_sink, None
 
 
 def _like(q: Tensor, v: Tensor, layout: str) -> AttentionState:
@@ -309,18 +310,15 @@ def _attended(
     return q.new_zeros(*q.shape[:-1], v.shape[-1]), torch.full(q.shape[:-1], -torch.inf, dtype=wide, device=q.device)
 
 
-def _of_sink(sink: Tensor | None, dout: Tensor, out: Tensor, lse: Tensor, plan: _Plan) -> Tensor | None:
+def _of_sink(sink: Tensor, dout: Tensor, out: Tensor, lse: Tensor, plan: _Plan) -> Tensor:
     """Gradient of the sinks: each weighs exp(sink - lse) in its rows, and has the value 0."""
-    if sink is None:
-        return None
-    wide = torch.float64
-    total = torch.zeros_like(sink, dtype=wide)
+    total = torch.zeros_like(sink)
     of_queries = (plan.cut(each, plan.queries) for each in (dout, out))
     for its_dout, its_out, its_lse in zip(*of_queries, plan.rows(lse), strict=True):
-        logits = sink.to(wide)[:, None]
-        weight = torch.where(logits == -torch.inf, 0.0, (logits - its_lse.to(wide)).exp())
-        total -= (weight * (its_dout.to(wide) * its_out.to(wide)).sum(-1)).sum((0, 2))
-    return total.to(sink.dtype)
+        # Without the mask, NaN where a row without keys has no sink either.
+        weight = (sink[:, None] - its_lse).exp().masked_fill(sink[:, None] == -torch.inf, 0.0)
+        total -= (weight * (its_dout.to(sink.dtype) * its_out.to(sink.dtype)).sum(-1)).sum((0, 2))
+    return total
 
 
 def _checked(
@@ -356,7 +354,8 @@ def _checked(
     if axes.attn_batch is not None and k.shape[0] != q.shape[0]:
         report.add("shape-match", f"k has B = {k.shape[0]}; expected that of q, {q.shape[0]}.")
     if not k.shape[head] or q.shape[head] % k.shape[head]:
-        report.add("heads", f"q has {q.shape[head]} heads and k has {k.shape[head]}; expected as many, or a number that divides it.")
+        report.add("heads", f"q has {q.shape[head]} heads and k has {k.shape[head]}; expected as many, or a number that "
+                   "divides it.")  # fmt: skip
     if sink is not None:
         wanted = torch.promote_types(q.dtype, torch.float32)
         if sink.dtype != wanted or tuple(sink.shape) != (q.shape[head],):
@@ -369,8 +368,8 @@ def _checked(
         tokens = each.shape[token]
         if layout != "TND":
             if value is not None:
-                report.add("attention", f'{name} is given; expected None in layout "{layout}", whose sequences are all as long. '
-                           'layout="TND" has sequences of different lengths.')  # fmt: skip
+                report.add("attention", f'{name} is given; expected None in layout "{layout}", whose sequences are all as '
+                           'long. layout="TND" has sequences of different lengths.')  # fmt: skip
             lengths.append([tokens])
             continue
         on_host = value.cpu() if isinstance(value, Tensor) else value
@@ -379,12 +378,15 @@ def _checked(
     report.raise_if_broken()
     queries, keys = lengths
     if len(queries) != len(keys):
-        report.add("shape-match", f"actual_seq_kvlen has {len(keys)} sequences; expected as many as actual_seq_qlen, {len(queries)}.")
-    if causal and queries != keys:
-        report.add("shape-match", f"queries have {shown(queries)} tokens and keys {shown(keys)}; with causal=True expected as many.")
+        report.add("shape-match", f"actual_seq_kvlen has {len(keys)} sequences; expected as many as actual_seq_qlen, "
+                   f"{len(queries)}.")  # fmt: skip
+    elif causal and queries != keys:
+        report.add("shape-match", f"queries have {shown(queries)} tokens and keys {shown(keys)}; with causal=True expected "
+                   "as many.")  # fmt: skip
     if causal and any(length % 2 for length in queries):
-        report.add("tokens-odd", f"this rank holds {shown(queries)} tokens of the sequences; with causal=True expected even numbers: "
-                   "of 2P chunks of each sequence rank r holds chunk r, and behind it chunk 2P-1-r, which is as long.")  # fmt: skip
+        report.add("tokens-odd", f"this rank holds {shown(queries)} tokens of the sequences; with causal=True expected even "
+                   "numbers: of 2P chunks of each sequence rank r holds chunk r, and behind it chunk 2P-1-r, which is as "
+                   "long.")  # fmt: skip
     report.raise_if_broken()
     return lengths
 
@@ -395,12 +397,13 @@ def _check_kernel(call: str, q: Tensor, v: Tensor, scale: Any, forward: Any, bac
         if each is not None and not callable(each):
             report.add("attention", f"{name} is {described(each)}; expected a function, or None for torch's own kernel.")
     if forward is None and backward is not None:
-        report.add("attention", "backward is given, but not the forward that it is the gradient of; expected both, or forward alone.")
+        report.add("attention", "backward is given, but not the forward that it is the gradient of; expected both, or "
+                   "forward alone.")  # fmt: skip
     if forward is not None and scale is not None:
         report.add("attention", "scale is given with a forward; expected one of them: a forward scales its scores itself.")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
         report.add("attention", f"scale = {shown(scale)}; expected a number, or None for 1 / sqrt(D).")
     if forward is None and v.shape[-1] != q.shape[-1]:
-        report.add("attention", f"v has D = {v.shape[-1]} and q {q.shape[-1]}; torch's own kernel expects the same. Pass a forward "
-                   "that takes both.")  # fmt: skip
+        report.add("attention", f"v has D = {v.shape[-1]} and q {q.shape[-1]}; torch's own kernel expects the same. Pass a "
+                   "forward that takes both.")  # fmt: skip
     report.raise_if_broken()

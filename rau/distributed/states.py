@@ -38,18 +38,18 @@ def merge(
     Parameters
     ----------
     state : AttentionState, or list or tuple of them
-        This rank's states over its keys, torch tensors as :func:`rau.merge_states` takes them, for the same queries on all ranks.
-        A rank without keys may bring an empty list.
+        This rank's states over its keys, torch tensors as :func:`rau.merge_states` takes them, for the same queries on all
+        ranks. A rank without keys may bring an empty list.
     group : torch.distributed.ProcessGroup, optional
         The default group where it is None. All its ranks make the same call.
     layout, actual_seq_qlen, softmax_layout
         As in :func:`rau.merge_states`.
     method : {"gather", "tree"}, default "gather"
-        "gather": every rank receives all states and merges them in one pass. "tree": ranks merge in pairs, so that each sends and
-        receives a state of float32 ceil(log2(ranks)) times (at most once more where the ranks are no power of two).
+        "gather": every rank receives all states and merges them in one pass. "tree": ranks merge in pairs, so that each
+        receives a state of float32 ceil(log2(ranks)) times at most.
     timeout : float, optional
-        Seconds to wait for another rank each time; the group's own timeout where it is None. With nccl, a timeout makes the host
-        wait for the device.
+        Seconds to wait for another rank each time; the group's own timeout where it is None. With nccl, a timeout makes the
+        host wait for the device.
 
     Returns
     -------
@@ -59,22 +59,22 @@ def merge(
     Raises
     ------
     ConstraintError, UnknownBackendError, BackendUnavailableError, UnsupportedError
-        As :func:`rau.merge_states`; where ranks disagree about the call, or one refuses its part of it, on all ranks, before a
-        state is sent. UnsupportedError also for tensors that require grad.
+        As :func:`rau.merge_states`; where ranks disagree about the call, or one refuses its part of it, on all ranks, before
+        a state is sent. UnsupportedError also for tensors that require grad.
     LostRankError
         If a rank is gone, or silent for too long. The group cannot be used any more then.
 
     Notes
     -----
-    "gather" is by definition ``merge_states`` of all states in rank order, those of a rank in the order given: the bits depend on
-    that list alone, not on how it is spread over the ranks, nor on which rank comes first; its bounds are those of
+    "gather" is by definition ``merge_states`` of all states in rank order, those of a rank in the order given: the bits
+    depend on that list alone, not on how it is spread over the ranks, nor on which rank comes first; its bounds are those of
     :func:`rau.merge_states`.
 
-    "tree" first merges the K states of a rank, then goes d = ceil(log2(ranks)) levels up. Its bits depend on the number of ranks
-    and are the same on all of them. With u, v, S and M as at :class:`rau.StreamingMerge`, K the largest of the ranks', a float32
-    element is within ((1 + u)**(5*d + K + 1) * (1 + (9*d + K + 7) * v) - 1) * S + 2**-148 * (d + K) * (1 + M) of the exact result
-    (to first order (5*d + K + 1) * u * S), where all sums are normal float32 numbers; proofs/README.md has the proof. 16 bits add
-    half a unit in the last place: what travels is float32.
+    "tree" first merges the K states of a rank, then goes d = ceil(log2(ranks)) levels up. Its bits depend on the number of
+    ranks and are the same on all of them. With u, v, S and M as at :class:`rau.StreamingMerge`, K the largest of the ranks',
+    a float32 element is within ((1 + u)**(5*d + K + 1) * (1 + (9*d + K + 7) * v) - 1) * S + 2**-148 * (d + K) * (1 + M) of
+    the exact result (to first order (5*d + K + 1) * u * S), where all sums are normal float32 numbers; proofs/README.md has
+    the proof. 16 bits add half a unit in the last place: what travels is float32.
 
     docs/scaling.md says what each costs, and which is right when.
     """
@@ -102,8 +102,8 @@ def merge_scatter(
 ) -> AttentionState:
     """Merge the states of all ranks, and leave each rank its share of the heads or tokens: a reduce-scatter.
 
-    What decode context parallelism does: the cache is spread over ranks, and each goes on with its own heads. A rank receives
-    one share from each other rank, in all no more than one state.
+    What decode context parallelism does: the cache is spread over ranks, and each goes on with its own heads. Where each
+    brings one state, a rank receives one share from each other rank: in all, less than a state.
 
     Parameters
     ----------
@@ -163,8 +163,7 @@ class _Form(NamedTuple):
 
     def fill(self, buffer: Tensor, states: Sequence[AttentionState]) -> None:
         """Copy states into a buffer."""
-        dtypes = [str(state.attn_out.dtype).removeprefix("torch.") for state in states]
-        for places, state in zip(self.states(buffer, dtypes), states, strict=True):
+        for places, state in zip(self.states(buffer, [_name(state.attn_out) for state in states]), states, strict=True):
             for place, array in zip(places, _one_lane(state), strict=True):
                 place.copy_(array)
 
@@ -240,24 +239,24 @@ def _introduced(
 
 def _checked(call: str, state: Any, options: Options, lengths: Any) -> list[AttentionState]:
     """Take a rank's argument apart, and check what is in it."""
-    one = isinstance(state, (list, tuple)) and len(state) == 3 and not any(isinstance(each, (list, tuple)) for each in state)
-    states = [state] if one else state
+    several = isinstance(state, (list, tuple))
+    states = [state] if several and len(state) == 3 and not any(isinstance(each, (list, tuple)) for each in state) else state
     report = Violations(call)
-    if not isinstance(states, (list, tuple)) or not all(isinstance(each, (list, tuple)) and len(each) == 3 for each in states):
+    if not several or not all(isinstance(each, (list, tuple)) and len(each) == 3 for each in states):
         report.add("states", f"state is {described(state)}; expected an AttentionState of torch tensors, or a list of them.")
     else:
         for k, field in ((k, field) for k, each in enumerate(states) for field in range(3)):
             if not isinstance(states[k][field], Tensor):
-                report.add("array", f"states[{k}].{FIELDS[field]} is {described(states[k][field])}; expected a torch tensor. "
-                           "torch.from_numpy makes one of a NumPy array, without a copy.")  # fmt: skip
+                report.add("array", f"states[{k}].{FIELDS[field]} is {described(states[k][field])}; expected a torch "
+                           "tensor. torch.from_numpy makes one of a NumPy array, without a copy.")  # fmt: skip
     report.raise_if_broken()
     if not states:
         return []
     bind(call, states, lambda k, field: f"states[{k}].{FIELDS[field]}", lengths, options, None)
     if torch_op.wanted(states):
         raise UnsupportedError(
-            f"{call}: a tensor requires grad, or torch traces or transforms the call; what other ranks send has no gradient. Call "
-            "it under torch.no_grad() or on detached tensors; rau.distributed.ring_attention has a gradient."
+            f"{call}: a tensor requires grad, or torch traces or transforms the call; what other ranks send has no "
+            "gradient. Call it under torch.no_grad() or on detached tensors; rau.distributed.ring_attention has a gradient."
         )
     return [AttentionState(*each) for each in states]
 
@@ -270,16 +269,15 @@ def _by_tree(ranks: Ranks, states: Sequence[AttentionState], form: _Form, how: d
     """
     dtype = form.statistics  # float32, or float64
     names = [str(dtype).removeprefix("torch.")]
-    mine = form.states(form.buffer(form.size(names)), names)[0]
+    size = form.size(names)
     if states:
         first, *rest = map(_one_lane, states)
         mine = merge_states([first._replace(attn_out=first.attn_out.to(dtype)), *rest], **how)
     else:
-        for array, value in zip(mine, (0.0, -torch.inf, 0.0), strict=True):
-            array.fill_(value)
+        (mine,) = form.states(form.buffer(size).zero_(), names)  # no row has a key where the sum is 0
 
     def moved(peer: int, give: bool, take: bool) -> AttentionState:
-        outgoing, incoming = form.buffer(form.size(names)), form.buffer(form.size(names))
+        outgoing, incoming = form.buffer(size), form.buffer(size)
         form.fill(outgoing, [mine])
         moves = [*([("to", outgoing, peer)] if give else []), *([("from", incoming, peer)] if take else [])]
         doing = f"exchanging states with rank {peer}"
