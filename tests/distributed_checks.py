@@ -223,8 +223,8 @@ def the_bytes_are_those_of_the_model():
                 table.append(f"| {method} | {size} | {predicted} | {found['received']} |\n")
     if RANK == 0:
         assert "".join(table) in (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
-    ring = Ring(SIZE, 64, 4, 2, 8, 4, causal=True)
-    q, k, v = (torch.randn(1, heads, 64 // SIZE, 8, requires_grad=True) for heads in (4, 2, 2))
+    ring = Ring(SIZE, 64, 4, 2, 8, 2, causal=True)  # whose gradients travel in float32
+    q, k, v = (torch.randn(1, heads, 64 // SIZE, 8).bfloat16().requires_grad_() for heads in (4, 2, 2))
     forward, backward = sent_bytes(ring)
     with counting() as found:
         out, _ = ring_attention(q, k, v, causal=True)
@@ -470,6 +470,7 @@ def ranks_that_disagree_are_told_before_anything_is_sent():
         assert 'call is "merge" on rank 0, "ring_attention" on rank 1, 2, 3' in raised(rau.ConstraintError, *arguments, call=call)
         for wrong, said in [
             ({"causal": RANK == 3}, "causal is false on rank 0, 1, 2, true on rank 3"),
+            ({"scale": 0.5 if RANK else None}, 'scale is "None" on rank 0, "0.5" on rank 1, 2, 3'),
             ({"sink": torch.zeros(2) if RANK == 1 else None}, "sink is given is false on rank 0, 2, 3, true on rank 1"),
         ]:
             assert said in raised(rau.ConstraintError, q, q, q, call=ring_attention, **wrong)
@@ -494,7 +495,7 @@ def wrong_arguments():
     assert "over = 'rows'" in raised(rau.OptionError, one, over="rows", call=merge_scatter)
     arrays = [part.numpy() for part in one]
     assert "states[0].attn_out is of type numpy.ndarray; expected a torch" in raised(rau.DTypeError, [arrays])
-    for timeout in (0, -1.0, "60", True, float("nan")):
+    for timeout in (0, -1.0, "60", True, float("nan"), float("inf")):
         assert "expected a positive number of seconds" in raised(rau.OptionError, one, timeout=timeout)
     assert "group is of type str" in raised(rau.OptionError, one, "world")
     q, k, odd = torch.randn(1, 4, 6, 8), torch.randn(1, 3, 6, 8), torch.randn(1, 4, 5, 8)
@@ -517,6 +518,7 @@ def wrong_arguments():
         ((q, q, q), {"forward": "flash"}, rau.OptionError, "forward is of type str; expected a function"),
         ((q, q, q), {"scale": "2"}, rau.OptionError, "scale = '2'; expected a number"),
         ((q.numpy(), q, q), {}, rau.DTypeError, "q is of type numpy.ndarray; expected a torch tensor"),
+        ((q.to("meta"),) * 3, {}, rau.ConstraintError, "tensors are on meta; expected cpu, which is what the group's backend"),
     ]:
         message = raised(kind, *arguments, call=ring_attention, **options)
         assert said in message, (said, message)

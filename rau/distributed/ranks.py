@@ -16,7 +16,7 @@ from rau.constraints.hints import described
 from rau.constraints.rules import Violations
 from rau.errors import LostRankError, shown
 
-_DEVICES = {"nccl": "cuda", "hccl": "npu"}  # of the tensors that a backend moves, where it does not move those of the host
+_DEVICES = {"gloo": "cpu", "nccl": "cuda", "hccl": "npu"}  # of the tensors that a backend moves
 _FRAME, _HEAD = 1024, 8  # bytes of a description that all ranks exchange at once, and of its length
 
 
@@ -46,13 +46,14 @@ class Ranks:
             report.add("group", f"group is {described(group)}; expected a torch.distributed.ProcessGroup of which this rank "
                        "is a member, or None for the default group. torch.distributed.new_group returns something else to "
                        "ranks that are not members.")  # fmt: skip
-        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < 1e9):
             report.add("timeout", f"timeout = {shown(timeout)}; expected a positive number of seconds, or None for the "
                        "group's own.")  # fmt: skip
         report.raise_if_broken()
         self.call = call
         self.group: Any = dist.group.WORLD if group is None else group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._backend = dist.get_backend(self.group)
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
 
     @contextmanager
@@ -105,7 +106,7 @@ class Ranks:
         """Have all ranks describe their part of the call before anything else is sent.
 
         `describe` returns what has to be the same on all ranks, by name, None where this rank has no say, and what need not
-        be. Returned are what all agree on, and every rank's own part.
+        be. Returned are what all agree on, and every rank's own part. The "device" is checked to be one that the group moves.
 
         A rank whose part is refused tells the others, which would otherwise wait for it: each raises a ConstraintError.
         """
@@ -137,13 +138,17 @@ class Ranks:
             if len(ranks_of) > 1:
                 found = ", ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in ranks_of.items())
                 report.add("ranks", f"{name} is {found}; expected the same on all ranks.")
+        device = agreed.get("device")
+        if device is not None and device != _DEVICES.get(self._backend, device):
+            report.add("array-device", f"tensors are on {device}; expected {_DEVICES[self._backend]}, which is what the group's "
+                       f"backend moves, {self._backend}. Move them, or make a group of another backend.")  # fmt: skip
         report.raise_if_broken()
         return agreed, [its["own"] for its in said]
 
     def _exchange(self, words: dict[str, Any]) -> list[dict[str, Any]]:
         data = json.dumps(words).encode()
         framed, size = len(data).to_bytes(_HEAD, "little") + data, _FRAME
-        device = _DEVICES.get(dist.get_backend(self.group), "cpu")
+        device = _DEVICES.get(self._backend, "cpu")
         while True:
             mine = torch.frombuffer(bytearray(framed[:size].ljust(size, b"\0")), dtype=torch.uint8).to(device)
             frames = [bytes(each.tolist()) for each in self.gather(mine, "describing this call to the others")]

@@ -124,7 +124,7 @@ def ring_attention(
             "the number of query heads": q.shape[head], "the number of key heads": k.shape[head],
             "the head dimensions of q and v": [q.shape[-1], v.shape[-1]],
             "the number of sequences": len(lengths[0]) if layout == "TND" else q.shape[0],
-            "sink is given": sink is not None, "a gradient is wanted": wants,
+            "sink is given": sink is not None, "a gradient is wanted": wants, "scale": repr(scale),
         }, lengths[1]  # fmt: skip
 
     _, keys = ranks.agree(describe)

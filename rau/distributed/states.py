@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -217,7 +216,7 @@ def _introduced(
         packed = options.layout == "TND" and options.softmax_layout == "SBH"
         alike = {
             "layout": options.layout, "softmax_layout": options.softmax_layout, option: value,
-            "actual_seq_qlen": np.asarray(lengths).tolist() if packed and not isinstance(lengths, Tensor) else None,
+            "actual_seq_qlen": torch.as_tensor(lengths).tolist() if packed else None,
         }  # fmt: skip
         first = checked[0] if checked else AttentionState(None, None, None)
         alike["attn_out.shape"] = list(first.attn_out.shape) if checked else None
