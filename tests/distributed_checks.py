@@ -399,6 +399,8 @@ def any_attention_function_will_do():
     group = dist.new_group()  # which is not to be used any more after what a kernel raises
     out, _ = ring_attention(q, q, q, group, forward=lambda *given: [each.detach() for each in attend(*given)])
     assert "pass the kernel's own gradient as backward=" in raised(rau.UnsupportedError, call=out.sum().backward)
+    out, _ = ring_attention(q, q, q, dist.new_group(), forward=attend, backward=lambda *given: attend_backward(*given)[:2])
+    assert "backward returned 2 gradients; expected 3, of q, k and v" in raised(rau.OptionError, call=out.sum().backward)
     out, _ = ring_attention(q, q, q)
     message = raised(rau.UnsupportedError, out.sum(), q, create_graph=True, call=torch.autograd.grad)
     assert "create_graph" in message
@@ -546,29 +548,29 @@ def a_silent_rank_ends_in_one_error_in_time():
     for way in (merge, merge_scatter):
         group = dist.new_group()
         if RANK != VICTIM:
-            message, seconds = waited(lambda: way(one, group, timeout=1.0))
-            assert 0.9 < seconds < 4 and f"{way.__name__}: rank {RANK} of {SIZE}: a rank is lost or too slow" in message, message
+            message, seconds = waited(lambda: way(one, group, timeout=1.5))
+            assert 1.4 < seconds < 8 and f"{way.__name__}: rank {RANK} of {SIZE}: a rank is lost or too slow" in message, message
         dist.barrier()
 
     def slow_kernel(*given):
         if RANK == VICTIM:
-            time.sleep(2.5)
+            time.sleep(3.5)
         return attend(*given)
 
     def slow_gradient(*given):
         if RANK == VICTIM:
-            time.sleep(2.5)
+            time.sleep(3.5)
         return attend_backward(*given)
 
     for kernel in ((slow_kernel, attend_backward), (attend, slow_gradient)):
         group = dist.new_group()
         names = {"forward": kernel[0], "backward": kernel[1]}
-        message, seconds = waited(lambda: ring_attention(q, q, q, group, timeout=1.0, **names)[0].sum().backward())
+        message, seconds = waited(lambda: ring_attention(q, q, q, group, timeout=1.5, **names)[0].sum().backward())
         phase = "forward" if kernel[0] is slow_kernel else "backward"
         before, after = (RANK - 1) % SIZE, (RANK + 1) % SIZE
         assert f"ring_attention: rank {RANK} of {SIZE}: a rank is lost or too slow, {phase}, step " in message, message
         assert f"waiting for rank {before} to send or rank {after} to receive" in message
-        assert seconds < 6, seconds
+        assert seconds < 12, seconds
         dist.barrier()
     # A rank that is slow, but not too slow, is waited for.
     if RANK == VICTIM:
