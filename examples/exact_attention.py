@@ -5,7 +5,7 @@ import torch
 SCORES = 2**22  # computed at a time: 32 MB, several times
 
 
-def exact(q, k, v, dout=None, causal=False):
+def exact(q, k, v, dout=None, causal=False, sink=None):
     """Attention and its gradients in float64, a slab of queries at a time.
 
     Parameters
@@ -16,6 +16,8 @@ def exact(q, k, v, dout=None, causal=False):
         Gradient of the output.
     causal : bool
         A query sees no key after its own place.
+    sink : Tensor, (N,), optional
+        A logit of each head that takes part in the softmax, with value 0.
 
     Returns
     -------
@@ -37,8 +39,11 @@ def exact(q, k, v, dout=None, causal=False):
         scores = q[:, :, rows] @ k.mT * scale
         if causal:
             scores += torch.full_like(scores[0, 0], -torch.inf).triu(1 + first)
-        lse[:, :, rows] = scores.logsumexp(-1)
-        p = scores.softmax(-1)
+        its_lse = scores.logsumexp(-1)
+        if sink is not None:
+            its_lse = its_lse.logaddexp(sink.double()[:, None])
+        lse[:, :, rows] = its_lse
+        p = (scores - its_lse[..., None]).exp()
         for sums, term, sign in ((results, torch.clone, -1), (sizes, torch.abs, 1)):
             vs = term(v)
             sums[0][:, :, rows] = out = p @ vs
@@ -79,6 +84,34 @@ def share(result, right, size):
     return torch.where(difference == 0, 0, difference / size).max()
 
 
+def ring_bounds(measured, dtype, ranks):
+    """Bounds of what a ring makes, of the output and of each gradient, as multiples of the sizes of `exact`.
+
+    Parameters
+    ----------
+    measured : list of float
+        `kernel_errors` of the ring's kernel on the parts that the ranks held: d of the log-sum-exp, e of each result.
+    dtype : torch.dtype
+        Of the results.
+    ranks : int
+        How many parts are merged; a sink counts as one.
+
+    Notes
+    -----
+    They add up what the parts of a ring contribute:
+
+    - the kernel: e, and 2 d in the output, since an error of d in its log-sum-exp changes a partial's weight. Other
+      calls of the kernel may do worse than those that were measured, so twice the measured errors are allowed;
+    - the merge: 3 * 2**-24 an update, as documented at `rau.ring_attention_update`;
+    - in gradients also all that is wrong with the output, and one float32 sum a rank;
+    - the rounding of the result to its dtype.
+    """
+    d, *e = measured
+    rounding, unit = torch.finfo(dtype).eps / 2, torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    out = 2 * (e[0] + 2 * d) + 3 * unit * (ranks - 1) + rounding
+    return [out, *(2 * (each + d) + out + unit * ranks + rounding for each in e[1:])]
+
+
 def verdict(attention, sequences, causal, measured, ranks):
     """Judge what a ring made of whole sequences.
 
@@ -100,21 +133,11 @@ def verdict(attention, sequences, causal, measured, ranks):
 
     Notes
     -----
-    The bound adds up, as multiples of the sizes of `exact`, what the parts of a ring contribute:
-
-    - the kernel: e, and 2 d in the output, since an error of d in its log-sum-exp changes a partial's weight. Other
-      calls of the kernel may do worse than those that were measured, so twice the measured errors are allowed;
-    - the merge: 3 * 2**-24 an update, as documented at `rau.ring_attention_update`;
-    - in gradients also all that is wrong with the output, and one float32 sum a rank;
-    - the rounding of the result to its dtype.
-
-    It holds for every element, and is wide because it adds up absolute values. The ratio is the sharper test.
+    The bound, `ring_bounds`, holds for every element, and is wide because it adds up absolute values. The ratio is the
+    sharper test.
     """
     sequences = list(sequences)
-    d, *e = measured
-    rounding, unit = torch.finfo(sequences[0][0].dtype).eps / 2, 2.0**-24
-    out = 2 * (e[0] + 2 * d) + 3 * unit * (ranks - 1) + rounding
-    bounds = [out, *(2 * (each + d) + out + unit * ranks + rounding for each in e[1:])]
+    bounds = ring_bounds(measured, sequences[0][0].dtype, ranks)
     largest, shares, squares, own_squares = torch.zeros(4, 4, dtype=torch.float64)
     for q, k, v, dout, *results in sequences:
         _, rights, sizes = exact(q, k, v, dout, causal)

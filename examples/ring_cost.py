@@ -82,6 +82,14 @@ def sent_bytes(ring):
     return forward, forward + ring.ranks * dkv_bytes(ring)
 
 
+def merge_received(method, ranks, rows, head_dim, itemsize):
+    """Most bytes that a rank receives in `rau.distributed.merge`, by its method, or in merge_scatter ("scatter")."""
+    state = rows * (head_dim * itemsize + 2 * STATS)
+    if method == "tree":  # of float32
+        return (ranks - 1).bit_length() * rows * (head_dim * 4 + 2 * STATS)
+    return (ranks - 1) * state // (ranks if method == "scatter" else 1)
+
+
 def update_bytes(ring, part=1.0):
     """Bytes that an update reads and writes: a partial state, and the running one twice; of a `part` of the queries."""
     partial = ring.head_dim * ring.itemsize + 2 * STATS
@@ -140,8 +148,27 @@ def large_rings(networks, heads, kv_heads, head_dim, itemsize, second):
                 print(f"{network:<12}{kv:8}{size}{times}{cost.merge / cost.total:15.1%}")
 
 
+def merges():
+    """Print what a merge across ranks takes: on its way, and in memory, where each input is read and the result written."""
+    tokens, heads, head_dim = 128, 64, 128
+    rows, rates = tokens * heads, H100["NVLink"]
+    narrow, wide = rows * (2 * head_dim + 2 * STATS), rows * (4 * head_dim + 2 * STATS)
+    size = f"{tokens} tokens, N = {heads}, D = {head_dim}, bfloat16"
+    print(f"A merge of one state a rank, {size}, on H100s: MB that a rank receives, and us")
+    print("ranks   gather: MB  NVLink  memory    tree: MB  NVLink  memory    scatter: MB  NVLink  memory")
+    for ranks in (2, 4, 8, 16, 64):
+        levels = (ranks - 1).bit_length()
+        moved = {"gather": (ranks + 1) * narrow, "tree": levels * 3 * wide, "scatter": (ranks + 1) * narrow / ranks}
+        cells = []
+        for method, messages in (("gather", 1), ("tree", levels), ("scatter", 1)):
+            received = merge_received(method, ranks, rows, head_dim, 2)
+            network = messages * rates.message + received / rates.network
+            cells.append(f"{received / 1e6:12.2f}{network * 1e6:8.0f}{moved[method] / rates.merge * 1e6:8.1f}")
+        print(f"{ranks:5}{'  '.join(cells)}")
+
+
 def tables():
-    """Print what docs/scaling.md shows: rings of up to thousands of ranks, and from which size on the merge shows."""
+    """Print what docs/scaling.md shows: rings of up to thousands of ranks, when the merge shows, and merges across ranks."""
     print("One layer, causal, N = 64, D = 128, bfloat16, on H100s: forward pass on the last rank, milliseconds")
     large_rings(H100, 64, (64, 8), 128, 2, 1e3)
     print("\nTokens per rank from which, in a step on H100s (N = 64, D = 128, bfloat16),")
@@ -159,6 +186,8 @@ def tables():
             for heads in (64, 8):
                 cells.append(f"{kv_bytes(one._replace(kv_heads=heads)) / rates.network / attention:15.0f}")
         print(f"{name:<6}", *cells)
+    print()
+    merges()
 
 
 # ---- measured -------------------------------------------------------------------------------------------------------
@@ -188,17 +217,18 @@ def parts(ring):
     """Under torchrun: time what a step is made of, each part on all ranks at once; print the seconds, rank 0."""
     import torch
     import torch.distributed as dist
-    from ring_attention import Ring as Neighbours
-    from ring_attention import as_state, attend, attend_backward, cut
 
     import rau
+    from rau.distributed.attention import attend, attend_backward
+    from rau.distributed.ranks import Ranks
 
     dist.init_process_group("gloo")
-    neighbours, merge = Neighbours(torch.device("cpu")), rau.StreamingMerge()
-    tensors = torch.randn(4, ring.tokens // ring.ranks, 1, ring.heads, ring.head_dim)
-    q, k, v, dout = (cut(each, None)[0] for each in tensors)
+    ranks, merge = Ranks("ring_cost.py", None, None), rau.StreamingMerge("BNSD")
+    tensors = torch.randn(4, 1, ring.heads, ring.tokens // ring.ranks, ring.head_dim)
+    q, k, v, dout = tensors
     out, lse = attend(q, k, v, ring.causal)
     sums, spare = torch.zeros(3, *q.shape), torch.empty_like(tensors[:2])
+    moves = [("to", tensors[:2], (ranks.rank + 1) % ranks.size), ("from", spare, (ranks.rank - 1) % ranks.size)]
 
     def backward():
         for total, term in zip(sums, attend_backward(dout, q, k, v, out, lse, ring.causal)):
@@ -207,8 +237,8 @@ def parts(ring):
     jobs = [
         lambda: attend(q, k, v, ring.causal),
         backward,
-        lambda: merge.update(*as_state([out], [lse], "SBH")),
-        lambda: neighbours.finish(neighbours.start(tensors[:2], spare)),
+        lambda: merge.update(*rau.AttentionState.from_lse(out, lse, base="e", layout="BNSD")),
+        lambda: ranks.wait(ranks.begin(moves, "timing it"), "timing it"),
     ]
     times = [[] for _ in jobs]
     for _ in range(10):

@@ -66,7 +66,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What a plain `import rau` should not pay for.
-    if name in ("backends", "compat", "registry", "testing"):
+    if name in ("backends", "compat", "distributed", "registry", "testing"):
         import importlib
 
         return importlib.import_module(f"rau.{name}")

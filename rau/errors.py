@@ -65,6 +65,10 @@ class UnsupportedError(RauError, NotImplementedError):
     """A valid call that the requested backend, or every backend, cannot run."""
 
 
+class LostRankError(RauError, ConnectionError):
+    """Another rank of a distributed call is gone, or was silent for too long."""
+
+
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 120
 _repr.maxlevel = 3

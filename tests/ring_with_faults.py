@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import ring_attention as ring
 
 import rau
+from rau.distributed.ring import _Plan
 
 VICTIM = 1
 
@@ -29,12 +30,12 @@ def at_its_second_call(name, happens):
 
 
 def no_triangle():
-    right = ring.visible
+    right = _Plan.visible
 
-    def visible(source, causal):
-        return (None, None, False) if source == ring.RANK else right(source, causal)
+    def visible(plan, source):
+        return (None, None, False) if source == ring.RANK else right(plan, source)
 
-    ring.visible = visible
+    _Plan.visible = visible
 
 
 def one_step_without_gradient_of_keys():

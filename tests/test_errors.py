@@ -10,6 +10,7 @@ from wrong_tnd_and_out import CHIP, LENGTHS, LIMITS, OUTPUTS
 
 import rau
 from rau.constraints.rules import RULES
+from rau.errors import LostRankError
 
 TABLES = {"array": ARRAYS, "shape": SHAPES, "option": OPTIONS, "qlen": LENGTHS, "limit": LIMITS, "out": OUTPUTS}
 CASES = [pytest.param(case, id=f"{kind}: {name}") for kind, table in TABLES.items() for name, case in table.items()]
@@ -202,6 +203,7 @@ def test_set_num_threads_takes(n):
         (rau.UnknownBackendError, [ValueError]),
         (rau.BackendUnavailableError, [ImportError]),
         (rau.UnsupportedError, [NotImplementedError]),
+        (LostRankError, [ConnectionError]),
     ],
 )
 def test_the_family(error, parents):
@@ -227,4 +229,5 @@ def test_every_rule_has_a_reason_a_source_and_an_error():
     }  # fmt: skip
     elsewhere |= {"first-update", "tokens", "tokens-odd"}  # test_streaming_errors.py
     elsewhere |= {"indptr", "qlen-padded", "scale"}  # test_rows.py
+    elsewhere |= {"group", "timeout", "ranks", "method", "over", "attention"}  # distributed_checks.py
     assert tried | elsewhere == set(RULES)

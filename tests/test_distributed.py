@@ -1,0 +1,80 @@
+"""Merges and rings over the ranks of torch.distributed, in a few processes: bits, bounds, bytes, and ranks that are lost."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pages import blocks
+
+import rau
+
+ROOT = Path(__file__).parents[1]
+CHECKS = Path(__file__).with_name("distributed_checks.py")
+
+if "torch" in os.environ.get("RAU_TEST_BACKENDS", ""):
+    import torch  # noqa: F401  asked for: its absence is a failure
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed and was not asked for"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def environment():
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "RAU_BACKEND")}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def test_four_ranks(tmp_path):
+    """All checks in one go, since starting a process costs more than they do."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, CHECKS, str(rank), "4", tmp_path], env=environment(), stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(4)
+    ]
+    try:
+        errors = [rank.communicate(timeout=200)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, -signal.SIGKILL, 0, 0], errors  # that of rank 1 is one of the checks
+    names = re.findall(r"^@check\ndef (\w+)", CHECKS.read_text(encoding="utf-8"), re.M)
+    assert len(names) == 13
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    wrong = [f"rank {rank}, {name}: {text}" for rank, each in enumerate(found) for name, text in each.items() if text]
+    assert not wrong, "\n".join(wrong)
+    assert [list(each) for each in found] == [names, names[:-1], names, names]
+
+
+def test_torchrun_shows_the_three_statements_about_bits():
+    script = ROOT / "examples" / "bits_across_ranks.py"
+    command = "    torchrun --standalone --nproc-per-node 4 examples/bits_across_ranks.py\n"
+    assert command in script.read_text(encoding="utf-8")
+    shown = []
+    for ranks in (1, 2, 4):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = [line.split() for line in done.stdout.splitlines()]
+        assert [line[0] for line in lines] == ["merge", "tree", "ring"]
+        shown.append([line[1] for line in lines])
+        assert all(0 < float(line[2]) <= 1 for line in lines[1:])
+    assert len({merge for merge, _, _ in shown}) == 1  # however the states are spread
+    assert len({ring for _, _, ring in shown}) == 3  # a digest of something: that two runs agree, the script has seen to
+
+
+@pytest.mark.parametrize("section", blocks("scaling.md"))
+def test_the_code_of_the_page_runs(section, capsys):
+    exec(compile(blocks("scaling.md")[section], f"docs/scaling.md, {section}", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
+
+
+def test_without_a_group():
+    with pytest.raises(rau.OptionError, match=r"merge: \[group\] torch.distributed is not initialised; call torch."):
+        rau.distributed.merge([])
