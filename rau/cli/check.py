@@ -31,6 +31,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--expect-failure", type=_expectation, action="append", default=[], metavar="ID=REASON", help=text)
     text = "only checks whose id matches, such as 'tnd/*', 'algebra/*' or 'unpromised/*'"
     parser.add_argument("--select", default="*", metavar="GLOB", help=text)
+    session.add_apart(parser)
     return parser
 
 
@@ -46,35 +47,35 @@ def run(arguments: argparse.Namespace) -> int:
     # Late, as in all commands: --help does not pay for what a run needs.
     from rau.config import collect
     from rau.testing.conformance import check_backend
-    from rau.testing.under_test import load
     from rau.testing.conformance.report import Report
 
-    backend = load(arguments.backend)
-    configuration = collect()
-    if not arguments.json:
-        print(session.heading(configuration))
-        print(f"\nchecking {backend.name}, which declares: {_declared(backend.capabilities)}", flush=True)
+    with session.under_test([arguments.backend], arguments) as ((backend,), _, place):
+        configuration = collect()
+        if not arguments.json:
+            print(session.heading(configuration))
+            print(f"\nchecking {backend.name}, which declares: {_declared(backend.capabilities)}", flush=True)
 
-    report, total, interrupted, started = Report(backend.name), 0, False, time.monotonic()
-    with progress(1, quiet=arguments.json) as step:
+        report, total, running, started = Report(backend.name), 0, "", time.monotonic()
+        with progress(1, quiet=arguments.json) as step:
 
-        def show(id: str, done: int, of: int) -> None:
-            nonlocal total
-            total = of
-            failed = f", {len(report.failures)} failed" if report.failures else ""
-            step(f"{done}/{of}{failed} {id}", 1 / of)
+            def show(id: str, done: int, of: int) -> None:
+                nonlocal total, running
+                total, running = of, id
+                failed = f", {len(report.failures)} failed" if report.failures else ""
+                step(f"{done}/{of}{failed} {id}", 1 / of)
 
-        step("listing the checks", 0)
-        try:
-            check_backend(backend, select=arguments.select, progress=show, into=report)
-        except KeyboardInterrupt:
-            interrupted = True
+            step("listing the checks", 0)
+            try:
+                check_backend(backend, select=arguments.select, progress=show, into=report, place=place)
+                interrupted = False
+            except KeyboardInterrupt:
+                interrupted = True
     seconds = time.monotonic() - started
     if not total and not interrupted:
         raise session.UsageError(f"--select {arguments.select!r} matches no check of {backend.name}")
     partly = interrupted or arguments.select != "*"  # then an expectation that matches nothing says nothing
     report.expect({id: reason for id, reason in arguments.expect_failure if not partly or _matches(id, report)})
-    verdict = _verdict(report, total, interrupted, seconds)
+    verdict = _verdict(report, total, running if interrupted else None, seconds)
     if arguments.json:
         session.print_json({
             **vars(report), "asked_for": arguments.backend, "select": arguments.select, "checks": total, "seconds": seconds,
@@ -111,14 +112,16 @@ def _matches(pattern: str, report: Report) -> bool:
     return any(fnmatchcase(id, pattern) for id in ran)
 
 
-def _verdict(report: Report, total: int, interrupted: bool, seconds: float) -> str:
+def _verdict(report: Report, total: int, interrupted: str | None, seconds: float) -> str:
     counts = [f"{len(report.succeeded):,} passed"]
-    items = report.failures, report.expected, report.excluded, report.unpromised
-    for found, word in zip(items, ("failed", "failed as expected", "excluded", "not promised"), strict=True):
+    for found, word in (
+        (report.failures, "failed"), (report.expected, "failed as expected"), (report.excluded, "excluded"),
+        (report.unpromised, "not promised"), (report.not_run, "not run after so many crashes in a row"),
+    ):  # fmt: skip
         counts += [f"{len(found):,} {word}"] * bool(found)
     tally = f"{', '.join(counts)} ({seconds:.1f} s)"
-    if interrupted:
-        return f"INTERRUPTED: {report.backend}: of {session.counted(total, 'check')}, {tally}"
+    if interrupted is not None:
+        return f"INTERRUPTED in {interrupted or 'listing the checks'}: {report.backend}: of {session.counted(total, 'check')}, {tally}"
     if report.passed or report.failures:
         return f"{'PASSED' if report.passed else 'FAILED'}: {report.backend}: {tally}"
     return f"FAILED: {report.backend}: nothing that was selected could be checked: {tally}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shlex
 import time
@@ -16,6 +17,7 @@ from rau.cli import case_options, session
 from rau.cli.console import Step, progress, save_page, table
 
 if TYPE_CHECKING:
+    from rau.testing.apart import Apart, Here
     from rau.testing.cases import Case
     from rau.testing.differential import Differential
 
@@ -47,6 +49,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     text = f"write an HTML page, DIR/index.html, and failing cases beside it (otherwise to ./{_FOLDER}); needs rich: "
     text += "pip install 'ring-attention-update[cli]'"
     parser.add_argument("--report", metavar="DIR", help=text)
+    session.add_apart(parser)
     return parser
 
 
@@ -68,6 +71,7 @@ class DifftestRun:
     configuration: dict[str, Any]
     seconds: float = 0.0
     interrupted: bool = False
+    running: str = ""  # the case that was given to the backends last
 
     @property
     def idle(self) -> list[str]:
@@ -85,20 +89,30 @@ class DifftestRun:
         """The outcome in one line."""
         report = self.report
         tally = f"{session.counted(report.cases, 'case')} in {self.seconds:.0f} s"
+        running = f" in {self.running}" if self.running else ""
         if report.wrong:
-            wrong = [
-                f"{session.both(who)} {'differ' if ', ' in who else 'is wrong'} on {count:,} of them"
-                for who, count in report.wrong.items()
-            ]
-            return f"FAILED: {tally}{' (interrupted)' * self.interrupted}: {', '.join(wrong)}"
+            wrong = [self._wrong(who, count) for who, count in report.wrong.items()]
+            ended = f" (interrupted{running})" * self.interrupted
+            ended += " (ended there: too many in a row crashed or hung)" * report.stopped
+            return f"FAILED: {tally}{ended}: {', '.join(wrong)}"
         if self.interrupted:
-            return f"INTERRUPTED: {tally}, nothing wrong so far"
+            return f"INTERRUPTED{running}: {tally}, nothing wrong so far"
         if self.idle:
             return f"FAILED: {tally}, of which {', '.join(self.idle)} ran none"
         different = sum(pair.different for pair in report.pairs.values())
         bits = f"{different} with different bits, " if report.pairs else ""
         recorded = "".join(f"; {finding.backend} is wrong" for finding in report.findings)
-        return f"PASSED: {tally}, {bits}none beyond the bound{recorded}"
+        beyond = any(standing.attn_share > 1 or standing.sum_share > 1 for standing in report.standings.values())
+        return f"PASSED: {tally}, {bits}none beyond {'its tolerance' if beyond and not recorded else 'the bound'}{recorded}"
+
+    def _wrong(self, who: str, count: int) -> str:
+        """Word how often a backend is wrong, or two differ: as often as their table says."""
+        one, _, other = who.partition(", ")
+        if not other:
+            return f"{who} is wrong on {count:,} of them"
+        pair = self.report.pairs[one, other]
+        unexplained = f" ({count:,} without either being wrong)" if count < pair.different else ""
+        return f"{session.both(who)} differ on {pair.different:,} of them{unexplained}"
 
     def title(self, name: str) -> str:
         """Name a backend, with its tolerance where that is not 1."""
@@ -137,17 +151,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.replay:
         case_options.refuse_beside("--replay", arguments)
-    backends, not_run = session.choose(arguments.backends)
     folder = Path(_FOLDER) if arguments.report is None else session.report_folder(arguments.report)  # the former when needed
     asked = ("backends", "cases", "minutes", "replay", "select", "dtype", "layout", "seed")
     options = {name: getattr(arguments, name) for name in asked}
-    tolerances = {backend.name: backend.capabilities.tolerance for backend in backends}
-    this = DifftestRun(Differential(), tolerances, options, not_run, collect())
-    started = time.monotonic()
-    if arguments.replay:
-        _replay(this, arguments, backends)
-    else:
-        _compare(this, arguments, backends, folder)
+    with session.under_test(arguments.backends, arguments) as (backends, not_run, place):
+        tolerances = {backend.name: backend.capabilities.tolerance for backend in backends}
+        this = DifftestRun(Differential(), tolerances, options, not_run, collect())
+        started = time.monotonic()
+        if arguments.replay:
+            _replay(this, arguments, backends, place)
+        else:
+            _compare(this, arguments, backends, folder, place)
     this.seconds = time.monotonic() - started
     lines = _words(this)
     if arguments.report:
@@ -160,13 +174,13 @@ def run(arguments: argparse.Namespace) -> int:
     return session.exit_status(this.passed, bool(this.report.wrong), this.interrupted)
 
 
-def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any]) -> None:
+def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any], place: Here | Apart) -> None:
     """Compare what is recorded in a file with what backends make of the call now."""
     from rau.testing.differential import record
     from rau.testing.differential import run_recorded
 
     recorded = record.read_record(arguments.replay)
-    this.report = run_recorded(recorded, backends)
+    this.report = run_recorded(recorded, backends, place)
     if arguments.backends is not None:  # the question is whether these are right now, whatever was recorded
         this.report.wrong.pop(record.Recorded.name, None)
     if not arguments.json:
@@ -174,7 +188,9 @@ def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any
         print(f"\nreplaying {arguments.replay}: {case_options.describe(recorded.case)}")
 
 
-def _compare(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any], folder: Path) -> None:
+def _compare(
+    this: DifftestRun, arguments: argparse.Namespace, backends: list[Any], folder: Path, place: Here | Apart
+) -> None:
     """Run the named cases, then generated ones, on every backend."""
     from rau.testing.differential import run_differential
 
@@ -187,26 +203,25 @@ def _compare(this: DifftestRun, arguments: argparse.Namespace, backends: list[An
         print(session.heading(this.configuration))
         print(f"\ncomparing {names}{'' if len(backends) > 1 else ' with the oracle'}", flush=True)
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
-    cases = _cases(arguments, named, count, None if seconds is None else time.monotonic() + seconds)
+    cases = _cases(this, arguments, named, count, None if seconds is None else time.monotonic() + seconds)
     try:
         with progress(seconds or len(named) + count, quiet=arguments.json) as step:
             shown = _Shown(step, timed=seconds is not None)
-            run_differential(backends, cases, folder=folder, progress=shown, into=this.report)
+            run_differential(backends, cases, folder=folder, progress=shown, into=this.report, place=place)
     except KeyboardInterrupt:
         this.interrupted = True
 
 
-def _cases(arguments: argparse.Namespace, named: list[Case], count: int, end: float | None) -> Iterator[Case]:
+def _cases(
+    this: DifftestRun, arguments: argparse.Namespace, named: list[Case], count: int, end: float | None
+) -> Iterator[Case]:
     """The named cases, then generated ones: `count`, or until the end, whichever is given."""
-    if end is None:
-        yield from named
-        yield from case_options.generated_cases(arguments, count)
-        return
-    for several in (named, case_options.generated_cases(arguments)):
-        for case in several:
-            if time.monotonic() >= end:
-                return
-            yield case
+    generated = case_options.generated_cases(arguments, *() if end is not None else (count,))
+    for case in itertools.chain(named, generated):
+        if end is not None and time.monotonic() >= end:
+            return
+        this.running = case.id
+        yield case
 
 
 class _Shown:

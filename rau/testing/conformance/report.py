@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from rau.backends import PROPERTIES
+from rau.testing.cases import Case
 from rau.testing.under_test import described
 
 
@@ -16,6 +17,7 @@ class Check(NamedTuple):
     id: str
     run: Callable[[], list[str]]  # returns what is wrong
     excluded: list[str]  # why the backend's capabilities exclude it; empty where they do not
+    case: Case | None = None  # the one that it runs, if it is just that
 
     def problems(self) -> list[str]:
         """Run it; an exception is a problem like any other."""
@@ -50,6 +52,8 @@ class Report:
     unpromised : dict of str to list of str
         What the backend does not promise, and what was found that speaks against its doing so all the same: nothing, if it
         does.
+    not_run : list of str
+        Ids of the checks that were not run any more, after many in a row whose process crashed or hung.
     """
 
     def __init__(self, backend: str) -> None:
@@ -59,6 +63,7 @@ class Report:
         self.expected: list[Failure] = []
         self.excluded: list[Failure] = []
         self.unpromised: dict[str, list[str]] = {}
+        self.not_run: list[str] = []
 
     @property
     def passed(self) -> bool:
