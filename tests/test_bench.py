@@ -33,8 +33,8 @@ def test_as_typed():
 def test_the_document(capsys):
     assert main([*QUICK, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert set(document) == {"quick", "groups", "not_run", "threads", "load", "seconds", "configuration"}
-    assert document["quick"] is True and document["threads"] == 1
+    assert set(document) == {"quick", "groups", "not_run", "threads", "load", "seconds", "interrupted", "configuration"}
+    assert document["quick"] is True and document["threads"] == 1 and document["interrupted"] is False
     available = {one["name"]: one["available"] for one in document["configuration"]["backends"]}
     assert {name for name, there in available.items() if not there} == set(document["not_run"])
     assert [group["size"]["heads"] for group in document["groups"]] == [size.heads for size, _, _ in survey.QUICK]

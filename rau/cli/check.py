@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from rau.backends import PROPERTIES
-from rau.cli import session
+from rau.cli import outcomes, session
 from rau.cli.console import progress
 
 if TYPE_CHECKING:
+    from rau.testing.apart import Apart, Here
     from rau.testing.conformance.report import Report
 
-_SHOWN = 20  # failures in plain text; --json has all of them
+_SHOWN = 10  # causes in plain text; --json has all of them
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -70,20 +72,23 @@ def run(arguments: argparse.Namespace) -> int:
                 interrupted = False
             except KeyboardInterrupt:
                 interrupted = True
+        partly = interrupted or arguments.select != "*"  # then an expectation that matches nothing says nothing
+        report.expect({id: reason for id, reason in arguments.expect_failure if not partly or _matches(id, report)})
+        causes = [] if not report.failures else _explained(arguments, report, backend, place)
     seconds = time.monotonic() - started
     if not total and not interrupted:
         raise session.UsageError(f"--select {arguments.select!r} matches no check of {backend.name}")
-    partly = interrupted or arguments.select != "*"  # then an expectation that matches nothing says nothing
-    report.expect({id: reason for id, reason in arguments.expect_failure if not partly or _matches(id, report)})
     verdict = _verdict(report, total, running if interrupted else None, seconds)
     if arguments.json:
         session.print_json({
-            **vars(report), "asked_for": arguments.backend, "select": arguments.select, "checks": total, "seconds": seconds,
+            "backend": report.backend, "succeeded": report.succeeded, "failures": report.failures, "expected": report.expected,
+            "excluded": report.excluded, "unpromised": report.unpromised, "not_run": report.not_run, "causes": causes,
+            "grid": report.grid, "asked_for": arguments.backend, "select": arguments.select, "checks": total, "seconds": seconds,
             "passed": report.passed and not interrupted, "interrupted": interrupted, "verdict": verdict,
             "configuration": configuration,
         })  # fmt: skip
     else:
-        _print_report(arguments, report)
+        _print_report(arguments, report, causes)
         print(verdict)
     return session.exit_status(report.passed, bool(report.failures), interrupted)
 
@@ -127,18 +132,54 @@ def _verdict(report: Report, total: int, interrupted: str | None, seconds: float
     return f"FAILED: {report.backend}: nothing that was selected could be checked: {tally}"
 
 
-def _print_report(arguments: argparse.Namespace, report: Report) -> None:
-    print()
-    for title, items in (("failed", report.failures), ("failed as expected", report.expected)):
-        for id, message in items[:_SHOWN]:
-            print(f"{title}: {id}\n    {message}")
+def _explained(
+    arguments: argparse.Namespace, report: Report, backend: Any, place: Here | Apart
+) -> list[dict[str, Any]]:
+    """Describe the causes of failures, the worst first: how many, an example, how to run it again, and what is known of it."""
+    from rau.testing.apart import NoAnswer
+    from rau.testing.diagnosis import diagnose
+    from rau.testing.differential import observed
+    from rau.testing.differential.record import Record
+
+    takes, told = backend.capabilities, []
+    base = takes.lse_base if takes.statistics == "lse" else ""
+    for number, cause in enumerate(report.by_cause()):
+        example, advice = cause.ids[0], outcomes.tolerance_advice(cause.messages)
+        case = report.cases.get(example)
+        if case is not None and not advice and number < _SHOWN and " is " in cause.words:  # of numbers that are wrong
+            try:
+                result = place.call(observed, backend, case)
+            except NoAnswer:
+                result = None
+            if result is not None:
+                record = Record(case, case.make().states, result, base, takes.unpromised)
+                advice = outcomes.advice(diagnose(record, tolerance=takes.tolerance))
+        again = f"python -m rau check {shlex.quote(arguments.backend)} --select {shlex.quote(example)}"
+        told.append({
+            "cause": cause.words, "count": len(cause.ids), "ids": cause.ids, "example": example, "message": cause.messages[0],
+            "again": again, "advice": advice,
+        })  # fmt: skip
+    return told
+
+
+def _print_report(arguments: argparse.Namespace, report: Report, causes: list[dict[str, Any]]) -> None:
+    lines = [""]
+    for cause in causes[:_SHOWN]:
+        lines += [f"failed: {session.counted(cause['count'], 'check')}: {cause['cause']}", f"    {outcomes.some(cause['ids'])}"]
+        if cause["message"] != cause["cause"]:
+            lines.append(f"    {cause['example']}: {outcomes.briefly(cause['message'])}")
+        lines += [f"    again: {cause['again']}", *(f"    {line}" for line in cause["advice"])]
+    for id, message in report.expected[:_SHOWN]:
+        lines += [f"failed as expected: {id}", f"    {message}"]
+    for title, items in (("failed", causes), ("failed as expected", report.expected)):
         if len(items) > _SHOWN:
-            print(f"{title}: {len(items) - _SHOWN:,} more; --json lists all of them, --select GLOB runs some")
+            lines.append(f"{title}: {len(items) - _SHOWN:,} more; --json lists all of them")
+    print(*lines, sep="\n")
     print(*report.unpromised_lines(), sep="\n", end="\n" * bool(report.unpromised))
-    for reason, ids in session.by_reason(report.excluded):
-        more = f" and {len(ids) - 4:,} more" if len(ids) > 4 else ""
-        print(f"excluded: {reason}\n    {', '.join(ids[:4])}{more}")
+    for reason, ids in outcomes.by_limit(report.excluded):
+        print(f"excluded: {reason}\n    {outcomes.some(ids)}")
     if report.failures:
         print(f"smallest failing cases: python -m rau difftest --backends {arguments.backend},numpy")
+        print("", *outcomes.grid_lines(report.grid), "", outcomes.GRID_LEGEND, sep="\n")
     if report.failures or report.expected or report.excluded or report.unpromised:
         print()

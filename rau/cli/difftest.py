@@ -13,13 +13,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rau.cli import case_options, session
+from rau.cli import case_options, outcomes, session
 from rau.cli.console import Step, progress, save_page, table
 
 if TYPE_CHECKING:
     from rau.testing.apart import Apart, Here
     from rau.testing.cases import Case
-    from rau.testing.differential import Differential
+    from rau.testing.differential import Differential, Finding
 
 _GENERATED = 1000  # cases, unless the command line says otherwise
 _FOLDER = "rau-difftest"  # of failing cases, without --report
@@ -72,6 +72,13 @@ class DifftestRun:
     seconds: float = 0.0
     interrupted: bool = False
     running: str = ""  # the case that was given to the backends last
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was found, the worst first."""
+        from rau.testing.causes import severity
+
+        return sorted(self.report.findings, key=lambda finding: (severity(finding.cause), -len(finding.ids)))
 
     @property
     def idle(self) -> list[str]:
@@ -137,7 +144,7 @@ class DifftestRun:
                 for name, standing in report.standings.items()
             },
             "pairs": [{"backends": names} | asdict(pair) for names, pair in report.pairs.items()],
-            "findings": [asdict(finding) | {"replay": finding.replay} for finding in report.findings],
+            "findings": [asdict(finding) | {"replay": finding.replay} for finding in self.findings],
             "not_run": self.not_run,
             "configuration": self.configuration,
         }
@@ -164,13 +171,14 @@ def run(arguments: argparse.Namespace) -> int:
             _compare(this, arguments, backends, folder, place)
     this.seconds = time.monotonic() - started
     lines = _words(this)
-    if arguments.report:
-        _save_page(this, lines, folder / "index.html")
-        lines += [f"report: {folder / 'index.html'}", ""]
     if arguments.json:
         session.print_json(this.document())
     else:
-        print(*lines, this.verdict, sep="\n")
+        print(*lines, this.verdict, sep="\n", flush=True)
+    if arguments.report:  # last: where it cannot be written, all that was found has been told
+        session.save(arguments.report, lambda: _save_page(this, lines, folder / "index.html"))
+        if not arguments.json:
+            print(f"report: {folder / 'index.html'}")
     return session.exit_status(this.passed, bool(this.report.wrong), this.interrupted)
 
 
@@ -275,17 +283,40 @@ def _words(this: DifftestRun) -> list[str]:
         if pair.first:
             lines.append(f"first difference of {' and '.join(names)}: {pair.first}")
     for name, standing in report.standings.items():
-        for reason, ids in session.by_reason(standing.excluded.items()):
+        for reason, ids in outcomes.by_limit(standing.excluded.items()):
             lines.append(f"excluded from {name}: {session.counted(len(ids), 'case')}: {reason}")
     lines += [f"not run: {name} ({reason})" for name, reason in this.not_run.items()]
-    for finding in report.findings:
-        lines += ["", f"WRONG: {session.both(finding.backend)}: {finding.message}"]
+    for name, standing in report.standings.items():
+        if report.wrong.get(name):
+            lines += ["", *outcomes.grid_lines(standing.grid), "", f"{name}: {outcomes.GRID_LEGEND}"]
+    for finding in this.findings:
+        lines += ["", f"WRONG: {session.both(finding.backend)}: {outcomes.briefly(finding.message)}"]
         if not this.options["replay"]:
+            lines.append(f"    {session.counted(len(finding.ids), 'case')} like this: {finding.cause}")
             lines.append(f"    smallest failing case: {case_options.describe(finding.case)}")
-        if finding.file:
             lines.append(f"    again: {finding.replay}")
-            lines.append(f"    a known mistake? python -m rau diagnose {shlex.quote(finding.file)}")
+            lines += [f"    {line}" for line in _advice(this, finding)]
+    for who, count in report.wrong.items():
+        more = count - sum(len(finding.ids) for finding in report.findings if finding.backend == who)
+        if more:
+            lines.append(f"WRONG: {session.both(who)}: {session.counted(more, 'case')} more, of other causes; mend these first")
     return [*lines, ""]
+
+
+def _advice(this: DifftestRun, finding: Finding) -> list[str]:
+    """Say what is known of a mistake, where it is one of numbers."""
+    from rau.testing.diagnosis import diagnose
+    from rau.testing.differential import record
+
+    if not finding.file or finding.backend not in this.report.standings:  # two that differ are both right
+        return []
+    recorded = record.read_record(finding.file)
+    if recorded.observed is None or " is " not in finding.cause:
+        return []
+    found = diagnose(recorded, tolerance=this.tolerances[finding.backend])
+    slight = [] if found.recognised or not found.slight else outcomes.tolerance_advice([finding.message])
+    more = [f"more of it: python -m rau diagnose {shlex.quote(finding.file)}"]
+    return [*(slight or outcomes.advice(found)), *more]
 
 
 def _histograms(this: DifftestRun) -> list[str]:
@@ -310,7 +341,12 @@ def _save_page(this: DifftestRun, lines: list[str], path: Path) -> None:
         if value is not None:
             command += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
     title = f"{datetime.now().astimezone():%d %B %Y, %H:%M %Z}: {shlex.join(command)}"
-    text = "\n".join([title, "", this.verdict, "", session.heading(this.configuration), *lines])
+    failures = [
+        f"{session.both(finding.backend)}: {finding.cause}: {session.counted(len(finding.ids), 'case')}: {', '.join(finding.ids)}"
+        for finding in this.findings
+    ]
+    failures = ["all failures", *failures] if failures else []
+    text = "\n".join([title, "", this.verdict, "", session.heading(this.configuration), *lines, *failures])
     styles = {r"(?m)^PASSED.*": "bold green", r"(?m)^(FAILED|INTERRUPTED|WRONG).*": "bold red"}
     links = {finding.file: Path(finding.file).name for finding in this.report.findings if finding.file}
     save_page("difftest", text, path, styles, links)

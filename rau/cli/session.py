@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rau.cli.console import Visible
 from rau.errors import RauError
 
 if TYPE_CHECKING:
@@ -70,6 +72,14 @@ def report_folder(report: str) -> Path:
         told = f"--report: got {report!r}; expected a folder that exists or can be made: {error.strerror}"
         raise UsageError(told) from error
     return Path(report)
+
+
+def save(report: str, write: Callable[[], None]) -> None:
+    """Write a page, or say what stands against it."""
+    try:
+        write()
+    except OSError as error:
+        raise UsageError(f"--report: got {report!r}; the page could not be written: {error}") from error
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +158,8 @@ def _core(configuration: dict[str, Any]) -> str:
 
 def print_json(document: Any) -> None:
     """Print one JSON document on stdout; infinities and NaN, which JSON has not, become strings."""
-    print(json.dumps(_plain(document), indent=2, allow_nan=False))
+    stream = sys.stdout.document if isinstance(sys.stdout, Visible) else sys.stdout
+    print(json.dumps(_plain(document), indent=2, allow_nan=False), file=stream)
 
 
 def _plain(value: Any) -> Any:

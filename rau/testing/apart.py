@@ -111,12 +111,17 @@ class Apart:
 
     def _receive(self, seconds: float) -> Any:
         assert self._process is not None
-        if not wait([self._connection, self._process.sentinel], seconds):
-            raise self._ended(f"hung: no answer within {seconds:g} s (--timeout)")
         try:
+            if not wait([self._connection, self._process.sentinel], seconds):
+                raise self._ended(f"hung: no answer within {seconds:g} s (--timeout)")
             return _unpacked(self._connection.recv_bytes(), self.backends)
         except (EOFError, OSError) as error:
             raise self._ended() from error
+        except KeyboardInterrupt:
+            self._process.kill()  # it would answer what nobody asks any more
+            self._process.join()
+            self._process = None
+            raise
 
     def _ended(self, hung: str = "") -> NoAnswer:
         """Word how the process ended, or end it where it hangs, with the kernel's line; the next call starts another one."""

@@ -31,13 +31,13 @@ class Cause(NamedTuple):
     words : str
     ids : list of str
         Those of the failures.
-    message : str
-        What the first of them said.
+    messages : list of str
+        What each of them said.
     """
 
     words: str
     ids: list[str]
-    message: str
+    messages: list[str]
 
 
 def cause_of(problem: str) -> str:
@@ -69,15 +69,18 @@ def by_cause(failures: Iterable[tuple[str, str, str]]) -> list[Cause]:
 
     >>> one, *others = by_cause([("a", "wrong", "wrong by 3"), ("b", "wrong", "wrong by 4"), ("c", "crashed", "crashed")])
     >>> one, others
-    (Cause(words='crashed', ids=['c'], message='crashed'), [Cause(words='wrong', ids=['a', 'b'], message='wrong by 3')])
+    (Cause(words='crashed', ids=['c'], messages=['crashed']), [Cause(words='wrong', ids=['a', 'b'], messages=['wrong by 3', ...])])
     """
     causes: dict[str, Cause] = {}
     for id, words, message in failures:
-        causes.setdefault(words, Cause(words, [], message)).ids.append(id)
-    return sorted(causes.values(), key=lambda cause: (_rank(cause.words), -len(cause.ids)))
+        cause = causes.setdefault(words, Cause(words, [], []))
+        cause.ids.append(id)
+        cause.messages.append(message)
+    return sorted(causes.values(), key=lambda cause: (severity(cause.words), -len(cause.ids)))
 
 
-def _rank(words: str) -> int:
+def severity(words: str) -> int:
+    """Rank a cause: 0 for the worst."""
     return next((rank for rank, pattern in enumerate(_WORSE) if re.search(pattern, words, re.DOTALL)), len(_WORSE))
 
 

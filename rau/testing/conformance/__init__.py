@@ -99,7 +99,7 @@ def check_backend(
         if progress is not None:
             progress(check.id, done, len(every))
         if check.excluded:
-            report.exclude(check.id, check.excluded)
+            report.exclude(check.id, check.excluded, check.case)
             continue
         if lost_in_a_row >= PATIENCE:
             report.not_run.append(check.id)
@@ -113,7 +113,7 @@ def check_backend(
         if check.id in aside:
             report.unpromised[aside[check.id]] = problems
         else:
-            report.record(check.id, problems)
+            report.record(check.id, problems, check.case)
     report.expect(expected_failures or {})
     return report
 

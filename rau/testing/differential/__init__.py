@@ -129,8 +129,8 @@ class Finding:
     message : str
     cause : str
         What their messages have in common.
-    count : int
-        How many there were.
+    ids : list of str
+        Those of all the cases.
     file : str
         Where the case was written; empty if it was not.
     backends : str
@@ -141,7 +141,7 @@ class Finding:
     backend: str
     message: str
     cause: str = ""
-    count: int = 1
+    ids: list[str] = field(default_factory=list)
     file: str = ""
     backends: str = ""
 
@@ -279,9 +279,9 @@ def run_differential(
             known = [finding for finding in report.findings if finding.backend == who]
             same = next((finding for finding in known if finding.cause == cause), None)
             if same is not None:
-                same.count += 1
+                same.ids.append(case.id)
             elif len(known) < CAUSES:
-                finding = Finding(case, who, message, cause)
+                finding = Finding(case, who, message, cause, [case.id])
                 finding.backends = _spelled(_involved(finding, instances))
                 report.findings.append(finding)
                 _make_small(place, finding, instances, folder)
@@ -311,12 +311,12 @@ def run_recorded(recorded: Record, backends: Sequence[Any], place: Here | Apart 
         If the arrays do not make a valid call.
     """
     problem_of(recorded.case.make(recorded.states))
-    observed = [] if recorded.observed is None else [Recorded(recorded.observed, recorded.lse_base, recorded.unpromised)]
-    verdicts, report, _ = _run(place, _instances([*observed, *backends]), recorded.case, recorded.states)
+    then = [] if recorded.observed is None else [Recorded(recorded.observed, recorded.lse_base, recorded.unpromised)]
+    verdicts, report, _ = _run(place, _instances([*then, *backends]), recorded.case, recorded.states)
     for who, message in verdicts:
         if not who.startswith(f"{Recorded.name}, "):
             report.wrong[who] = 1
-            report.findings.append(Finding(recorded.case, who, message, cause_of(message)))
+            report.findings.append(Finding(recorded.case, who, message, cause_of(message), [recorded.case.id]))
     return report
 
 
@@ -474,7 +474,8 @@ def _apart(one: AttentionState, other: AttentionState, expected: Expected) -> fl
     return float(np.max(np.where(np.isfinite(apart), apart, 0.0), initial=0.0))
 
 
-def _observed(backend: Any, case: Case) -> AttentionState | None:
+def observed(backend: Any, case: Case) -> AttentionState | None:
+    """Run a case, for what comes of it; None where nothing does."""
     with registry.provisionally(backend):
         return run_case(backend, case).result
 
@@ -485,13 +486,13 @@ def _write(place: Here | Apart, finding: Finding, first: Any, folder: Path) -> N
     name = re.sub(r"[^\w.-]+", "-", f"{finding.backend}-{case.id}")
     path = folder / f"{name}.npz"
     try:
-        observed = None if finding.message.startswith("hung") else place.call(_observed, first, case)
+        result = None if finding.message.startswith("hung") else place.call(observed, first, case)
     except NoAnswer:
-        observed = None
+        result = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         base = first.capabilities.lse_base if keeps_lse(first) else ""
-        write_record(path, case, case.make().states, observed, base, first.capabilities.unpromised)
+        write_record(path, case, case.make().states, result, base, first.capabilities.unpromised)
     except OSError as error:
         finding.message += f" (and the case could not be written: {error})"
     else:
