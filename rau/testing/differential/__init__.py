@@ -354,12 +354,12 @@ def _run(
             verdicts, others, more = _run(place, rest, case, numbers) if rest else ([], Differential(), 0)
             others.cases = 0
             report.add(others)
-            return [(guilty.name, str(lost)), *verdicts], report, lost.weight + more
+            return [(guilty.name, str(lost)), *verdicts], report, max(lost.weight, more)
         found: list[tuple[str, str]] = []
         report, weight = Differential(), 0
         for instance in instances:
             verdicts, one, more = _run(place, [instance], case, numbers)
-            found, weight = found + verdicts, weight + more
+            found, weight = found + verdicts, max(weight, more)
             report.add(one)
         report.cases = 1
         together = [(instance.name, f"{lost}, though not when it runs alone") for instance in suspects]
