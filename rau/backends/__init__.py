@@ -88,8 +88,8 @@ class Capabilities:
         Whether it merges outputs alone: given a problem whose `statistics` are False, it leaves them out, and puts None in their
         places. Any other writes them to arrays that are dropped.
     contiguous : bool
-        Whether its kernel takes contiguous outputs only: the backend copies others for it, as
-        :class:`rau.backends.lse.LSEBackend` does.
+        Whether its kernel takes contiguous arrays only, as one does that is given nothing but pointers. Others are copied
+        before it is called, and the results of a call into others after it; the logger "rau" tells of each such call.
     """
 
     array_types: tuple[str, ...]

@@ -105,6 +105,8 @@ def _declared(capabilities: Any) -> str:
     ]
     if capabilities.statistics == "lse":
         parts.append(f"a log-sum-exp to base {capabilities.lse_base}")
+    if capabilities.contiguous:
+        parts.append("contiguous arrays, others being copied for it")
     if capabilities.unpromised:
         promised = [name for name in PROPERTIES if name not in capabilities.unpromised]
         parts.append(f"promises {', '.join(promised) or 'none of the properties'}")
