@@ -267,3 +267,21 @@ def test_the_parser_costs_nothing():
         "assert not {'rich', 'rau.testing', 'rau.cli.bench.survey', 'ml_dtypes', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("json_too", [True, False])
+def test_what_was_measured_before_an_interruption_is_kept(json_too, monkeypatch, capsys):
+    whole = survey.survey
+
+    def interrupted(*arguments):
+        yield next(whole(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(survey, "survey", interrupted)
+    assert main([*QUICK, "--backend", "numpy", *["--json"] * json_too]) == 130
+    out = capsys.readouterr().out
+    if json_too:
+        document = json.loads(out)
+        assert document["interrupted"] is True and len(document["groups"]) == 1
+    else:
+        assert "INTERRUPTED: 1 of 2 sizes measured" in out.splitlines()[-1] and "of roof" in out

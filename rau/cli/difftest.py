@@ -7,7 +7,7 @@ import itertools
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -72,6 +72,7 @@ class DifftestRun:
     seconds: float = 0.0
     interrupted: bool = False
     running: str = ""  # the case that was given to the backends last
+    advice: Sequence[list[str]] = ()  # on each of the findings
 
     @property
     def findings(self) -> list[Finding]:
@@ -144,7 +145,10 @@ class DifftestRun:
                 for name, standing in report.standings.items()
             },
             "pairs": [{"backends": names} | asdict(pair) for names, pair in report.pairs.items()],
-            "findings": [asdict(finding) | {"replay": finding.replay} for finding in self.findings],
+            "findings": [
+                asdict(finding) | {"replay": finding.replay, "advice": advice}
+                for finding, advice in zip(self.findings, self.advice, strict=True)
+            ],
             "not_run": self.not_run,
             "configuration": self.configuration,
         }
@@ -170,6 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _compare(this, arguments, backends, folder, place)
     this.seconds = time.monotonic() - started
+    this.advice = [_advice(this, finding) for finding in this.findings]
     lines = _words(this)
     if arguments.json:
         session.print_json(this.document())
@@ -289,13 +294,14 @@ def _words(this: DifftestRun) -> list[str]:
     for name, standing in report.standings.items():
         if report.wrong.get(name):
             lines += ["", *outcomes.grid_lines(standing.grid), "", f"{name}: {outcomes.GRID_LEGEND}"]
-    for finding in this.findings:
+    for finding, advice in zip(this.findings, this.advice, strict=True):
         lines += ["", f"WRONG: {session.both(finding.backend)}: {outcomes.briefly(finding.message)}"]
         if not this.options["replay"]:
-            lines.append(f"    {session.counted(len(finding.ids), 'case')} like this: {finding.cause}")
+            cause = f": {finding.cause}" if finding.cause != finding.message else ""
+            lines.append(f"    {session.counted(len(finding.ids), 'case')} like this{cause}")
             lines.append(f"    smallest failing case: {case_options.describe(finding.case)}")
             lines.append(f"    again: {finding.replay}")
-            lines += [f"    {line}" for line in _advice(this, finding)]
+            lines += [f"    {line}" for line in advice]
     for who, count in report.wrong.items():
         more = count - sum(len(finding.ids) for finding in report.findings if finding.backend == who)
         if more:

@@ -68,12 +68,12 @@ def grid_lines(grid: Grid) -> list[str]:
 
 
 def advice(diagnosis: Diagnosis) -> list[str]:
-    """Say in a line or two what is known of a wrong output."""
+    """Say in a few lines what is known of a wrong output."""
     known = diagnosis.recognised
-    if known:
-        others = f"; or {', '.join(other.mistake.name for other in known[1:])}" if known[1:] else ""
-        return [f"known mistake: {known[0]}{others}", f"  {known[0].mistake.wrong} {known[0].mistake.change}"]
-    return ["no known mistake reproduces it (python -m rau diagnose)"]
+    if not known:
+        return ["no known mistake reproduces it"]
+    lines = [f"known mistake: {one}: {one.mistake.wrong} {one.mistake.change}" for one in known[:_SHOWN]]
+    return [*lines, "these inputs do not tell these apart; larger ones would"] if known[1:] else lines
 
 
 def tolerance_advice(messages: Iterable[str]) -> list[str]:
@@ -82,7 +82,7 @@ def tolerance_advice(messages: Iterable[str]) -> list[str]:
     >>> tolerance_advice(["attn_out[0] is 1, expected 2, off by 35.2 times the bound, 1e-7; 1 of 9 are wrong"])[0][:57]
     'rows computed in float32 come this far. If that is intend'
     """
-    from rau.testing.diagnosis import SLIGHT
+    from rau.testing.causes import SLIGHT
 
     shares = [float(found) for message in messages for found in re.findall(r"off by (\S+) times the bound", message)]
     if not shares or max(shares) > SLIGHT:

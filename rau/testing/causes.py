@@ -15,9 +15,10 @@ from rau.testing.cases import Case
 Grid: TypeAlias = dict[str, dict[str, list[int]]]
 PASSED, FAILED, EXCLUDED = range(3)
 
-# Worst first: what ends a process, what writes where it must not, what raises. Wrong numbers are last.
+SLIGHT = 64.0  # a tolerance: about what rows computed in float32 come to
+# Worst first: what ends a process, what writes where it must not, what raises. Wrong numbers come after them.
 _WORSE = (r"^(crashed|hung|ended its process)", r"wrote beside|was changed", r"^\w+: .*\(.+:\d+, in .+\)$")
-_NUMBER = re.compile(r"(attn_out|softmax_max|softmax_sum|log-sum-exp)\[[^\]]*\] is (\S+), expected (\S+?)[,;]( to be kept)?")
+_NUMBER = re.compile(r"(attn_out|softmax_max|softmax_sum|log-sum-exp)\[[^\]]*\] is (\S+), expected (\S+?)[,;]( to be kept)?(?: off by (\S+) times)?")
 
 _BITS = re.compile(r"(attn_out|softmax_max|softmax_sum)\[[^\]]*\]: \S+ and \S+; \d+ of \d+ elements differ")
 _PLACED = re.compile(r" \([^()]*:\d+, in .*\)$")
@@ -49,12 +50,14 @@ def cause_of(problem: str) -> str:
     'states[...] was changed: attn_out has other bits'
     """
     if found := _NUMBER.search(problem):
-        name, seen, exact, kept = found.groups()
+        name, seen, exact, kept, off = found.groups()
         if seen == "nan" or exact == "nan":
             return f"{name} is {'NaN where a number' if seen == 'nan' else 'a number where NaN'} is expected"
         if "inf" in seen or "inf" in exact:
             return f"{name} is {'infinite where it should not be' if 'inf' in seen else 'finite where it should not be'}"
-        return f"{name} is {'not kept bit for bit' if kept else 'wrong' if name == 'softmax_max' else 'beyond the bound'}"
+        if kept or off is None:
+            return f"{name} is {'not kept bit for bit' if kept else 'wrong'}"
+        return f"{name} is {'a little ' * (float(off) <= SLIGHT)}beyond the bound"
     problem = _BITS.sub(r"\1 has other bits", problem, count=1)
     if not _PLACED.search(problem):
         problem = problem.partition("; ")[0]
@@ -81,7 +84,8 @@ def by_cause(failures: Iterable[tuple[str, str, str]]) -> list[Cause]:
 
 def severity(words: str) -> int:
     """Rank a cause: 0 for the worst."""
-    return next((rank for rank, pattern in enumerate(_WORSE) if re.search(pattern, words, re.DOTALL)), len(_WORSE))
+    numbers = len(_WORSE) + bool(re.search("a little beyond|has other bits", words))
+    return next((rank for rank, pattern in enumerate(_WORSE) if re.search(pattern, words, re.DOTALL)), numbers)
 
 
 def count(grid: Grid, case: Case, outcome: int) -> None:

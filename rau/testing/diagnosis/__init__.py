@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.state import AttentionState
+from rau.testing.causes import SLIGHT
 from rau.testing.comparison import Comparison, compare, same_bits, shares
 from rau.testing.diagnosis.lse_mistakes import mistakes_with_lse
 from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
@@ -25,7 +26,6 @@ from rau.testing.trial import problem_of
 
 _MISFIT = 0.1  # so much of what is wrong is left to what else may be wrong
 _ALIKE = 0.01  # a difference in misfit that another arithmetic may make
-SLIGHT = 64.0  # a tolerance: about what rows computed in float32 come to
 
 
 @dataclass(frozen=True)
