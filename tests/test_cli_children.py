@@ -19,7 +19,6 @@ from rau.testing.apart import PATIENCE, Apart, Here, NoAnswer
 from rau.testing.cases import named
 from rau.testing.causes import cause_of
 from rau.testing.conformance import check_backend
-from rau.testing.conformance.report import Check
 from rau.testing.differential import run_differential
 
 KERNELS = '''
@@ -115,10 +114,10 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("kernels", None)
 
 
-def launch(*arguments, **environment):
+def launch(*arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "rau", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "RAU_BLOCK": "torch,cuda,ascend"},  # to import torch takes seconds
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )  # fmt: skip
 
@@ -132,14 +131,14 @@ def finish(process):
 
 ENDS = {
     "lanes/8-SBH": r"crashed: SIGABRT \(Aborted\) \(kernels\.py:\d+, in end\)",
-    "lanes/8-TND": r"hung: no answer within 2 s \(--timeout\) \(kernels\.py:\d+, in end\)",
+    "lanes/8-TND": r"hung: no answer within 5 s \(--timeout\) \(kernels\.py:\d+, in end\)",
     "lanes/1-SBH": r"crashed: SIGSEGV \(Segmentation fault\) \(kernels\.py:\d+, in end\)",
     "lanes/1-TND": r"ended its process, exit status 3",
 }
 
 
 def test_whatever_ends_a_kernel_is_a_failure_of_its_case(folder, capsys):
-    assert main(["check", "kernels:Faulty", "--select", "lanes/*", "--timeout", "2", "--json"]) == 1
+    assert main(["check", "kernels:Faulty", "--select", "lanes/*", "--timeout", "5", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     failures = {failure["id"]: failure["message"] for failure in found["failures"]}
     assert failures.keys() == ENDS.keys() and all(re.fullmatch(ENDS[id], told) for id, told in failures.items()), failures
@@ -152,18 +151,16 @@ def test_whatever_ends_a_kernel_is_a_failure_of_its_case(folder, capsys):
 
 def test_difftest_says_who_it_was(folder, capsys):
     """Two that may crash, beside one that does not: each is blamed for its own, and the third one's standing is whole."""
-    options = ["--backends", "kernels:Faulty,kernels:Other,numpy", "--select", "lanes/[1u]*", "--cases", "0"]
+    options = ["--backends", "kernels:Faulty,kernels:Other,numpy", "--select", "lanes/[1u]*-SBH", "--cases", "0"]
     assert main(["difftest", *options, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["cases"] == 5
+    assert found["cases"] == 2
     assert {name: (its["cases"], its["wrong"]) for name, its in found["backends"].items()} == {
-        "faulty": (5, 2), "other": (5, 2), "numpy": (5, 0),
+        "faulty": (2, 1), "other": (2, 1), "numpy": (2, 0),
     }  # fmt: skip
-    (other,) = [finding for finding in found["findings"] if finding["backend"] == "other"]
-    assert other["ids"] == ["lanes/1-SBH", "lanes/1-TND"] and "SystemExit: enough (kernels.py:" in other["message"]
-    told = {id: one["message"] for one in found["findings"] if one["backend"] == "faulty" for id in one["ids"]}
-    assert len(told) == 2 and all(re.fullmatch(ENDS[id], message) for id, message in told.items()), told
-    crash = next(one for one in found["findings"] if "SIGSEGV" in one["message"])
+    crash, other = found["findings"]
+    assert (other["backend"], other["ids"]) == ("other", ["lanes/1-SBH"]) and "SystemExit: enough (kernels.py:" in other["message"]
+    assert (crash["backend"], crash["ids"]) == ("faulty", ["lanes/1-SBH"]) and re.fullmatch(ENDS["lanes/1-SBH"], crash["message"])
     assert (crash["case"]["tokens"], crash["case"]["heads"], crash["case"]["head_dim"]) == (1, 1, 8)  # as small as crashes
     assert main(shlex.split(crash["replay"])[3:]) == 1
     assert re.search(r"WRONG: faulty: crashed: SIGSEGV.*\(kernels\.py:\d+, in end\)", capsys.readouterr().out)
@@ -205,13 +202,10 @@ def test_our_own_run_in_process(monkeypatch, capsys):
 class Dead(Here):
     """A place where nothing that runs a kernel answers."""
 
-    asked = 0
-
-    def call(self, function, *arguments):
-        if not any(isinstance(argument, Check) for argument in arguments) and function.__name__ == "checks":
-            return super().call(function, *arguments)
-        self.asked += 1
-        raise NoAnswer("crashed: SIGSEGV", 1)
+    def call(self, function, *arguments, seconds=0.0):
+        if function.__name__ == "checks":
+            return function(*arguments)
+        raise NoAnswer("crashed: SIGSEGV")
 
 
 def test_who_only_crashes_is_not_asked_for_ever():

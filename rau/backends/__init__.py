@@ -120,13 +120,13 @@ class Capabilities:
     def __new__(cls, **fields: Any) -> Capabilities:
         known = cls.__dataclass_fields__
         lines = []
-        for name in fields:
+        for name, value in fields.items():
             if name not in known:
                 import difflib
 
                 close = difflib.get_close_matches(name, known, n=1)
                 expected = f'did you mean "{close[0]}"?' if close else f"expected some of {', '.join(known)}."
-                lines.append(f"Capabilities: {name} = {shown(fields[name])}: no such field; {expected}")
+                lines.append(f"Capabilities: {name} = {shown(value)}: no such field; {expected}")
         if lines:
             raise TypeError("\n".join(lines))
         return super().__new__(cls)

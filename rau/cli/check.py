@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
                 interrupted = True
         partly = interrupted or arguments.select != "*"  # then an expectation that matches nothing says nothing
         report.expect({id: reason for id, reason in arguments.expect_failure if not partly or _matches(id, report)})
-        causes = [] if not report.failures else _explained(arguments, report, backend, place)
+        causes = [] if not report.failures else _explained(arguments, report, backend, None if interrupted else place)
     seconds = time.monotonic() - started
     if not total and not interrupted:
         raise session.UsageError(f"--select {arguments.select!r} matches no check of {backend.name}")
@@ -135,9 +135,12 @@ def _verdict(report: Report, total: int, interrupted: str | None, seconds: float
 
 
 def _explained(
-    arguments: argparse.Namespace, report: Report, backend: Any, place: Here | Apart
+    arguments: argparse.Namespace, report: Report, backend: Any, place: Here | Apart | None
 ) -> list[dict[str, Any]]:
-    """Describe the causes of failures, the worst first: how many, an example, how to run it again, and what is known of it."""
+    """Describe the causes of failures, the worst first: how many, an example, how to run it again, and what is known of it.
+
+    For the latter the example is run once more, if there is a place to do that in.
+    """
     from rau.testing.apart import NoAnswer
     from rau.testing.diagnosis import diagnose
     from rau.testing.differential import observed
@@ -148,7 +151,7 @@ def _explained(
     for number, cause in enumerate(report.by_cause()):
         example, advice = cause.ids[0], outcomes.tolerance_advice(cause.messages)
         case = report.cases.get(example)
-        if case is not None and not advice and number < _SHOWN and " is " in cause.words:  # of numbers that are wrong
+        if place and case and not advice and number < _SHOWN and " is " in cause.words:  # of numbers that are wrong
             try:
                 result = place.call(observed, backend, case)
             except NoAnswer:

@@ -27,7 +27,7 @@ from rau.testing.under_test import described, load
 
 T = TypeVar("T")
 PATIENCE = 10  # answers in a row that fail to come: then no more are asked for
-_START = 300.0  # seconds in which a backend has to be loaded: some compile
+LONG = 300.0  # seconds, for what is no case: to load a backend, which may compile
 _LAST_WORDS = 5.0  # seconds in which a process that hangs has to write where
 
 
@@ -42,8 +42,8 @@ class NoAnswer(Exception):
 class Here:
     """This process: what runs in it may end it, and a debugger sees it."""
 
-    def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call a function."""
+    def call(self, function: Callable[..., T], *arguments: Any, seconds: float = 0.0) -> T:
+        """Call a function, however long it takes."""
         return function(*arguments)
 
 
@@ -77,15 +77,18 @@ class Apart:
             self._process.join()
         self._words.close()
 
-    def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call a function over there, and return what it returns; NoAnswer if it does not."""
+    def call(self, function: Callable[..., T], *arguments: Any, seconds: float = 0.0) -> T:
+        """Call a function over there, and return what it returns; NoAnswer if it does not, in `seconds` or the timeout."""
         if self._process is None:
-            self._start()
+            try:
+                self._start()
+            except BackendUnavailableError as error:
+                raise NoAnswer(f"cannot be loaded again: {error}") from error
         try:
             self._connection.send_bytes(_packed((function, arguments), self.backends))
         except OSError as error:  # it had answered, and died of what it was asked before
             raise self._ended() from error
-        problem, answer = self._receive(self._timeout)
+        problem, answer = self._receive(seconds or self._timeout)
         if problem:
             raise NoAnswer(problem)
         return answer
@@ -103,7 +106,7 @@ class Apart:
         theirs.close()  # or its end would not be noticed
         who = " or ".join(map(repr, self._names))
         try:
-            problem, _ = self._receive(_START)
+            problem, _ = self._receive(LONG)
         except NoAnswer as lost:
             raise BackendUnavailableError(f"{who}: its process {lost} while it was loaded") from lost
         if problem:
@@ -113,7 +116,7 @@ class Apart:
         assert self._process is not None
         try:
             if not wait([self._connection, self._process.sentinel], seconds):
-                raise self._ended(f"hung: no answer within {seconds:g} s (--timeout)")
+                raise self._ended(f"hung: no answer within {seconds:g} s{' (--timeout)' * (seconds == self._timeout)}")
             return _unpacked(self._connection.recv_bytes(), self.backends)
         except (EOFError, OSError) as error:
             raise self._ended() from error
@@ -127,6 +130,7 @@ class Apart:
         """Word how the process ended, or end it where it hangs, with the kernel's line; the next call starts another one."""
         process, self._process = self._process, None
         assert process is not None and process.pid is not None
+        self._connection.close()
         if hung:
             os.kill(process.pid, signal.SIGABRT)  # upon which it writes where it is
         process.join(_LAST_WORDS)

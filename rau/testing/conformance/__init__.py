@@ -16,7 +16,7 @@ import numpy as np
 
 from rau import registry
 from rau.errors import BackendUnavailableError, ShapeError
-from rau.testing.apart import PATIENCE, Apart, Here, NoAnswer
+from rau.testing.apart import LONG, PATIENCE, Apart, Here, NoAnswer
 from rau.testing.cases import Case, generated, named
 from rau.testing.cases.placements import PACKED_PLACEMENTS
 from rau.testing.comparison import same_bits
@@ -91,7 +91,7 @@ def check_backend(
     aside = {f"unpromised/{name}": name for name in (*takes.unpromised, *[STRIDES] * takes.contiguous)}
     tries = [Check(id, partial(tried, backend, name), []) for id, name in aside.items() if fnmatchcase(id, select)]
     try:
-        every = [*place.call(checks, backend, cases, select), *tries]
+        every = [*place.call(checks, backend, cases, select, seconds=LONG), *tries]
     except NoAnswer as lost:
         raise BackendUnavailableError(f"{backend.name}: while its checks were listed, its process {lost}") from lost
     lost_in_a_row = 0
