@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -97,7 +98,8 @@ class Apart:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._names, self._words.name))
-        # Ctrl-C at a terminal is meant for all of its processes; this one is told, and ends the other.
+        # Ctrl-C at a terminal reaches all of its processes; this one hears it, and ends the other.
+        resource_tracker.ensure_running()  # else it is started on the way, and unblocks the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
@@ -108,7 +110,7 @@ class Apart:
         try:
             problem, _ = self._receive(LONG)
         except NoAnswer as lost:
-            raise BackendUnavailableError(f"{who}: its process {lost} while it was loaded") from lost
+            raise BackendUnavailableError(f"{who}: while it was loaded: {lost}") from lost
         if problem:
             raise BackendUnavailableError(problem)
 

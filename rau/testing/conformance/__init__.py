@@ -93,7 +93,7 @@ def check_backend(
     try:
         every = [*place.call(checks, backend, cases, select, seconds=LONG), *tries]
     except NoAnswer as lost:
-        raise BackendUnavailableError(f"{backend.name}: while its checks were listed, its process {lost}") from lost
+        raise BackendUnavailableError(f"{backend.name}: while its checks were listed: {lost}") from lost
     lost_in_a_row = 0
     for done, check in enumerate(every):
         if progress is not None:
