@@ -226,6 +226,7 @@ def test_apart_gives_what_here_gives(folder):
         with pytest.raises(NoAnswer, match="ZeroDivisionError"):
             place.call(divmod, 1, 0)
         assert place.call(divmod, 7, 2) == (3, 1)
+        assert signal.SIGINT in place.call(signal.pthread_sigmask, signal.SIG_BLOCK, [])  # Ctrl-C is for the other one
     with pytest.raises(BackendUnavailableError, match="nobody"):
         Apart(["nobody"], 30)
 
