@@ -102,7 +102,7 @@ def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequen
 def _contiguous(
     call: str, backend: Any, problem: Problem, states: Sequence[Any], out: AttentionState | None
 ) -> tuple[Problem, Sequence[Any], AttentionState | None]:
-    """Describe a call for a backend that takes contiguous arrays only: on copies of those that are not, and so in place, too."""
+    """Describe a call for a backend that takes contiguous arrays only: on copies of those that are not, in place as it was."""
     kind = kind_of(states[0].attn_out)
     assert kind is not None  # the validator has seen to that
     copies: dict[int, Any] = {}

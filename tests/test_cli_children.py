@@ -1,4 +1,4 @@
-"""A kit that survives what it tests: kernels that crash, hang, end their process or print, and files that cannot be written."""
+"""A kit that survives what it tests: kernels that crash, hang, end their process or print; files that cannot be written."""
 
 import json
 import os

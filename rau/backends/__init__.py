@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +38,29 @@ PROPERTIES = {
 }
 
 
+def _told_of_unknown_fields(cls: type[Any]) -> type[Any]:
+    """Have a dataclass say which of its fields was meant: more than one may be wrong, and Python names the first."""
+    init, known = cls.__init__, [field.name for field in fields(cls)]
+
+    @wraps(init)
+    def __init__(self: Any, **given: Any) -> None:
+        lines = []
+        for name, value in given.items():
+            if name not in known:
+                import difflib
+
+                close = difflib.get_close_matches(name, known, n=1)
+                expected = f'did you mean "{close[0]}"?' if close else f"expected some of {', '.join(known)}."
+                lines.append(f"{cls.__name__}: {name} = {shown(value)}: no such field; {expected}")
+        if lines:
+            raise TypeError("\n".join(lines))
+        init(self, **given)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_told_of_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What a backend takes, as data: selection, reasons, tables and skips all derive from it.
@@ -117,20 +141,6 @@ class Capabilities:
     without_statistics: bool = False
     contiguous: bool = False
 
-    def __new__(cls, **fields: Any) -> Capabilities:
-        known = cls.__dataclass_fields__
-        lines = []
-        for name, value in fields.items():
-            if name not in known:
-                import difflib
-
-                close = difflib.get_close_matches(name, known, n=1)
-                expected = f'did you mean "{close[0]}"?' if close else f"expected some of {', '.join(known)}."
-                lines.append(f"Capabilities: {name} = {shown(value)}: no such field; {expected}")
-        if lines:
-            raise TypeError("\n".join(lines))
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         wrong: list[tuple[str, str]] = []  # field, what was expected
         for name in ("array_types", "dtypes", "layouts", "softmax_layouts", "devices", "unpromised"):
@@ -143,7 +153,9 @@ class Capabilities:
             wrong.append(("lanes", "a tuple of 8 and 1, such as (8,)"))
         for name, least in (("max_heads", 0), ("max_head_dim", 0), ("head_dim_multiple", 1), ("max_states", 2)):
             value = getattr(self, name)
-            if value is None and name == "head_dim_multiple" or value is not None and (not isinstance(value, int) or value < least):
+            if value is None and name != "head_dim_multiple":
+                continue
+            if not isinstance(value, int) or value < least:
                 wrong.append((name, f"an int, at least {least}"))
         if not (self.limits is None or callable(self.limits)):
             wrong.append(("limits", "a callable that takes a Problem and returns a list of str, or None"))
@@ -179,8 +191,8 @@ class Capabilities:
             for word in declared:
                 if word not in known:
                     hint = meant(word, LAYOUTS, OTHER_LAYOUTS) if name == "layouts" else ""
-                    told = f"Capabilities: {name} = {shown(declared)} names {shown(word)}; expected some of {', '.join(map(str, known))}."
-                    lines.append(told + hint)
+                    told = f"Capabilities: {name} = {shown(declared)} names {shown(word)}"
+                    lines.append(f"{told}; expected some of {', '.join(map(str, known))}.{hint}")
         lines += [
             f'Capabilities: array_types = {shown(self.array_types)} names {shown(word)}; expected "module:qualname", such as '
             '"numpy:ndarray".'

@@ -81,9 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     verdict = _verdict(report, total, running if interrupted else None, seconds)
     if arguments.json:
         session.print_json({
-            "backend": report.backend, "succeeded": report.succeeded, "failures": report.failures, "expected": report.expected,
-            "excluded": report.excluded, "unpromised": report.unpromised, "not_run": report.not_run, "causes": causes,
-            "grid": report.grid, "asked_for": arguments.backend, "select": arguments.select, "checks": total, "seconds": seconds,
+            "backend": report.backend, "succeeded": report.succeeded, "failures": report.failures,
+            "expected": report.expected, "excluded": report.excluded, "unpromised": report.unpromised,
+            "not_run": report.not_run, "causes": causes, "grid": report.grid, "asked_for": arguments.backend,
+            "select": arguments.select, "checks": total, "seconds": seconds,
             "passed": report.passed and not interrupted, "interrupted": interrupted, "verdict": verdict,
             "configuration": configuration,
         })  # fmt: skip
@@ -128,7 +129,8 @@ def _verdict(report: Report, total: int, interrupted: str | None, seconds: float
         counts += [f"{len(found):,} {word}"] * bool(found)
     tally = f"{', '.join(counts)} ({seconds:.1f} s)"
     if interrupted is not None:
-        return f"INTERRUPTED in {interrupted or 'listing the checks'}: {report.backend}: of {session.counted(total, 'check')}, {tally}"
+        where = interrupted or "listing the checks"
+        return f"INTERRUPTED in {where}: {report.backend}: of {session.counted(total, 'check')}, {tally}"
     if report.passed or report.failures:
         return f"{'PASSED' if report.passed else 'FAILED'}: {report.backend}: {tally}"
     return f"FAILED: {report.backend}: nothing that was selected could be checked: {tally}"
@@ -161,8 +163,8 @@ def _explained(
                 advice = outcomes.advice(diagnose(record, tolerance=takes.tolerance))
         again = f"python -m rau check {shlex.quote(arguments.backend)} --select {shlex.quote(example)}"
         told.append({
-            "cause": cause.words, "count": len(cause.ids), "ids": cause.ids, "example": example, "message": cause.messages[0],
-            "again": again, "advice": advice,
+            "cause": cause.words, "count": len(cause.ids), "ids": cause.ids, "example": example,
+            "message": cause.messages[0], "again": again, "advice": advice,
         })  # fmt: skip
     return told
 
@@ -170,7 +172,8 @@ def _explained(
 def _print_report(arguments: argparse.Namespace, report: Report, causes: list[dict[str, Any]]) -> None:
     lines = [""]
     for cause in causes[:_SHOWN]:
-        lines += [f"failed: {session.counted(cause['count'], 'check')}: {cause['cause']}", f"    {outcomes.some(cause['ids'])}"]
+        lines.append(f"failed: {session.counted(cause['count'], 'check')}: {cause['cause']}")
+        lines.append(f"    {outcomes.some(cause['ids'])}")
         if cause["message"] != cause["cause"]:
             lines.append(f"    {cause['example']}: {outcomes.briefly(cause['message'])}")
         lines += [f"    again: {cause['again']}", *(f"    {line}" for line in cause["advice"])]

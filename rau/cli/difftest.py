@@ -305,7 +305,8 @@ def _words(this: DifftestRun) -> list[str]:
     for who, count in report.wrong.items():
         more = count - sum(len(finding.ids) for finding in report.findings if finding.backend == who)
         if more:
-            lines.append(f"WRONG: {session.both(who)}: {session.counted(more, 'case')} more, of other causes; mend these first")
+            counted = session.counted(more, "case")
+            lines.append(f"WRONG: {session.both(who)}: {counted} more, of other causes; mend these first")
     return [*lines, ""]
 
 
@@ -348,7 +349,8 @@ def _save_page(this: DifftestRun, lines: list[str], path: Path) -> None:
             command += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
     title = f"{datetime.now().astimezone():%d %B %Y, %H:%M %Z}: {shlex.join(command)}"
     failures = [
-        f"{session.both(finding.backend)}: {finding.cause}: {session.counted(len(finding.ids), 'case')}: {', '.join(finding.ids)}"
+        f"{session.both(finding.backend)}: {finding.cause}: {session.counted(len(finding.ids), 'case')}: "
+        + ", ".join(finding.ids)
         for finding in this.findings
     ]
     failures = ["all failures", *failures] if failures else []

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 _SHOWN = 4  # ids, or values, in a line
 _LONG = 240  # characters of a message; --json has all of it
-_VALUE = re.compile(r"((?:dtype|layout|softmax_layout|the number of lanes is|it does not merge|[NDK] =) )([^ ,;]+)(.*)", re.DOTALL)
+_VALUE = re.compile(
+    r"((?:dtype|layout|softmax_layout|the number of lanes is|it does not merge|[NDK] =) )([^ ,;]+)(.*)", re.DOTALL
+)
 GRID_LEGEND = "passed/failed/excluded cases, by dtype and layout"
 
 
@@ -58,13 +60,9 @@ def by_limit(items: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
 
 def grid_lines(grid: Grid) -> list[str]:
     """Lay out how many cases passed, failed and were excluded, a line a string: a column a layout, a row a dtype."""
-    layouts = list(grid)
     dtypes = dict.fromkeys(dtype for row in grid.values() for dtype in row)
-    cell = {True: "{}/{}/{}", False: "-"}
-    rows = [
-        [dtype, *(cell[dtype in grid[layout]].format(*grid[layout].get(dtype, ())) for layout in layouts)] for dtype in dtypes
-    ]
-    return table(["", *layouts], rows, right=layouts) if rows else []
+    rows = [[dtype, *("/".join(map(str, row.get(dtype, "-"))) for row in grid.values())] for dtype in dtypes]
+    return table(["", *grid], rows, right=grid) if rows else []
 
 
 def advice(diagnosis: Diagnosis) -> list[str]:
@@ -88,4 +86,5 @@ def tolerance_advice(messages: Iterable[str]) -> list[str]:
     if not shares or max(shares) > SLIGHT:
         return []
     declared = f"Capabilities(tolerance={int(max(shares)) + 1})"
-    return [f"rows computed in float32 come this far. If that is intended, declare it: {declared} would cover what is seen here"]
+    told = f"If that is intended, declare it: {declared} would cover what is seen here"
+    return [f"rows computed in float32 come this far. {told}"]

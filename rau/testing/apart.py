@@ -1,7 +1,7 @@
 """A process of its own for what is under test: whatever ends it, this one goes on and says so.
 
 The rule of this room: it knows nothing of checks and cases. A function and its arguments cross the pipe, and what it returns
-comes back, which should be small. In the place of a backend crosses its number: over there stands an instance of that side's.
+comes back, which should be small. In the place of a backend its number crosses: over there stands an instance of that side's.
 """
 
 from __future__ import annotations

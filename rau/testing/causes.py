@@ -18,7 +18,10 @@ PASSED, FAILED, EXCLUDED = range(3)
 SLIGHT = 64.0  # a tolerance: about what rows computed in float32 come to
 # Worst first: what ends a process, what writes where it must not, what raises. Wrong numbers come after them.
 _WORSE = (r"^(crashed|hung|ended its process)", r"wrote beside|was changed", r"^\w+: .*\(.+:\d+, in .+\)$")
-_NUMBER = re.compile(r"(attn_out|softmax_max|softmax_sum|log-sum-exp)\[[^\]]*\] is (\S+), expected (\S+?)[,;]( to be kept)?(?: off by (\S+) times)?")
+_NUMBER = re.compile(
+    r"(attn_out|softmax_max|softmax_sum|log-sum-exp)\[[^\]]*\] is (\S+), expected (\S+?)[,;]"
+    r"( to be kept)?(?: off by (\S+) times)?"
+)
 
 _BITS = re.compile(r"(attn_out|softmax_max|softmax_sum)\[[^\]]*\]: \S+ and \S+; \d+ of \d+ elements differ")
 _PLACED = re.compile(r" \([^()]*:\d+, in .*\)$")
@@ -70,9 +73,9 @@ def cause_of(problem: str) -> str:
 def by_cause(failures: Iterable[tuple[str, str, str]]) -> list[Cause]:
     """Sort (id, cause, message) by cause, the worst first, then the most frequent.
 
-    >>> one, *others = by_cause([("a", "wrong", "wrong by 3"), ("b", "wrong", "wrong by 4"), ("c", "crashed", "crashed")])
-    >>> one, others
-    (Cause(words='crashed', ids=['c'], messages=['crashed']), [Cause(words='wrong', ids=['a', 'b'], messages=['wrong by 3', ...])])
+    >>> worst, other = by_cause([("a", "wrong", "wrong by 3"), ("b", "wrong", "wrong by 4"), ("c", "crashed", "crashed")])
+    >>> worst.ids, other
+    (['c'], Cause(words='wrong', ids=['a', 'b'], messages=['wrong by 3', 'wrong by 4']))
     """
     causes: dict[str, Cause] = {}
     for id, words, message in failures:
