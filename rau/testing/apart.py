@@ -14,7 +14,6 @@ import pickle
 import re
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -61,7 +60,6 @@ class Apart:
     def __init__(self, names: Sequence[str], timeout: float) -> None:
         self.backends: Sequence[Any] = ()
         self._names, self._timeout = tuple(names), timeout
-        self._words = tempfile.NamedTemporaryFile(prefix="rau-", suffix=".txt")  # noqa: SIM115 - closed by __exit__
         self._process: SpawnProcess | None = None
         try:
             self._start()
@@ -76,7 +74,6 @@ class Apart:
         if self._process is not None:
             self._process.kill()
             self._process.join()
-        self._words.close()
 
     def call(self, function: Callable[..., T], *arguments: Any, seconds: float = 0.0) -> T:
         """Call a function over there, and return what it returns; NoAnswer if it does not, in `seconds` or the timeout."""
@@ -97,7 +94,8 @@ class Apart:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._names, self._words.name))
+        self._words, their_words = context.Pipe(duplex=False)
+        self._process = context.Process(target=_serve, args=(theirs, their_words, self._names))
         # Ctrl-C at a terminal reaches all of its processes; this one hears it, and ends the other.
         resource_tracker.ensure_running()  # else it is started on the way, and unblocks the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -106,6 +104,7 @@ class Apart:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # or its end would not be noticed
+        their_words.close()
         who = " or ".join(map(repr, self._names))
         try:
             problem, _ = self._receive(LONG)
@@ -144,7 +143,11 @@ class Apart:
 
     def _where(self) -> str:
         """Find the kernel's line in what the process wrote when it died."""
-        text = Path(self._words.name).read_text(errors="replace")
+        written = b""
+        while self._words.poll() and (more := os.read(self._words.fileno(), 1 << 16)):
+            written += more
+        self._words.close()
+        text = written.decode(errors="replace")
         text = text.partition("Current thread")[2].partition("\n\n")[0] or text
         frames = re.findall(r'File "(.*)", line (\d+) in (.*)', text)
         theirs = {getattr(sys.modules.get(type(backend).__module__), "__file__", "") for backend in self.backends}
@@ -188,28 +191,26 @@ def _unpacked(message: bytes, backends: Sequence[Any]) -> Any:
     return _Unpickler(io.BytesIO(message), backends).load()
 
 
-def _serve(connection: Connection, names: Sequence[str], words: str) -> None:
+def _serve(connection: Connection, words: Connection, names: Sequence[str]) -> None:
     """What runs over there: load the backends, then answer until nobody asks any more."""
     os.dup2(2, 1)  # what a kernel prints is not part of anybody's document
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a crash would take the rest along
-    with open(words, "w") as file:
-        faulthandler.enable(file)
-        backends: list[Any] = []
+    faulthandler.enable(words.fileno())
+    try:
+        backends = [load(name) for name in names]
+    except RauError as error:
+        connection.send_bytes(_packed((str(error), None), ()))
+        return
+    connection.send_bytes(_packed(("", None), ()))
+    while True:
         try:
-            backends += [load(name) for name in names]
-        except RauError as error:
-            connection.send_bytes(_packed((str(error), None), ()))
+            message = connection.recv_bytes()
+        except (EOFError, OSError):
             return
-        connection.send_bytes(_packed(("", None), ()))
-        while True:
-            try:
-                message = connection.recv_bytes()
-            except (EOFError, OSError):
-                return
-            function, arguments = _unpacked(message, backends)
-            try:
-                answer = "", function(*arguments)
-            except BaseException as error:  # of the kernel's: SystemExit, too
-                answer = described(error), None
-            connection.send_bytes(_packed(answer, backends))
+        function, arguments = _unpacked(message, backends)
+        try:
+            answer = "", function(*arguments)
+        except BaseException as error:  # of the kernel's: SystemExit, too
+            answer = described(error), None
+        connection.send_bytes(_packed(answer, backends))
