@@ -37,7 +37,7 @@ def test_the_kit_passes_it_by_its_name(installed):
 
 def test_the_kit_passes_it_from_its_own_folder(tmp_path):
     (tmp_path / "rau_float64.py").write_text(blocks()["rau_float64.py"])
-    command = re.search(r"python (-m rau check \S+)", PAGE.read_text())[1]
+    command = re.search(r"python (-m rau check rau_float64\S+)", PAGE.read_text())[1]
     done = run(*command.split(), "--select", "layout/*", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     command = re.search(r"python (-m rau difftest .*)", PAGE.read_text())[1]
