@@ -9,7 +9,7 @@ import os
 import sys
 from contextlib import redirect_stdout
 
-from rau.cli.console import Visible, visible
+from rau.cli.console import Visible, own_stdout, visible
 from rau.errors import RauError
 
 COMMANDS = ("info", "demo", "bench", "check", "bits", "difftest", "matrix", "cases", "diagnose")
@@ -38,9 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a message may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
-        with redirect_stdout(Visible(sys.stdout)):
-            status = int(parsed.run(parsed))
-        sys.stdout.flush()  # what cannot be written is said here, and not by Python at its exit
+        with own_stdout() as own:
+            with redirect_stdout(Visible(sys.stderr if parsed.json else own, own)):
+                status = int(parsed.run(parsed))
+            own.flush()  # what cannot be written is said here, and not by Python at its exit
         return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -78,15 +78,50 @@ def hand_over(call: str, backend: Any, problem: Problem, states: Sequence[Sequen
         kind = kind_of(out[0])
         assert kind is not None  # the validator has seen to that
         kind.will_write(out)
+    target = out
+    if backend.capabilities.contiguous:
+        problem, states, target = _contiguous(call, backend, problem, states, out)
     if call not in ("merge_states", "merge_lse", "add_sink"):
-        result = backend.update(problem, *states, out)
+        result = backend.update(problem, *states, target)
     elif hasattr(backend, "merge"):
-        result = backend.merge(problem, states, out)
+        result = backend.merge(problem, states, target)
     else:
         raise UnsupportedError(f'backend "{backend.name}" has no merge; derive it from rau.backends.Backend.')
-    if result is not out or out is None:
-        _check_result(backend, problem, result, out)
-    return result
+    if result is not target or target is None:
+        _check_result(backend, problem, result, target)
+    if out is None or target is out:
+        return result
+    kind = kind_of(out[0])
+    assert kind is not None and target is not None
+    for array, values in zip(out, target, strict=True):
+        if values is not array:
+            kind.assign(array, values)
+    return out
+
+
+def _contiguous(
+    call: str, backend: Any, problem: Problem, states: Sequence[Any], out: AttentionState | None
+) -> tuple[Problem, Sequence[Any], AttentionState | None]:
+    """Describe a call for a backend that takes contiguous arrays only: on copies of those that are not, in place as it was."""
+    kind = kind_of(states[0].attn_out)
+    assert kind is not None  # the validator has seen to that
+    copies: dict[int, Any] = {}
+    for array in [array for state in states for array in state if not kind.contiguous(array)]:
+        if id(array) not in copies:
+            copies[id(array)] = kind.regular_copy(array)
+    for array in out or ():
+        if array is not None and id(array) not in copies and not kind.contiguous(array):
+            copies[id(array)] = kind.full(array, tuple(array.shape), kind.dtype(array), 0.0)
+    if not copies or problem.half is not None or problem.runs is not None:  # which are places within larger arrays
+        return problem, states, out
+    registry.log_copies(call, backend, len(copies))
+    states = [AttentionState(*(copies.get(id(array), array) for array in state)) for state in states]
+    target = None if out is None else AttentionState(*(copies.get(id(array), array) for array in out))
+    described = Problem.of(
+        states, target, problem.actual_seq_qlen, problem.layout, problem.softmax_layout, problem.profile,
+        in_place=problem.in_place, statistics=problem.statistics,
+    )  # fmt: skip
+    return described, states, target
 
 
 def _with_statistics(

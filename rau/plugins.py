@@ -71,7 +71,7 @@ _BUILT_IN = {
     "cython": ("rau.backends.cython_", "CythonBackend"),
     "numpy": ("rau.backends.numpy_", "NumPyBackend"),
 }
-_OURS = ("cython", "numpy", "torch", "cuda", "ascend")
+OURS = ("cython", "numpy", "torch", "cuda", "ascend")
 
 _RESERVED = ("torch", "cuda", "ascend")  # by entry points of our own distribution alone
 _DISTRIBUTION = "ring-attention-update"
@@ -196,7 +196,7 @@ def names() -> list[str]:
 
 def _in_order(entries: dict[str, Entry]) -> list[str]:
     known = set(entries)
-    return [*(name for name in _OURS if name in known), *sorted(known - set(_OURS))]
+    return [*(name for name in OURS if name in known), *sorted(known - set(OURS))]
 
 
 def blocked() -> set[str]:

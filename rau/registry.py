@@ -250,6 +250,15 @@ def _warn_core_missing(entry: Entry) -> None:
 
 def log_call(call: str, backend: Any, origin: str) -> None:
     """Log one DEBUG line per call, on the logger "rau"."""
+    _log("%s: backend %s (%s)", call, backend.name, origin)
+
+
+def log_copies(call: str, backend: Any, count: int) -> None:
+    """Log one DEBUG line more for a call whose arrays are copied for a backend."""
+    _log("%s: backend %s takes contiguous arrays: %d are copied for it", call, backend.name, count)
+
+
+def _log(line: str, *words: Any) -> None:
     global _logger
     if _logger is None:
         logging = sys.modules.get("logging")
@@ -257,4 +266,4 @@ def log_call(call: str, backend: Any, origin: str) -> None:
             return  # nobody listens, and importing it would be a quarter of what `import rau` costs
         _logger = logging.getLogger("rau")
     if _logger.isEnabledFor(_DEBUG):
-        _logger.debug("%s: backend %s (%s)", call, backend.name, origin)
+        _logger.debug(line, *words)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def backend(request: pytest.FixtureRequest) -> str:
 def any_backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend under test in turn; own_arrays.py makes calls on its own arrays."""
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """A C compiler."""
+    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not found:
+        assert os.environ.get("RAU_EXPECT_NO_CORE"), "no C compiler; set RAU_EXPECT_NO_CORE=1 where that is meant to be"
+        pytest.skip("no C compiler, as RAU_EXPECT_NO_CORE says")
+    return found
 
 
 def pytest_configure(config: pytest.Config) -> None:

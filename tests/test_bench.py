@@ -33,8 +33,8 @@ def test_as_typed():
 def test_the_document(capsys):
     assert main([*QUICK, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert set(document) == {"quick", "groups", "not_run", "threads", "load", "seconds", "configuration"}
-    assert document["quick"] is True and document["threads"] == 1
+    assert set(document) == {"quick", "groups", "not_run", "threads", "load", "seconds", "interrupted", "configuration"}
+    assert document["quick"] is True and document["threads"] == 1 and document["interrupted"] is False
     available = {one["name"]: one["available"] for one in document["configuration"]["backends"]}
     assert {name for name, there in available.items() if not there} == set(document["not_run"])
     assert [group["size"]["heads"] for group in document["groups"]] == [size.heads for size, _, _ in survey.QUICK]
@@ -267,3 +267,21 @@ def test_the_parser_costs_nothing():
         "assert not {'rich', 'rau.testing', 'rau.cli.bench.survey', 'ml_dtypes', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("json_too", [True, False])
+def test_what_was_measured_before_an_interruption_is_kept(json_too, monkeypatch, capsys):
+    whole = survey.survey
+
+    def interrupted(*arguments):
+        yield next(whole(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(survey, "survey", interrupted)
+    assert main([*QUICK, "--backend", "numpy", *["--json"] * json_too]) == 130
+    out = capsys.readouterr().out
+    if json_too:
+        document = json.loads(out)
+        assert document["interrupted"] is True and len(document["groups"]) == 1
+    else:
+        assert "INTERRUPTED: 1 of 2 sizes measured" in out.splitlines()[-1] and "of roof" in out

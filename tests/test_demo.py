@@ -33,6 +33,8 @@ def test_as_typed(backend):
     rows = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == [backend]]
     assert [row[1:3] for row in rows] == [["one", "merge"], ["2", "updates"]]
     assert "Right: every merge by " + backend in done.stdout
+    worst = max(float(cell) for row in rows for cell in row[-4:-2])  # of merge and sum
+    assert f"allows, {worst:.0%} of it" in done.stdout
 
 
 @pytest.mark.parametrize("causal", [False, True])

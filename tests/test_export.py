@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -204,15 +203,6 @@ def test_export_json(tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------- another language
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not found:
-        assert os.environ.get("RAU_EXPECT_NO_CORE"), "no C compiler; set RAU_EXPECT_NO_CORE=1 where that is meant to be"
-        pytest.skip("no C compiler, as RAU_EXPECT_NO_CORE says")
-    return found
 
 
 def test_a_program_in_c(compiler, tmp_path, capsys):

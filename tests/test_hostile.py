@@ -28,6 +28,7 @@ from rau import plugins, registry
 from rau.backends import Backend, Capabilities
 from rau.constraints import cache
 from rau.testing import same_bits
+from rau.testing.under_test import load
 
 HERE = [status.name for status in registry.status() if status.available]
 HOST = [name for name in ("cython", "numpy") if name in HERE]
@@ -451,11 +452,46 @@ def test_a_broken_plugin_is_its_own_matter(load, fresh_registry):
         ("array_types", None), ("array_types", "numpy:ndarray"), ("dtypes", ["float32"]), ("layouts", (1,)), ("devices", "cpu"),
         ("lanes", (7,)), ("lanes", 8), ("max_heads", -1), ("max_head_dim", 1.5), ("head_dim_multiple", 0),
         ("head_dim_multiple", None), ("limits", "none"), ("tolerance", "much"), ("tolerance", 0), ("tolerance", float("nan")),
+        ("tolerance", "40"), ("mixed", "no"), ("in_place", None),
     ],
 )  # fmt: skip
 def test_capabilities_that_cannot_be(field, value):
     with pytest.raises(TypeError, match=f"Capabilities: .*{field}"):
         Capabilities(**{"array_types": ("numpy:ndarray",), field: value})
+
+
+def test_capabilities_say_all_that_cannot_be():
+    with pytest.raises(TypeError) as refused:
+        Capabilities(array_types="numpy:ndarray", lanes=8, tolerance="40", head_dim_multiple=0)
+    lines = str(refused.value).splitlines()
+    assert [line.split(" = ")[0] for line in lines] == [
+        f"Capabilities: {name}" for name in ("array_types", "lanes", "head_dim_multiple", "tolerance")
+    ]
+    assert lines[0] == "Capabilities: array_types = 'numpy:ndarray'; expected a tuple of str, such as ('numpy:ndarray',)."
+    with pytest.raises(TypeError) as refused:
+        Capabilities(array_types=("numpy:ndarray",), layout=("SBH",), speed=3)
+    one, other = str(refused.value).splitlines()
+    assert one == "Capabilities: layout = ('SBH',): no such field; did you mean \"layouts\"?"
+    assert other.startswith("Capabilities: speed = 3: no such field; expected some of array_types, devices, dtypes, ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("layouts", ("SBH", "BSHD"), r"names 'BSHD'; expected some of SBH, TND, BSND, BNSD\. Did you mean \"BSND\"\?"),
+        ("dtypes", ("fp32",), "names 'fp32'; expected some of float16, bfloat16, float32, float64"),
+        ("softmax_layouts", ("TN",), "names 'TN'; expected some of TND, SBH"),
+        ("lanes", (), r"= \(\); expected at least one of 8, 1"),
+        ("array_types", ("numpy.ndarray",), "names 'numpy.ndarray'; expected \"module:qualname\""),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+)
+def test_names_that_do_not_exist_are_told_by_the_kit(field, value, said):
+    """And by nobody else: to an older version, a plugin may declare what is new."""
+    declared = Capabilities(**{"array_types": ("numpy:ndarray",), field: value})
+    backend = type("Typo", (Backend,), {"name": "typo", "capabilities": declared})
+    with pytest.raises(rau.UnknownBackendError, match=f"^Typo declares what does not exist:\nCapabilities: {field} .*{said}"):
+        load(backend)
 
 
 def distribution(name, points):

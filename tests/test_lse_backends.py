@@ -338,7 +338,7 @@ def test_strides_are_tried_without_the_copy():
         ("contiguous", 1, "contiguous = 1; expected True or False"),
         ("max_states", 1, "max_states = 1; expected an int, at least 2"),
         ("unpromised", ["nan"], r"unpromised = \['nan'\]; expected a tuple of str"),
-        ("unpromised", ("empty",), "unpromised names 'empty'; expected some of one-empty, two-empty, payload"),
+        ("unpromised", ("empty",), r"unpromised = \('empty',\); expected some of one-empty, two-empty, payload"),
     ],
 )
 def test_capabilities_that_are_none_are_refused(field, value, words):

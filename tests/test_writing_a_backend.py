@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "writing-a-backend.md"
 
 def blocks():
     """The page's files, by name."""
-    return dict(re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE.read_text(), re.S))
+    return dict(re.findall(r"```\w+\n(?:#|//) (\S+)\n(.*?)```", PAGE.read_text(), re.S))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_the_kit_passes_it_by_its_name(installed):
 
 def test_the_kit_passes_it_from_its_own_folder(tmp_path):
     (tmp_path / "rau_float64.py").write_text(blocks()["rau_float64.py"])
-    command = re.search(r"python (-m rau check \S+)", PAGE.read_text())[1]
+    command = re.search(r"python (-m rau check rau_float64\S+)", PAGE.read_text())[1]
     done = run(*command.split(), "--select", "layout/*", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     command = re.search(r"python (-m rau difftest .*)", PAGE.read_text())[1]
@@ -55,6 +55,18 @@ def test_the_kit_passes_the_kernel_with_a_log_sum_exp(tmp_path):
     command = re.search(r"python (-m rau matrix [^`*]*)", PAGE.read_text())[1]
     done = run(*command.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_kit_passes_the_kernel_in_c(compiler, tmp_path):
+    for name in ("merge.c", "rau_c.py"):
+        (tmp_path / name).write_text(blocks()[name])
+    compile_, check = re.findall(r"^    (cc .*)\n    python (-m rau check \S+)$", PAGE.read_text(), re.M)[0]
+    done = subprocess.run([compiler, *compile_.split()[1:], "-Wall", "-Wextra", "-Werror"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run(*check.split(), "--select", "[!g]*", cwd=tmp_path)  # no generated cases
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "contiguous arrays, others being copied for it" in done.stdout
+    assert "does not promise strides (outputs need not be contiguous); does it: no" in done.stdout  # they are copied for it
 
 
 def test_its_own_test_suite_passes(installed, tmp_path):

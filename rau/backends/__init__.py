@@ -8,16 +8,19 @@ group ``rau.backends``, or passed to :func:`rau.registry.register`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Any, ClassVar
 
 import numpy as np
 
-from rau.arrays.numpy_ import NARROW
+from rau.arrays.numpy_ import ITEMSIZE, NARROW
 from rau.arrays.torch_ import has_float64
+from rau.constraints.hints import meant
 from rau.errors import shown
-from rau.layouts import LAYOUTS
+from rau.layouts import LAYOUTS, OTHER_LAYOUTS
 from rau.problem import Problem
 from rau.state import AttentionState
 
@@ -35,6 +38,29 @@ PROPERTIES = {
 }
 
 
+def _told_of_unknown_fields(cls: type[Any]) -> type[Any]:
+    """Have a dataclass say which of its fields was meant: more than one may be wrong, and Python names the first."""
+    init, known = cls.__init__, [field.name for field in fields(cls)]
+
+    @wraps(init)
+    def __init__(self: Any, **given: Any) -> None:
+        lines = []
+        for name, value in given.items():
+            if name not in known:
+                import difflib
+
+                close = difflib.get_close_matches(name, known, n=1)
+                expected = f'did you mean "{close[0]}"?' if close else f"expected some of {', '.join(known)}."
+                lines.append(f"{cls.__name__}: {name} = {shown(value)}: no such field; {expected}")
+        if lines:
+            raise TypeError("\n".join(lines))
+        init(self, **given)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_told_of_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What a backend takes, as data: selection, reasons, tables and skips all derive from it.
@@ -86,8 +112,8 @@ class Capabilities:
         Whether it merges outputs alone: given a problem whose `statistics` are False, it leaves them out, and puts None in their
         places. Any other writes them to arrays that are dropped.
     contiguous : bool
-        Whether its kernel takes contiguous outputs only: the backend copies others for it, as
-        :class:`rau.backends.lse.LSEBackend` does.
+        Whether its kernel takes contiguous arrays only, as one does that is given nothing but pointers. Others are copied
+        before it is called, and the results of a call into others after it; the logger "rau" tells of each such call.
     """
 
     array_types: tuple[str, ...]
@@ -116,31 +142,64 @@ class Capabilities:
     contiguous: bool = False
 
     def __post_init__(self) -> None:
+        wrong: list[tuple[str, str]] = []  # field, what was expected
         for name in ("array_types", "dtypes", "layouts", "softmax_layouts", "devices", "unpromised"):
             value = getattr(self, name)
             words = isinstance(value, tuple) and all(isinstance(word, str) for word in value)
             if not words and not (value is None and name == "devices"):
-                raise TypeError(f"Capabilities: {name} = {shown(value)}; expected a tuple of str, such as (\"float32\",).")
-        if not isinstance(self.lanes, tuple) or not set(self.lanes) <= {8, 1}:
-            raise TypeError(f"Capabilities: lanes = {shown(self.lanes)}; expected a tuple of 8 and 1.")
+                one = value if isinstance(value, str) else value[0] if isinstance(value, list) and value else "float32"
+                wrong.append((name, f"a tuple of str, such as ({shown(one)},)"))
+        if not isinstance(self.lanes, tuple) or not {*map(str, self.lanes)} <= {"8", "1"}:
+            wrong.append(("lanes", "a tuple of 8 and 1, such as (8,)"))
         for name, least in (("max_heads", 0), ("max_head_dim", 0), ("head_dim_multiple", 1), ("max_states", 2)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise TypeError(f"Capabilities: {name} = {shown(value)}; expected an int, at least {least}.")
-        if self.head_dim_multiple is None or not (self.limits is None or callable(self.limits)):
-            raise TypeError("Capabilities: expected an int as head_dim_multiple, and a callable or None as limits.")
-        if not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
-            raise TypeError(f"Capabilities: tolerance = {shown(self.tolerance)}; expected a positive number.")
-        choices: dict[str, tuple[Any, Any]] = {
-            "statistics": ("max_sum", "lse"), "lse_base": ("e", "2"), "contiguous": (True, False),
-            "without_statistics": (True, False),
-        }  # fmt: skip
-        for name, (one, other) in choices.items():
-            value = getattr(self, name)
-            if type(value) is not type(one) or value not in (one, other):
-                raise TypeError(f"Capabilities: {name} = {shown(value)}; expected {one!r} or {other!r}.")
-        if unknown := [name for name in self.unpromised if name not in PROPERTIES]:
-            raise TypeError(f"Capabilities: unpromised names {shown(unknown[0])}; expected some of {', '.join(PROPERTIES)}.")
+            if value is None and name != "head_dim_multiple":
+                continue
+            if not isinstance(value, int) or value < least:
+                wrong.append((name, f"an int, at least {least}"))
+        if not (self.limits is None or callable(self.limits)):
+            wrong.append(("limits", "a callable that takes a Problem and returns a list of str, or None"))
+        if not isinstance(self.tolerance, (int, float)) or not 0 < self.tolerance < math.inf:
+            wrong.append(("tolerance", "a positive number, such as 2.0"))
+        for name in (field.name for field in fields(self) if field.type == "bool"):
+            if type(getattr(self, name)) is not bool:
+                wrong.append((name, "True or False"))
+        for name, choices in (("statistics", ("max_sum", "lse")), ("lse_base", ("e", "2"))):
+            if getattr(self, name) not in choices:
+                wrong.append((name, " or ".join(map(repr, choices))))
+        if isinstance(self.unpromised, tuple) and not {*map(str, self.unpromised)} <= {*PROPERTIES}:
+            wrong.append(("unpromised", f"some of {', '.join(PROPERTIES)}"))
+        if wrong:
+            lines = [f"Capabilities: {name} = {shown(getattr(self, name))}; expected {expected}." for name, expected in wrong]
+            raise TypeError("\n".join(lines))
+
+    def unknown_names(self) -> list[str]:
+        """List what is declared and does not exist in this version, which may be an older one than it was written for.
+
+        A call is not refused for it. Whoever tests a backend is told: its author meant something else.
+
+        Returns
+        -------
+        list of str
+            A line for each name: the field, what it holds, what was expected.
+        """
+        lines = []
+        for name, known in (("dtypes", ITEMSIZE), ("layouts", LAYOUTS), ("softmax_layouts", ("TND", "SBH")), ("lanes", (8, 1))):
+            declared = getattr(self, name)
+            if not declared:
+                lines.append(f"Capabilities: {name} = (); expected at least one of {', '.join(map(str, known))}.")
+            for word in declared:
+                if word not in known:
+                    hint = meant(word, LAYOUTS, OTHER_LAYOUTS) if name == "layouts" else ""
+                    told = f"Capabilities: {name} = {shown(declared)} names {shown(word)}"
+                    lines.append(f"{told}; expected some of {', '.join(map(str, known))}.{hint}")
+        lines += [
+            f'Capabilities: array_types = {shown(self.array_types)} names {shown(word)}; expected "module:qualname", such as '
+            '"numpy:ndarray".'
+            for word in self.array_types
+            if not all(word.partition(":")[::2])
+        ]
+        return lines
 
     def limits_broken(self, problem: Problem) -> list[str]:
         """Reasons against a problem that do not depend on where its arrays are.

@@ -41,19 +41,13 @@ def refuse_beside(option: str, arguments: argparse.Namespace, **others: Any) -> 
             raise UsageError(f"--{name} cannot be combined with {option}, which takes everything that it finds there")
 
 
-def dtype_of(case: Case) -> str:
-    """Name the dtype of a case, or both of a mixed one."""
-    mixed = case.cur_dtype and case.cur_dtype != case.dtype
-    return f"{case.cur_dtype}-into-{case.dtype}" if mixed else case.dtype
-
-
 def matcher(options: argparse.Namespace) -> Callable[[Case], bool]:
     """Tell which cases the options select."""
 
     def matches(case: Case) -> bool:
         return (
             fnmatchcase(case.id, options.select)
-            and options.dtype in (None, dtype_of(case))
+            and options.dtype in (None, case.kind[1])
             and options.layout in (None, case.layout)
         )
 
@@ -100,7 +94,7 @@ def describe(case: Case) -> str:
         if case.lengths:
             some = ", ".join(map(str, case.lengths[:8])) + (", ..." if len(case.lengths) > 8 else "")
             sizes += f" in sequences of {some}"
-    words = [case.id, layout, f"{sizes}, N {case.heads}, D {case.head_dim}", dtype_of(case)]
+    words = [case.id, layout, f"{sizes}, N {case.heads}, D {case.head_dim}", case.kind[1]]
     words += [f"{case.states} states"] * (case.states != 2) + ["1 lane"] * (case.lanes == 1)
     words += [f"statistics: {case.statistics}"] * (case.statistics != "ordinary")
     words += [f"outputs: {case.outputs}"] * (case.outputs != "ordinary" and case.statistics != "attention")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from rau.backends import PROPERTIES
-from rau.cli import session
+from rau.cli import outcomes, session
 from rau.cli.console import progress
 
 if TYPE_CHECKING:
+    from rau.testing.apart import Apart, Here
     from rau.testing.conformance.report import Report
 
-_SHOWN = 20  # failures in plain text; --json has all of them
+_SHOWN = 10  # causes in plain text; --json has all of them
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -31,6 +33,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--expect-failure", type=_expectation, action="append", default=[], metavar="ID=REASON", help=text)
     text = "only checks whose id matches, such as 'tnd/*', 'algebra/*' or 'unpromised/*'"
     parser.add_argument("--select", default="*", metavar="GLOB", help=text)
+    session.add_apart(parser)
     return parser
 
 
@@ -46,43 +49,47 @@ def run(arguments: argparse.Namespace) -> int:
     # Late, as in all commands: --help does not pay for what a run needs.
     from rau.config import collect
     from rau.testing.conformance import check_backend
-    from rau.testing.under_test import load
     from rau.testing.conformance.report import Report
 
-    backend = load(arguments.backend)
-    configuration = collect()
-    if not arguments.json:
-        print(session.heading(configuration))
-        print(f"\nchecking {backend.name}, which declares: {_declared(backend.capabilities)}", flush=True)
+    with session.under_test([arguments.backend], arguments) as ((backend,), _, place):
+        configuration = collect()
+        if not arguments.json:
+            print(session.heading(configuration))
+            print(f"\nchecking {backend.name}, which declares: {_declared(backend.capabilities)}", flush=True)
 
-    report, total, interrupted, started = Report(backend.name), 0, False, time.monotonic()
-    with progress(1, quiet=arguments.json) as step:
+        report, total, running, started = Report(backend.name), 0, "", time.monotonic()
+        with progress(1, quiet=arguments.json) as step:
 
-        def show(id: str, done: int, of: int) -> None:
-            nonlocal total
-            total = of
-            failed = f", {len(report.failures)} failed" if report.failures else ""
-            step(f"{done}/{of}{failed} {id}", 1 / of)
+            def show(id: str, done: int, of: int) -> None:
+                nonlocal total, running
+                total, running = of, id
+                failed = f", {len(report.failures)} failed" if report.failures else ""
+                step(f"{done}/{of}{failed} {id}", 1 / of)
 
-        step("listing the checks", 0)
-        try:
-            check_backend(backend, select=arguments.select, progress=show, into=report)
-        except KeyboardInterrupt:
-            interrupted = True
+            step("listing the checks", 0)
+            try:
+                check_backend(backend, select=arguments.select, progress=show, into=report, place=place)
+                interrupted = False
+            except KeyboardInterrupt:
+                interrupted = True
+        partly = interrupted or arguments.select != "*"  # then an expectation that matches nothing says nothing
+        report.expect({id: reason for id, reason in arguments.expect_failure if not partly or _matches(id, report)})
+        causes = [] if not report.failures else _explained(arguments, report, backend, None if interrupted else place)
     seconds = time.monotonic() - started
     if not total and not interrupted:
         raise session.UsageError(f"--select {arguments.select!r} matches no check of {backend.name}")
-    partly = interrupted or arguments.select != "*"  # then an expectation that matches nothing says nothing
-    report.expect({id: reason for id, reason in arguments.expect_failure if not partly or _matches(id, report)})
-    verdict = _verdict(report, total, interrupted, seconds)
+    verdict = _verdict(report, total, running if interrupted else None, seconds)
     if arguments.json:
         session.print_json({
-            **vars(report), "asked_for": arguments.backend, "select": arguments.select, "checks": total, "seconds": seconds,
+            "backend": report.backend, "succeeded": report.succeeded, "failures": report.failures,
+            "expected": report.expected, "excluded": report.excluded, "unpromised": report.unpromised,
+            "not_run": report.not_run, "causes": causes, "grid": report.grid, "asked_for": arguments.backend,
+            "select": arguments.select, "checks": total, "seconds": seconds,
             "passed": report.passed and not interrupted, "interrupted": interrupted, "verdict": verdict,
             "configuration": configuration,
         })  # fmt: skip
     else:
-        _print_report(arguments, report)
+        _print_report(arguments, report, causes)
         print(verdict)
     return session.exit_status(report.passed, bool(report.failures), interrupted)
 
@@ -99,6 +106,8 @@ def _declared(capabilities: Any) -> str:
     ]
     if capabilities.statistics == "lse":
         parts.append(f"a log-sum-exp to base {capabilities.lse_base}")
+    if capabilities.contiguous:
+        parts.append("contiguous arrays, others being copied for it")
     if capabilities.unpromised:
         promised = [name for name in PROPERTIES if name not in capabilities.unpromised]
         parts.append(f"promises {', '.join(promised) or 'none of the properties'}")
@@ -111,31 +120,74 @@ def _matches(pattern: str, report: Report) -> bool:
     return any(fnmatchcase(id, pattern) for id in ran)
 
 
-def _verdict(report: Report, total: int, interrupted: bool, seconds: float) -> str:
+def _verdict(report: Report, total: int, interrupted: str | None, seconds: float) -> str:
     counts = [f"{len(report.succeeded):,} passed"]
-    items = report.failures, report.expected, report.excluded, report.unpromised
-    for found, word in zip(items, ("failed", "failed as expected", "excluded", "not promised"), strict=True):
+    for found, word in (
+        (report.failures, "failed"), (report.expected, "failed as expected"), (report.excluded, "excluded"),
+        (report.unpromised, "not promised"), (report.not_run, "not run after so many crashes in a row"),
+    ):  # fmt: skip
         counts += [f"{len(found):,} {word}"] * bool(found)
     tally = f"{', '.join(counts)} ({seconds:.1f} s)"
-    if interrupted:
-        return f"INTERRUPTED: {report.backend}: of {session.counted(total, 'check')}, {tally}"
+    if interrupted is not None:
+        where = interrupted or "listing the checks"
+        return f"INTERRUPTED in {where}: {report.backend}: of {session.counted(total, 'check')}, {tally}"
     if report.passed or report.failures:
         return f"{'PASSED' if report.passed else 'FAILED'}: {report.backend}: {tally}"
     return f"FAILED: {report.backend}: nothing that was selected could be checked: {tally}"
 
 
-def _print_report(arguments: argparse.Namespace, report: Report) -> None:
-    print()
-    for title, items in (("failed", report.failures), ("failed as expected", report.expected)):
-        for id, message in items[:_SHOWN]:
-            print(f"{title}: {id}\n    {message}")
+def _explained(
+    arguments: argparse.Namespace, report: Report, backend: Any, place: Here | Apart | None
+) -> list[dict[str, Any]]:
+    """Describe the causes of failures, the worst first: how many, an example, how to run it again, and what is known of it.
+
+    For the latter the example is run once more, if there is a place to do that in.
+    """
+    from rau.testing.apart import NoAnswer
+    from rau.testing.diagnosis import diagnose
+    from rau.testing.differential import observed
+    from rau.testing.differential.record import Record
+
+    takes, told = backend.capabilities, []
+    base = takes.lse_base if takes.statistics == "lse" else ""
+    for number, cause in enumerate(report.by_cause()):
+        example, advice = cause.ids[0], outcomes.tolerance_advice(cause.messages)
+        case = report.cases.get(example)
+        if place and case and not advice and number < _SHOWN and " is " in cause.words:  # of numbers that are wrong
+            try:
+                result = place.call(observed, backend, case)
+            except NoAnswer:
+                result = None
+            if result is not None:
+                record = Record(case, case.make().states, result, base, takes.unpromised)
+                advice = outcomes.advice(diagnose(record, tolerance=takes.tolerance))
+        again = f"python -m rau check {shlex.quote(arguments.backend)} --select {shlex.quote(example)}"
+        told.append({
+            "cause": cause.words, "count": len(cause.ids), "ids": cause.ids, "example": example,
+            "message": cause.messages[0], "again": again, "advice": advice,
+        })  # fmt: skip
+    return told
+
+
+def _print_report(arguments: argparse.Namespace, report: Report, causes: list[dict[str, Any]]) -> None:
+    lines = [""]
+    for cause in causes[:_SHOWN]:
+        lines.append(f"failed: {session.counted(cause['count'], 'check')}: {cause['cause']}")
+        lines.append(f"    {outcomes.some(cause['ids'])}")
+        if cause["message"] != cause["cause"]:
+            lines.append(f"    {cause['example']}: {outcomes.briefly(cause['message'])}")
+        lines += [f"    again: {cause['again']}", *(f"    {line}" for line in cause["advice"])]
+    for id, message in report.expected[:_SHOWN]:
+        lines += [f"failed as expected: {id}", f"    {message}"]
+    for title, items in (("failed", causes), ("failed as expected", report.expected)):
         if len(items) > _SHOWN:
-            print(f"{title}: {len(items) - _SHOWN:,} more; --json lists all of them, --select GLOB runs some")
+            lines.append(f"{title}: {len(items) - _SHOWN:,} more; --json lists all of them")
+    print(*lines, sep="\n")
     print(*report.unpromised_lines(), sep="\n", end="\n" * bool(report.unpromised))
-    for reason, ids in session.by_reason(report.excluded):
-        more = f" and {len(ids) - 4:,} more" if len(ids) > 4 else ""
-        print(f"excluded: {reason}\n    {', '.join(ids[:4])}{more}")
+    for reason, ids in outcomes.by_limit(report.excluded):
+        print(f"excluded: {reason}\n    {outcomes.some(ids)}")
     if report.failures:
         print(f"smallest failing cases: python -m rau difftest --backends {arguments.backend},numpy")
+        print("", *outcomes.grid_lines(report.grid), "", outcomes.GRID_LEGEND, sep="\n")
     if report.failures or report.expected or report.excluded or report.unpromised:
         print()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -47,10 +49,10 @@ def visible(text: str) -> str:
 
 
 class Visible(io.TextIOBase):
-    """A stream on which nothing but text is printed."""
+    """A stream on which nothing but text is printed; a `document`, which is to be all of its stream, goes past it."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: Any, document: Any) -> None:
+        self._stream, self.document = stream, document
 
     def write(self, text: str) -> int:
         """Write text, made visible."""
@@ -65,6 +67,33 @@ class Visible(io.TextIOBase):
 
     def fileno(self) -> int:
         return int(self._stream.fileno())
+
+
+@contextmanager
+def own_stdout() -> Iterator[Any]:
+    """Keep stdout for what is printed here: what a kernel, or a process that it starts, writes to descriptor 1 goes to stderr."""
+    stream = sys.stdout
+    try:
+        ordinary = isinstance(stream, io.TextIOWrapper) and stream.fileno() == 1 and sys.stderr is not None
+    except OSError:
+        ordinary = False
+    if not ordinary:
+        yield stream  # a test's, or a notebook's
+        return
+    assert isinstance(stream, io.TextIOWrapper)
+    stream.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        # A message may hold what the terminal cannot show.
+        how: dict[str, Any] = {"encoding": stream.encoding, "errors": "backslashreplace", "closefd": False}
+        with open(kept, "w", buffering=1 if stream.line_buffering else -1, **how) as own:
+            yield own
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # C keeps what a kernel printed
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager

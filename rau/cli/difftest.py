@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rau.cli import case_options, session
+from rau.cli import case_options, outcomes, session
 from rau.cli.console import Step, progress, save_page, table
 
 if TYPE_CHECKING:
+    from rau.testing.apart import Apart, Here
     from rau.testing.cases import Case
-    from rau.testing.differential import Differential
+    from rau.testing.differential import Differential, Finding
 
 _GENERATED = 1000  # cases, unless the command line says otherwise
 _FOLDER = "rau-difftest"  # of failing cases, without --report
@@ -47,6 +49,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     text = f"write an HTML page, DIR/index.html, and failing cases beside it (otherwise to ./{_FOLDER}); needs rich: "
     text += "pip install 'ring-attention-update[cli]'"
     parser.add_argument("--report", metavar="DIR", help=text)
+    session.add_apart(parser)
     return parser
 
 
@@ -68,6 +71,15 @@ class DifftestRun:
     configuration: dict[str, Any]
     seconds: float = 0.0
     interrupted: bool = False
+    running: str = ""  # the case that was given to the backends last
+    advice: Sequence[list[str]] = ()  # on each of the findings
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was found, the worst first."""
+        from rau.testing.causes import severity
+
+        return sorted(self.report.findings, key=lambda finding: (severity(finding.cause), -len(finding.ids)))
 
     @property
     def idle(self) -> list[str]:
@@ -85,20 +97,30 @@ class DifftestRun:
         """The outcome in one line."""
         report = self.report
         tally = f"{session.counted(report.cases, 'case')} in {self.seconds:.0f} s"
+        running = f" in {self.running}" if self.running else ""
         if report.wrong:
-            wrong = [
-                f"{session.both(who)} {'differ' if ', ' in who else 'is wrong'} on {count:,} of them"
-                for who, count in report.wrong.items()
-            ]
-            return f"FAILED: {tally}{' (interrupted)' * self.interrupted}: {', '.join(wrong)}"
+            wrong = [self._wrong(who, count) for who, count in report.wrong.items()]
+            ended = f" (interrupted{running})" * self.interrupted
+            ended += " (ended there: too many in a row crashed or hung)" * report.stopped
+            return f"FAILED: {tally}{ended}: {', '.join(wrong)}"
         if self.interrupted:
-            return f"INTERRUPTED: {tally}, nothing wrong so far"
+            return f"INTERRUPTED{running}: {tally}, nothing wrong so far"
         if self.idle:
             return f"FAILED: {tally}, of which {', '.join(self.idle)} ran none"
         different = sum(pair.different for pair in report.pairs.values())
         bits = f"{different} with different bits, " if report.pairs else ""
         recorded = "".join(f"; {finding.backend} is wrong" for finding in report.findings)
-        return f"PASSED: {tally}, {bits}none beyond the bound{recorded}"
+        beyond = any(standing.attn_share > 1 or standing.sum_share > 1 for standing in report.standings.values())
+        return f"PASSED: {tally}, {bits}none beyond {'its tolerance' if beyond and not recorded else 'the bound'}{recorded}"
+
+    def _wrong(self, who: str, count: int) -> str:
+        """Word how often a backend is wrong, or two differ: as often as their table says."""
+        one, _, other = who.partition(", ")
+        if not other:
+            return f"{who} is wrong on {count:,} of them"
+        pair = self.report.pairs[one, other]
+        unexplained = f" ({count:,} without either being wrong)" if count < pair.different else ""
+        return f"{session.both(who)} differ on {pair.different:,} of them{unexplained}"
 
     def title(self, name: str) -> str:
         """Name a backend, with its tolerance where that is not 1."""
@@ -123,7 +145,10 @@ class DifftestRun:
                 for name, standing in report.standings.items()
             },
             "pairs": [{"backends": names} | asdict(pair) for names, pair in report.pairs.items()],
-            "findings": [asdict(finding) | {"replay": finding.replay} for finding in report.findings],
+            "findings": [
+                asdict(finding) | {"replay": finding.replay, "advice": advice}
+                for finding, advice in zip(self.findings, self.advice, strict=True)
+            ],
             "not_run": self.not_run,
             "configuration": self.configuration,
         }
@@ -137,36 +162,38 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.replay:
         case_options.refuse_beside("--replay", arguments)
-    backends, not_run = session.choose(arguments.backends)
     folder = Path(_FOLDER) if arguments.report is None else session.report_folder(arguments.report)  # the former when needed
     asked = ("backends", "cases", "minutes", "replay", "select", "dtype", "layout", "seed")
     options = {name: getattr(arguments, name) for name in asked}
-    tolerances = {backend.name: backend.capabilities.tolerance for backend in backends}
-    this = DifftestRun(Differential(), tolerances, options, not_run, collect())
-    started = time.monotonic()
-    if arguments.replay:
-        _replay(this, arguments, backends)
-    else:
-        _compare(this, arguments, backends, folder)
+    with session.under_test(arguments.backends, arguments) as (backends, not_run, place):
+        tolerances = {backend.name: backend.capabilities.tolerance for backend in backends}
+        this = DifftestRun(Differential(), tolerances, options, not_run, collect())
+        started = time.monotonic()
+        if arguments.replay:
+            _replay(this, arguments, backends, place)
+        else:
+            _compare(this, arguments, backends, folder, place)
     this.seconds = time.monotonic() - started
+    this.advice = [_advice(this, finding) for finding in this.findings]
     lines = _words(this)
-    if arguments.report:
-        _save_page(this, lines, folder / "index.html")
-        lines += [f"report: {folder / 'index.html'}", ""]
     if arguments.json:
         session.print_json(this.document())
     else:
-        print(*lines, this.verdict, sep="\n")
+        print(*lines, this.verdict, sep="\n", flush=True)
+    if arguments.report:  # last: where it cannot be written, all that was found has been told
+        session.save(arguments.report, lambda: _save_page(this, lines, folder / "index.html"))
+        if not arguments.json:
+            print(f"report: {folder / 'index.html'}")
     return session.exit_status(this.passed, bool(this.report.wrong), this.interrupted)
 
 
-def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any]) -> None:
+def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any], place: Here | Apart) -> None:
     """Compare what is recorded in a file with what backends make of the call now."""
     from rau.testing.differential import record
     from rau.testing.differential import run_recorded
 
     recorded = record.read_record(arguments.replay)
-    this.report = run_recorded(recorded, backends)
+    this.report = run_recorded(recorded, backends, place)
     if arguments.backends is not None:  # the question is whether these are right now, whatever was recorded
         this.report.wrong.pop(record.Recorded.name, None)
     if not arguments.json:
@@ -174,7 +201,9 @@ def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any
         print(f"\nreplaying {arguments.replay}: {case_options.describe(recorded.case)}")
 
 
-def _compare(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any], folder: Path) -> None:
+def _compare(
+    this: DifftestRun, arguments: argparse.Namespace, backends: list[Any], folder: Path, place: Here | Apart
+) -> None:
     """Run the named cases, then generated ones, on every backend."""
     from rau.testing.differential import run_differential
 
@@ -187,26 +216,25 @@ def _compare(this: DifftestRun, arguments: argparse.Namespace, backends: list[An
         print(session.heading(this.configuration))
         print(f"\ncomparing {names}{'' if len(backends) > 1 else ' with the oracle'}", flush=True)
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
-    cases = _cases(arguments, named, count, None if seconds is None else time.monotonic() + seconds)
+    cases = _cases(this, arguments, named, count, None if seconds is None else time.monotonic() + seconds)
     try:
         with progress(seconds or len(named) + count, quiet=arguments.json) as step:
             shown = _Shown(step, timed=seconds is not None)
-            run_differential(backends, cases, folder=folder, progress=shown, into=this.report)
+            run_differential(backends, cases, folder=folder, progress=shown, into=this.report, place=place)
     except KeyboardInterrupt:
         this.interrupted = True
 
 
-def _cases(arguments: argparse.Namespace, named: list[Case], count: int, end: float | None) -> Iterator[Case]:
+def _cases(
+    this: DifftestRun, arguments: argparse.Namespace, named: list[Case], count: int, end: float | None
+) -> Iterator[Case]:
     """The named cases, then generated ones: `count`, or until the end, whichever is given."""
-    if end is None:
-        yield from named
-        yield from case_options.generated_cases(arguments, count)
-        return
-    for several in (named, case_options.generated_cases(arguments)):
-        for case in several:
-            if time.monotonic() >= end:
-                return
-            yield case
+    generated = case_options.generated_cases(arguments, *() if end is not None else (count,))
+    for case in itertools.chain(named, generated):
+        if end is not None and time.monotonic() >= end:
+            return
+        this.running = case.id
+        yield case
 
 
 class _Shown:
@@ -260,17 +288,42 @@ def _words(this: DifftestRun) -> list[str]:
         if pair.first:
             lines.append(f"first difference of {' and '.join(names)}: {pair.first}")
     for name, standing in report.standings.items():
-        for reason, ids in session.by_reason(standing.excluded.items()):
+        for reason, ids in outcomes.by_limit(standing.excluded.items()):
             lines.append(f"excluded from {name}: {session.counted(len(ids), 'case')}: {reason}")
     lines += [f"not run: {name} ({reason})" for name, reason in this.not_run.items()]
-    for finding in report.findings:
-        lines += ["", f"WRONG: {session.both(finding.backend)}: {finding.message}"]
+    for name, standing in report.standings.items():
+        if report.wrong.get(name):
+            lines += ["", *outcomes.grid_lines(standing.grid), "", f"{name}: {outcomes.GRID_LEGEND}"]
+    for finding, advice in zip(this.findings, this.advice, strict=True):
+        lines += ["", f"WRONG: {session.both(finding.backend)}: {outcomes.briefly(finding.message)}"]
         if not this.options["replay"]:
+            cause = f": {finding.cause}" if finding.cause != finding.message else ""
+            lines.append(f"    {session.counted(len(finding.ids), 'case')} like this{cause}")
             lines.append(f"    smallest failing case: {case_options.describe(finding.case)}")
-        if finding.file:
             lines.append(f"    again: {finding.replay}")
-            lines.append(f"    a known mistake? python -m rau diagnose {shlex.quote(finding.file)}")
+            lines += [f"    {line}" for line in advice]
+    for who, count in report.wrong.items():
+        more = count - sum(len(finding.ids) for finding in report.findings if finding.backend == who)
+        if more:
+            counted = session.counted(more, "case")
+            lines.append(f"WRONG: {session.both(who)}: {counted} more, of other causes; mend these first")
     return [*lines, ""]
+
+
+def _advice(this: DifftestRun, finding: Finding) -> list[str]:
+    """Say what is known of a mistake, where it is one of numbers."""
+    from rau.testing.diagnosis import diagnose
+    from rau.testing.differential import record
+
+    if not finding.file or finding.backend not in this.report.standings:  # two that differ are both right
+        return []
+    recorded = record.read_record(finding.file)
+    if recorded.observed is None or " is " not in finding.cause:
+        return []
+    found = diagnose(recorded, tolerance=this.tolerances[finding.backend])
+    slight = [] if found.recognised or not found.slight else outcomes.tolerance_advice([finding.message])
+    more = [f"more of it: python -m rau diagnose {shlex.quote(finding.file)}"]
+    return [*(slight or outcomes.advice(found)), *more]
 
 
 def _histograms(this: DifftestRun) -> list[str]:
@@ -295,7 +348,13 @@ def _save_page(this: DifftestRun, lines: list[str], path: Path) -> None:
         if value is not None:
             command += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
     title = f"{datetime.now().astimezone():%d %B %Y, %H:%M %Z}: {shlex.join(command)}"
-    text = "\n".join([title, "", this.verdict, "", session.heading(this.configuration), *lines])
+    failures = [
+        f"{session.both(finding.backend)}: {finding.cause}: {session.counted(len(finding.ids), 'case')}: "
+        + ", ".join(finding.ids)
+        for finding in this.findings
+    ]
+    failures = ["all failures", *failures] if failures else []
+    text = "\n".join([title, "", this.verdict, "", session.heading(this.configuration), *lines, *failures])
     styles = {r"(?m)^PASSED.*": "bold green", r"(?m)^(FAILED|INTERRUPTED|WRONG).*": "bold red"}
     links = {finding.file: Path(finding.file).name for finding in this.report.findings if finding.file}
     save_page("difftest", text, path, styles, links)

@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(text)
     if folder is not None:  # last: where a disk is full, all that was found has been told
         styles = {r"\byes\b": "green", r"\bNO\b": "bold red", r"(?m)^BROKEN PROMISE.*": "bold red"}
-        save_page("kernels against properties", text, folder / "index.html", styles, wrap="pre")
+        title, path = "kernels against properties", folder / "index.html"
+        session.save(arguments.report, lambda: save_page(title, text, path, styles, wrap="pre"))
     return 1 if broken else 0
 
 

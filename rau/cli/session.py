@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rau.cli.console import Visible
 from rau.errors import RauError
+
+if TYPE_CHECKING:
+    from rau.testing.apart import Apart, Here
 
 INTERRUPTED = 130  # as a shell has it for a process ended by Ctrl-C
 EXIT_STATUS = (
@@ -68,10 +74,48 @@ def report_folder(report: str) -> Path:
     return Path(report)
 
 
+def save(report: str, write: Callable[[], None]) -> None:
+    """Write a page, or say what stands against it."""
+    try:
+        write()
+    except OSError as error:
+        raise UsageError(f"--report: got {report!r}; the page could not be written: {error}") from error
+
+
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """Declare the option that names backends."""
     text = f"only these backends (default: all that are available): {BACKEND}"
     parser.add_argument("--backend", nargs="+", action="extend", metavar="NAME", help=text)
+
+
+def add_apart(parser: argparse.ArgumentParser) -> None:
+    """Declare where backends run that are not rau's own."""
+    text = "seconds after which a case counts as hanging, where it runs in a process of its own (default: 60)"
+    parser.add_argument("--timeout", type=positive, default=60.0, metavar="S", help=text)
+    text = "run a backend that is not rau's own in this process too, for a debugger: a crash then ends the run"
+    parser.add_argument("--in-process", action="store_true", help=text)
+
+
+@contextmanager
+def under_test(
+    names: Sequence[str] | None, arguments: argparse.Namespace
+) -> Iterator[tuple[list[Any], dict[str, str], Apart | Here]]:
+    """Load backends as :func:`choose` does, and tell where they run: apart, if one is not rau's own."""
+    # Late, as in all commands: --help does not pay for what a run needs.
+    from rau.plugins import OURS
+    from rau.testing.apart import Apart, Here
+
+    missing: dict[str, str] = {}
+    if names is None:
+        backends, missing = choose(None)
+        names = [backend.name for backend in backends]
+    names = list(dict.fromkeys(names))
+    if arguments.in_process or set(names) <= set(OURS):
+        yield choose(names)[0], missing, Here()
+        return
+    with Apart(names, arguments.timeout) as place:
+        place.backends, _ = choose(names)  # which the other process has survived
+        yield list(place.backends), missing, place
 
 
 def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
@@ -114,7 +158,8 @@ def _core(configuration: dict[str, Any]) -> str:
 
 def print_json(document: Any) -> None:
     """Print one JSON document on stdout; infinities and NaN, which JSON has not, become strings."""
-    print(json.dumps(_plain(document), indent=2, allow_nan=False))
+    stream = sys.stdout.document if isinstance(sys.stdout, Visible) else sys.stdout
+    print(json.dumps(_plain(document), indent=2, allow_nan=False), file=stream)
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,8 @@ from rau import registry
 from rau.errors import BackendUnavailableError, UnknownBackendError
 from rau.state import AttentionState
 
+_NOT_THEIRS = str(Path(__file__).parents[1]), "<string>"  # as dataclasses call their __init__
+
 
 def load(backend: Any) -> Any:
     """Find a backend by name, by "module:Class" (here first, then installed) or by class, or take an instance as it is."""
@@ -33,7 +35,7 @@ def load(backend: Any) -> Any:
                     f"{backend!r}: no module {module_name!r} here or installed; expected module:Class"
                 ) from error
             raise BackendUnavailableError(
-                f"{backend!r}: module {module_name!r} cannot be imported: {described(error)}"
+                f"{backend!r}: module {module_name!r} cannot be imported:\n{described(error)}"
             ) from error
         backend = getattr(module, class_name, None)
         if backend is None:
@@ -50,6 +52,8 @@ def load(backend: Any) -> Any:
         raise UnknownBackendError(
             f"{type(instance).__qualname__} has no {', '.join(missing)}; derive it from rau.backends.Backend"
         )
+    if unknown := instance.capabilities.unknown_names():
+        raise UnknownBackendError("\n".join([f"{type(instance).__qualname__} declares what does not exist:", *unknown]))
     return instance
 
 
@@ -65,7 +69,8 @@ def host_state(backend: Any, state: Sequence[Any]) -> AttentionState:
 
 
 def described(error: BaseException) -> str:
-    """Word an exception, with the place where it was raised."""
+    """Word an exception, with the place where it was raised: the kernel's own, if it called rau to be told of a mistake."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)] or frames
+    place = f" ({Path(theirs[-1].filename).name}:{theirs[-1].lineno}, in {theirs[-1].name})" if theirs else ""
     return f"{type(error).__name__}: {error}{place}"

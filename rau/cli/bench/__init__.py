@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="time, bandwidth and share of the roof of every backend on this machine",
         description="Measure how fast this machine copies and adds arrays, and how fast each backend is in comparison, in "
         "about ten seconds. Speed never counts as a failure: the exit status is 0 whatever was measured, 2 for wrong usage "
-        "or a named backend that is missing.",
+        "or a named backend that is missing, 130 if stopped by Ctrl-C, which shows what there is.",
     )
     session.add_backend(parser)
     add_scale(parser)
@@ -47,7 +47,7 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and return 0."""
+    """Measure, and return 0; 130 if interrupted, with what there is."""
     # Late, as in all commands: --help does not pay for what a run needs.
     from rau.cli.bench import survey
     from rau.cli.bench.timing import thread_count
@@ -60,24 +60,28 @@ def run(arguments: argparse.Namespace) -> int:
         configuration, load = collect(), system_load()
         if not arguments.json:
             print(session.heading(configuration), *busy(load), sep="\n", flush=True)
-        started, groups = time.monotonic(), []
+        started, groups, interrupted = time.monotonic(), [], False
         with progress(len(plan), quiet=arguments.json) as step:
-            for group in survey.survey(plan, backends, peers, not_run, step):
-                groups.append(group)
-                if not arguments.json:
-                    _print_group(group)
+            try:
+                for group in survey.survey(plan, backends, peers, not_run, step):
+                    groups.append(group)
+                    if not arguments.json:
+                        _print_group(group)
+            except KeyboardInterrupt:
+                interrupted = True
     seconds = time.monotonic() - started
     if arguments.json:
         session.print_json({
             "quick": arguments.quick, "groups": groups, "not_run": not_run, "threads": threads, "load": load,
-            "seconds": seconds, "configuration": configuration,
+            "seconds": seconds, "interrupted": interrupted, "configuration": configuration,
         })  # fmt: skip
-        return 0
+        return session.INTERRUPTED if interrupted else 0
     print(_LEGEND)
     for name, reason in not_run.items():
         print(f"not run: {name} ({reason})")
-    print(f"\n{seconds:.0f} s")
-    return 0
+    ended = f"INTERRUPTED: {len(groups)} of {session.counted(len(plan), 'size')} measured, in " * interrupted
+    print(f"\n{ended}{seconds:.0f} s")
+    return session.INTERRUPTED if interrupted else 0
 
 
 def system_load() -> float | None:

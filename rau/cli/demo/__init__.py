@@ -137,7 +137,7 @@ def _verdict(work: Work, results: list[Result]) -> str:
     if not results:
         return "Nothing was checked: no backend could run this."
     names = ", ".join(dict.fromkeys(result.backend for result in results))
-    share = max(result.merge_share for result in results)
+    share = max(max(result.merge_share, result.sum_share) for result in results)
     several = len({result.backend for result in results}) > 1
     return (
         f"Right: every merge by {names} keeps within the error that the contract allows, {share:.0%} of it\n"

@@ -93,6 +93,13 @@ class Case:
         return shapes(self.layout, batch, self.tokens, self.heads, self.head_dim, self.lanes)
 
     @property
+    def kind(self) -> tuple[str, str]:
+        """Its layout, with the order of the statistics in TND, and its dtype, or both of a mixed one, in words."""
+        packed = self.layout == "TND" and self.softmax_layout == "SBH"
+        mixed = self.cur_dtype and self.cur_dtype != self.dtype
+        return f"{self.layout}{' packed' * packed}", f"{self.cur_dtype}-into-{self.dtype}" if mixed else self.dtype
+
+    @property
     def needs_float64_rows(self) -> bool:
         """Whether rows in float32 cannot get it right: sums near the ends of float32's range, or of both signs; NaN or
         the sign of zero behind a weight that is subnormal."""

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rau import registry
-from rau.errors import ShapeError
+from rau.errors import BackendUnavailableError, ShapeError
+from rau.testing.apart import LONG, PATIENCE, Apart, Here, NoAnswer
 from rau.testing.cases import Case, generated, named
 from rau.testing.cases.placements import PACKED_PLACEMENTS
 from rau.testing.comparison import same_bits
@@ -39,6 +40,7 @@ def check_backend(
     select: str = "*",
     progress: Callable[[str, int, int], None] | None = None,
     into: Report | None = None,
+    place: Here | Apart = Here(),
 ) -> Report:
     """Hold a backend to the contract.
 
@@ -57,6 +59,9 @@ def check_backend(
         Called with (id, how many checks are done, how many there are) before each check.
     into : Report, optional
         A report to fill, so that what was found is kept if the run is interrupted.
+    place : Here or Apart, optional
+        Where the checks run: here, or in a process of its own (:mod:`rau.testing.apart`), which may crash or hang without
+        ending this one; `backend` is then one of its `backends`. `python -m rau check` does that.
 
     Returns
     -------
@@ -85,19 +90,37 @@ def check_backend(
     takes = backend.capabilities
     aside = {f"unpromised/{name}": name for name in (*takes.unpromised, *[STRIDES] * takes.contiguous)}
     tries = [Check(id, partial(tried, backend, name), []) for id, name in aside.items() if fnmatchcase(id, select)]
-    every = [*checks(backend, cases, select), *tries]
-    with registry.provisionally(backend):
-        for done, check in enumerate(every):
-            if progress is not None:
-                progress(check.id, done, len(every))
-            if check.id in aside:
-                report.unpromised[aside[check.id]] = check.problems()
-            elif check.excluded:
-                report.exclude(check.id, check.excluded)
-            else:
-                report.record(check.id, check.problems())
+    try:
+        every = [*place.call(checks, backend, cases, select, seconds=LONG), *tries]
+    except NoAnswer as lost:
+        raise BackendUnavailableError(f"{backend.name}: while its checks were listed: {lost}") from lost
+    lost_in_a_row = 0
+    for done, check in enumerate(every):
+        if progress is not None:
+            progress(check.id, done, len(every))
+        if check.excluded:
+            report.exclude(check.id, check.excluded, check.case)
+            continue
+        if lost_in_a_row >= PATIENCE:
+            report.not_run.append(check.id)
+            continue
+        try:
+            problems = place.call(_problems, backend, check)
+            lost_in_a_row = 0
+        except NoAnswer as lost:
+            problems = [str(lost)]
+            lost_in_a_row += lost.weight
+        if check.id in aside:
+            report.unpromised[aside[check.id]] = problems
+        else:
+            report.record(check.id, problems, check.case)
     report.expect(expected_failures or {})
     return report
+
+
+def _problems(backend: Any, check: Check) -> list[str]:
+    with registry.provisionally(backend):
+        return check.problems()
 
 
 def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*") -> list[Check]:
@@ -106,7 +129,7 @@ def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*")
     for case in _cases() if cases is None else cases:
         case = _fitting(backend, case)
         if fnmatchcase(case.id, select):
-            every.append(Check(case.id, partial(_case, backend, case), excluded_by(backend, case)))
+            every.append(Check(case.id, partial(_case, backend, case), excluded_by(backend, case), case))
     every += [*laws(backend), *streams(backend), *writes(backend)]
     every.append(Check("calls/wrong-call-writes-nothing", partial(_wrong_call, backend), []))
     several = [ordinary_case(backend, f"calls/threads-{i}", 40 + i) for i in range(4)]

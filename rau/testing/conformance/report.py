@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from rau.backends import PROPERTIES
+from rau.testing.cases import Case
+from rau.testing.causes import EXCLUDED, FAILED, PASSED, Cause, Grid, by_cause, cause_of, count
 from rau.testing.under_test import described
 
 
@@ -16,6 +18,7 @@ class Check(NamedTuple):
     id: str
     run: Callable[[], list[str]]  # returns what is wrong
     excluded: list[str]  # why the backend's capabilities exclude it; empty where they do not
+    case: Case | None = None  # the one that it runs, if it is just that
 
     def problems(self) -> list[str]:
         """Run it; an exception is a problem like any other."""
@@ -50,6 +53,12 @@ class Report:
     unpromised : dict of str to list of str
         What the backend does not promise, and what was found that speaks against its doing so all the same: nothing, if it
         does.
+    not_run : list of str
+        Ids of the checks that were not run any more, after many in a row whose process crashed or hung.
+    grid : dict
+        How many of the checks that are just a case passed, failed and were excluded, by layout and dtype.
+    cases : dict of str to Case
+        The cases among the failures, by id.
     """
 
     def __init__(self, backend: str) -> None:
@@ -59,22 +68,36 @@ class Report:
         self.expected: list[Failure] = []
         self.excluded: list[Failure] = []
         self.unpromised: dict[str, list[str]] = {}
+        self.not_run: list[str] = []
+        self.grid: Grid = {}
+        self.cases: dict[str, Case] = {}
+        self._causes: dict[str, str] = {}
 
     @property
     def passed(self) -> bool:
         """Whether nothing failed unexpectedly, and something was checked at all, be it what is not promised alone."""
         return not self.failures and bool(self.succeeded or (self.unpromised and not self.excluded))
 
-    def record(self, id: str, problems: list[str]) -> None:
-        """Note the outcome of one check: no problems if it passed."""
+    def record(self, id: str, problems: list[str], case: Case | None = None) -> None:
+        """Note the outcome of one check: no problems if it passed; the case, if it is just that."""
         if problems:
             self.failures.append(Failure(id, "; ".join(problems)))
+            self._causes[id] = cause_of(problems[0])
         else:
             self.succeeded.append(id)
+        if case is not None:
+            count(self.grid, case, FAILED if problems else PASSED)
+            self.cases |= {id: case} if problems else {}
 
-    def exclude(self, id: str, reasons: list[str]) -> None:
+    def exclude(self, id: str, reasons: list[str], case: Case | None = None) -> None:
         """Note a check that the backend's capabilities exclude."""
         self.excluded.append(Failure(id, "; ".join(reasons)))
+        if case is not None:
+            count(self.grid, case, EXCLUDED)
+
+    def by_cause(self) -> list[Cause]:
+        """Sort the failures by what their messages have in common, the worst first."""
+        return by_cause((id, self._causes.get(id, message), message) for id, message in self.failures)
 
     def expect(self, expected_failures: Mapping[str, str]) -> None:
         """Take expected failures (id or pattern: reason) out of the failures; one that matches nothing, or passes, fails."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.state import AttentionState
+from rau.testing.causes import SLIGHT
 from rau.testing.comparison import Comparison, compare, same_bits, shares
 from rau.testing.diagnosis.lse_mistakes import mistakes_with_lse
 from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
@@ -25,7 +26,6 @@ from rau.testing.trial import problem_of
 
 _MISFIT = 0.1  # so much of what is wrong is left to what else may be wrong
 _ALIKE = 0.01  # a difference in misfit that another arithmetic may make
-_SLIGHT = 64.0  # a tolerance: about what rows computed in float32 come to
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     expected = oracle(call.states, case.lengths_argument(), case.layout, softmax_layout=order, unpromised=excused, **kind)
     comparison = compare(record.observed, expected, tolerance=tolerance)
     wrong = not comparison.passed and _comparable(record.observed, expected)
-    slight = wrong and compare(record.observed, expected, tolerance=_SLIGHT).passed
+    slight = wrong and compare(record.observed, expected, tolerance=SLIGHT).passed
     # Another arithmetic may be on top of a mistake: where anything is far off, what is slightly off tells nothing.
-    truth = _truths(record.observed, expected, tolerance if slight else max(tolerance, _SLIGHT)) if wrong else []
+    truth = _truths(record.observed, expected, tolerance if slight else max(tolerance, SLIGHT)) if wrong else []
     rows = Steps(call.states, case.lengths_argument(), case.layout, case.softmax_layout)
     mistakes = MISTAKES
     if record.lse_base:

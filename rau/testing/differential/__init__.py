@@ -10,17 +10,19 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from rau import registry
 from rau.errors import ConstraintError, RauError, UnknownBackendError
+from rau.plugins import OURS
 from rau.state import AttentionState
+from rau.testing.apart import PATIENCE, Apart, Here, NoAnswer
 from rau.testing.cases import Case, generated, named
+from rau.testing.causes import EXCLUDED, FAILED, PASSED, Grid, add_grid, cause_of, count
 from rau.testing.comparison import same_bits, shares
 from rau.testing.differential.record import Record, Recorded, write_record
 from rau.testing.differential.shrink import shrink
@@ -30,6 +32,8 @@ from rau.testing.trial.judge import held_to, judge_values, keeps_lse, promises_b
 from rau.testing.under_test import load
 
 BINS = 20  # of the histogram of shares, over [0, 1]; one more holds what is beyond
+CAUSES = 8  # for each backend or pair, of which a smallest case is looked for: it takes seconds
+_DEATHS = 15  # by weight, in which a case that crashes may be made smaller
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Standing:
         Id of the case with the worst share in attn_out.
     histogram : ndarray of int64, shape (BINS + 1,)
         How many elements of attn_out have which share; elements that are exact bit for bit are in the first bin.
+    grid : dict
+        How many cases passed, failed and were excluded, by layout and dtype.
     """
 
     cases: int = 0
@@ -56,6 +62,19 @@ class Standing:
     sum_shares: dict[str, float] = field(default_factory=dict)
     worst: str = ""
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS + 1, np.int64))
+    grid: Grid = field(default_factory=dict)
+
+    def add(self, other: Standing) -> None:
+        """Take in how it did on other cases."""
+        if other.worst and (other.attn_share > self.attn_share or not self.worst):
+            self.worst = other.worst
+        self.cases += other.cases
+        self.excluded |= other.excluded
+        for mine, its in ((self.attn_shares, other.attn_shares), (self.sum_shares, other.sum_shares)):
+            for dtype, share in its.items():
+                mine[dtype] = max(mine.get(dtype, 0.0), share)
+        self.histogram += other.histogram
+        add_grid(self.grid, other.grid)
 
     @property
     def attn_share(self) -> float:
@@ -89,10 +108,17 @@ class Pair:
     share: float = 0.0
     first: str = ""
 
+    def add(self, other: Pair) -> None:
+        """Take in how they compare on other cases."""
+        self.cases += other.cases
+        self.different += other.different
+        self.share = max(self.share, other.share)
+        self.first = self.first or other.first
+
 
 @dataclass
 class Finding:
-    """One case that went wrong.
+    """Cases that went wrong for one cause, and the smallest of them.
 
     Attributes
     ----------
@@ -101,6 +127,10 @@ class Finding:
     backend : str
         The backend that got it wrong, or the two that differ, as "one, other".
     message : str
+    cause : str
+        What their messages have in common.
+    ids : list of str
+        Those of all the cases.
     file : str
         Where the case was written; empty if it was not.
     backends : str
@@ -110,16 +140,17 @@ class Finding:
     case: Case
     backend: str
     message: str
+    cause: str = ""
+    ids: list[str] = field(default_factory=list)
     file: str = ""
     backends: str = ""
 
     @property
     def replay(self) -> str:
-        """The command that runs it again."""
-        if not self.file:
-            return ""
+        """The command that runs it again: the file, or the case that it was made from where there is none."""
         chosen = f" --backends {shlex.quote(self.backends)}" if self.backends else ""
-        return f"python -m rau difftest --replay {shlex.quote(self.file)}{chosen}"
+        which = f"--replay {shlex.quote(self.file)}" if self.file else f"--select {shlex.quote(self.case.id)}"
+        return f"python -m rau difftest {which}{chosen}"
 
 
 @dataclass
@@ -133,9 +164,11 @@ class Differential:
         By backend.
     pairs : dict of (str, str) to Pair
     findings : list of Finding
-        At most one for each backend or pair, the smallest; `wrong` counts them all.
+        One for each cause of each backend or pair, up to `CAUSES`; `wrong` counts all cases.
     wrong : dict of str to int
         How many cases went wrong, by backend or pair.
+    stopped : bool
+        Whether it ended before the last case, after many in a row in which a process crashed or hung.
     """
 
     cases: int = 0
@@ -143,6 +176,15 @@ class Differential:
     pairs: dict[tuple[str, str], Pair] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     wrong: dict[str, int] = field(default_factory=dict)
+    stopped: bool = False
+
+    def add(self, other: Differential) -> None:
+        """Take in the statistics of other cases; what went wrong in them is the business of who ran them."""
+        self.cases += other.cases
+        for name, standing in other.standings.items():
+            self.standings.setdefault(name, Standing()).add(standing)
+        for names, pair in other.pairs.items():
+            self.pairs.setdefault(names, Pair()).add(pair)
 
     @property
     def passed(self) -> bool:
@@ -177,6 +219,7 @@ def run_differential(
     folder: Path | None = None,
     progress: Callable[[Differential], None] | None = None,
     into: Differential | None = None,
+    place: Here | Apart = Here(),
 ) -> Differential:
     """Run every case on every backend and compare the results.
 
@@ -193,6 +236,8 @@ def run_differential(
         Called with the report after each case.
     into : Differential, optional
         A report to continue, so that what was found is kept if the run is interrupted.
+    place : Here or Apart, optional
+        Where the backends run, as :func:`rau.testing.check_backend` takes it.
 
     Returns
     -------
@@ -219,26 +264,33 @@ def run_differential(
         report.pairs.setdefault((one, other), Pair())
     if cases is None:
         cases = [*named(), *generated(0, 1000)]
+    lost_in_a_row = 0
     for case in cases:
-        for who, message in run_on_all(instances, case, report):
+        if lost_in_a_row >= PATIENCE:
+            report.stopped = True
+            break
+        verdicts, one_case, lost = _run(place, instances, case)
+        asked = any(standing.cases for name, standing in one_case.standings.items() if name not in OURS)
+        lost_in_a_row = lost_in_a_row + lost if lost or not asked else 0
+        report.add(one_case)
+        for who, message in verdicts:
             report.wrong[who] = report.wrong.get(who, 0) + 1
-            if all(finding.backend != who for finding in report.findings):
-                finding = Finding(case, who, message)
+            cause = cause_of(message)
+            known = [finding for finding in report.findings if finding.backend == who]
+            same = next((finding for finding in known if finding.cause == cause), None)
+            if same is not None:
+                same.ids.append(case.id)
+            elif len(known) < CAUSES:
+                finding = Finding(case, who, message, cause, [case.id])
                 finding.backends = _spelled(_involved(finding, instances))
                 report.findings.append(finding)
-                try:
-                    for smaller in shrink(case, partial(_still_wrong, finding, instances)):
-                        finding.case, finding.message = smaller
-                finally:  # an interrupted search has found something too
-                    if folder is not None:
-                        _write(finding, instances, folder)
-        report.cases += 1
+                _make_small(place, finding, instances, folder)
         if progress is not None:
             progress(report)
     return report
 
 
-def run_recorded(recorded: Record, backends: Sequence[Any]) -> Differential:
+def run_recorded(recorded: Record, backends: Sequence[Any], place: Here | Apart = Here()) -> Differential:
     """Run a recorded call again, and compare: the recording counts as one more backend, for whose bits nothing is promised.
 
     Parameters
@@ -246,6 +298,8 @@ def run_recorded(recorded: Record, backends: Sequence[Any]) -> Differential:
     recorded : Record
         From :func:`rau.testing.differential.record.read_record`.
     backends : sequence of Backend or type or str
+    place : Here or Apart, optional
+        Where the backends run.
 
     Returns
     -------
@@ -256,12 +310,13 @@ def run_recorded(recorded: Record, backends: Sequence[Any]) -> Differential:
     ConstraintError
         If the arrays do not make a valid call.
     """
-    observed = [] if recorded.observed is None else [Recorded(recorded.observed, recorded.lse_base, recorded.unpromised)]
-    report = Differential(cases=1)
-    for who, message in run_on_all(_instances([*observed, *backends]), recorded.case, report, recorded.states):
+    problem_of(recorded.case.make(recorded.states))
+    then = [] if recorded.observed is None else [Recorded(recorded.observed, recorded.lse_base, recorded.unpromised)]
+    verdicts, report, _ = _run(place, _instances([*then, *backends]), recorded.case, recorded.states)
+    for who, message in verdicts:
         if not who.startswith(f"{Recorded.name}, "):
             report.wrong[who] = 1
-            report.findings.append(Finding(recorded.case, who, message))
+            report.findings.append(Finding(recorded.case, who, message, cause_of(message), [recorded.case.id]))
     return report
 
 
@@ -273,6 +328,73 @@ def _instances(backends: Sequence[Any]) -> list[Any]:
         if names.count(name) > 1:
             raise UnknownBackendError(f'two of the backends are called "{name}"; give each class its own `name`')
     return instances
+
+
+Outcome: TypeAlias = tuple[list[tuple[str, str]], Differential]  # who got something wrong, and what; and the statistics
+
+
+def _outcome(instances: Sequence[Any], case: Case, numbers: list[AttentionState] | None = None) -> Outcome:
+    report = Differential(cases=1)
+    return list(run_on_all(instances, case, report, numbers)), report
+
+
+def _run(
+    place: Here | Apart, instances: Sequence[Any], case: Case, numbers: list[AttentionState] | None = None
+) -> tuple[list[tuple[str, str]], Differential, int]:
+    """Run one case on every backend, and find out which of them it is that does not answer; what that weighs comes last."""
+    try:
+        return *place.call(_outcome, instances, case, numbers), 0
+    except NoAnswer as lost:
+        suspects = [instance for instance in instances if instance.name not in (*OURS, Recorded.name)] or instances
+        if len(suspects) == 1:
+            (guilty,) = suspects
+            report = Differential(cases=1, standings={guilty.name: Standing(cases=1)})
+            count(report.standings[guilty.name].grid, case, FAILED)
+            rest = [instance for instance in instances if instance is not guilty]
+            verdicts, others, more = _run(place, rest, case, numbers) if rest else ([], Differential(), 0)
+            others.cases = 0
+            report.add(others)
+            return [(guilty.name, str(lost)), *verdicts], report, max(lost.weight, more)
+        found: list[tuple[str, str]] = []
+        report, weight = Differential(), 0
+        for instance in instances:
+            verdicts, one, more = _run(place, [instance], case, numbers)
+            found, weight = found + verdicts, max(weight, more)
+            report.add(one)
+        report.cases = 1
+        together = [(instance.name, f"{lost}, though not when it runs alone") for instance in suspects]
+        return found if weight else found + together, report, weight or lost.weight
+
+
+def _make_small(place: Here | Apart, finding: Finding, instances: Sequence[Any], folder: Path | None) -> None:
+    """Look for the smallest case that goes wrong for the same cause, and write it to a file."""
+    involved, deaths = _involved(finding, instances), 0
+
+    def still_wrong(case: Case) -> str:
+        nonlocal deaths
+        if deaths >= _DEATHS:
+            return ""
+        try:
+            verdicts = place.call(_verdicts, involved, case)
+        except NoAnswer as lost:
+            deaths += lost.weight
+            verdicts = [(finding.backend, str(lost))]
+        return next((said for who, said in verdicts if who == finding.backend and cause_of(said) == finding.cause), "")
+
+    try:
+        if not finding.message.startswith("hung"):  # it would take too long
+            for smaller in shrink(finding.case, still_wrong):
+                finding.case, finding.message = smaller
+    finally:  # an interrupted search has found something too
+        if folder is not None:
+            _write(place, finding, involved[0], folder)
+
+
+def _verdicts(instances: Sequence[Any], case: Case) -> list[tuple[str, str]]:
+    try:
+        return list(run_on_all(instances, case))
+    except ConstraintError:  # too small for its profile, or no valid call at all
+        return []
 
 
 def run_on_all(
@@ -288,7 +410,9 @@ def run_on_all(
         pristine = case.make(numbers)
     except (ImportError, OSError) as error:  # of ml_dtypes; a system that reserves no memory that it may not have
         for instance in instances:
-            report.standings.setdefault(instance.name, Standing()).excluded[case.id] = str(error)
+            standing = report.standings.setdefault(instance.name, Standing())
+            standing.excluded[case.id] = str(error)
+            count(standing.grid, case, EXCLUDED)
         return
     problem, expected = problem_of(pristine), expected_of(pristine)
     results: list[tuple[Any, AttentionState]] = []
@@ -298,6 +422,7 @@ def run_on_all(
         reasons = excluded_by(instance, case, problem)
         if reasons:
             standing.excluded[case.id] = "; ".join(reasons)
+            count(standing.grid, case, EXCLUDED)
             continue
         standing.cases += 1
         with registry.provisionally(instance):
@@ -312,6 +437,7 @@ def run_on_all(
                 worst[case.dtype] = max(worst.get(case.dtype, 0.0), share)
             standing.histogram += histogram(result, own)
             results.append((instance, result))
+        count(standing.grid, case, FAILED if problems else PASSED)
         if problems:
             blamed.add(instance.name)
             yield instance.name, "; ".join(problems)
@@ -348,26 +474,25 @@ def _apart(one: AttentionState, other: AttentionState, expected: Expected) -> fl
     return float(np.max(np.where(np.isfinite(apart), apart, 0.0), initial=0.0))
 
 
-def _still_wrong(finding: Finding, instances: Sequence[Any], case: Case) -> str:
-    try:
-        verdicts = run_on_all(_involved(finding, instances), case)
-        return next((message for who, message in verdicts if who == finding.backend), "")
-    except ConstraintError:  # too small for its profile, or no valid call at all
-        return ""
+def observed(backend: Any, case: Case) -> AttentionState | None:
+    """Run a case, for what comes of it; None where nothing does."""
+    with registry.provisionally(backend):
+        return run_case(backend, case).result
 
 
-def _write(finding: Finding, instances: Sequence[Any], folder: Path) -> None:
+def _write(place: Here | Apart, finding: Finding, first: Any, folder: Path) -> None:
     """Write a failing case to a file."""
     case = finding.case
     name = re.sub(r"[^\w.-]+", "-", f"{finding.backend}-{case.id}")
     path = folder / f"{name}.npz"
-    first = _involved(finding, instances)[0]
-    with registry.provisionally(first):
-        observed = run_case(first, case).result
+    try:
+        result = None if finding.message.startswith("hung") else place.call(observed, first, case)
+    except NoAnswer:
+        result = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         base = first.capabilities.lse_base if keeps_lse(first) else ""
-        write_record(path, case, case.make().states, observed, base, first.capabilities.unpromised)
+        write_record(path, case, case.make().states, result, base, first.capabilities.unpromised)
     except OSError as error:
         finding.message += f" (and the case could not be written: {error})"
     else:

@@ -1,0 +1,216 @@
+"""A process of its own for what is under test: whatever ends it, this one goes on and says so.
+
+The rule of this room: it knows nothing of checks and cases. A function and its arguments cross the pipe, and what it returns
+comes back, which should be small. In the place of a backend its number crosses: over there stands an instance of that side's.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from rau.errors import BackendUnavailableError, RauError
+from rau.testing.under_test import described, load
+
+T = TypeVar("T")
+PATIENCE = 10  # answers in a row that fail to come: then no more are asked for
+LONG = 300.0  # seconds, for what is no case: to load a backend, which may compile
+_LAST_WORDS = 5.0  # seconds in which a process that hangs has to write where
+
+
+class NoAnswer(Exception):
+    """What ran did not return: it crashed, hung, or ended its process; `weight` counts towards `PATIENCE`."""
+
+    def __init__(self, told: str, weight: int = 1) -> None:
+        super().__init__(told)
+        self.weight = weight
+
+
+class Here:
+    """This process: what runs in it may end it, and a debugger sees it."""
+
+    def call(self, function: Callable[..., T], *arguments: Any, seconds: float = 0.0) -> T:
+        """Call a function, however long it takes."""
+        return function(*arguments)
+
+
+class Apart:
+    """A process in which backends are loaded, and loaded again when it has died; a context that ends it.
+
+    Attributes
+    ----------
+    backends : sequence of Backend
+        This side's own instances, in the order of their names, whose places the other side's take. To be set by whoever
+        loads them, which is safe once the constructor has returned.
+    """
+
+    def __init__(self, names: Sequence[str], timeout: float) -> None:
+        self.backends: Sequence[Any] = ()
+        self._names, self._timeout = tuple(names), timeout
+        self._process: SpawnProcess | None = None
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+    def call(self, function: Callable[..., T], *arguments: Any, seconds: float = 0.0) -> T:
+        """Call a function over there, and return what it returns; NoAnswer if it does not, in `seconds` or the timeout."""
+        if self._process is None:
+            try:
+                self._start()
+            except BackendUnavailableError as error:
+                raise NoAnswer(f"cannot be loaded again: {error}") from error
+        try:
+            self._connection.send_bytes(_packed((function, arguments), self.backends))
+        except OSError as error:  # it had answered, and died of what it was asked before
+            raise self._ended() from error
+        problem, answer = self._receive(seconds or self._timeout)
+        if problem:
+            raise NoAnswer(problem)
+        return answer
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._words, their_words = context.Pipe(duplex=False)
+        self._process = context.Process(target=_serve, args=(theirs, their_words, self._names))
+        # Ctrl-C at a terminal reaches all of its processes; this one hears it, and ends the other.
+        resource_tracker.ensure_running()  # else it is started on the way, and unblocks the signal
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()  # or its end would not be noticed
+        their_words.close()
+        who = " or ".join(map(repr, self._names))
+        try:
+            problem, _ = self._receive(LONG)
+        except NoAnswer as lost:
+            raise BackendUnavailableError(f"{who}: while it was loaded: {lost}") from lost
+        if problem:
+            raise BackendUnavailableError(problem)
+
+    def _receive(self, seconds: float) -> Any:
+        assert self._process is not None
+        try:
+            if not wait([self._connection, self._process.sentinel], seconds):
+                raise self._ended(f"hung: no answer within {seconds:g} s{' (--timeout)' * (seconds == self._timeout)}")
+            return _unpacked(self._connection.recv_bytes(), self.backends)
+        except (EOFError, OSError) as error:
+            raise self._ended() from error
+        except KeyboardInterrupt:
+            self._process.kill()  # it would answer what nobody asks any more
+            self._process.join()
+            self._process = None
+            raise
+
+    def _ended(self, hung: str = "") -> NoAnswer:
+        """Word how the process ended, or end it where it hangs, with the kernel's line; the next call starts another one."""
+        process, self._process = self._process, None
+        assert process is not None and process.pid is not None
+        self._connection.close()
+        if hung:
+            os.kill(process.pid, signal.SIGABRT)  # upon which it writes where it is
+        process.join(_LAST_WORDS)
+        process.kill()
+        process.join()
+        status = process.exitcode or 0
+        told = hung or (f"crashed: {_signal(-status)}" if status < 0 else f"ended its process, exit status {status}")
+        return NoAnswer(told + self._where(), PATIENCE // 2 if hung else 1)
+
+    def _where(self) -> str:
+        """Find the kernel's line in what the process wrote when it died."""
+        written = b""
+        while self._words.poll() and (more := os.read(self._words.fileno(), 1 << 16)):
+            written += more
+        self._words.close()
+        text = written.decode(errors="replace")
+        text = text.partition("Current thread")[2].partition("\n\n")[0] or text
+        frames = re.findall(r'File "(.*)", line (\d+) in (.*)', text)
+        theirs = {getattr(sys.modules.get(type(backend).__module__), "__file__", "") for backend in self.backends}
+        frames = [frame for frame in frames if frame[0] in theirs] or frames
+        return f" ({Path(frames[0][0]).name}:{frames[0][1]}, in {frames[0][2]})" if frames else ""
+
+
+def _signal(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+    return f"{name} ({signal.strsignal(number)})"
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, backends: Sequence[Any]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._numbers = {id(backend): number for number, backend in enumerate(backends)}
+
+    def persistent_id(self, value: Any) -> int | None:
+        return self._numbers.get(id(value))
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, backends: Sequence[Any]) -> None:
+        super().__init__(file)
+        self._backends = backends
+
+    def persistent_load(self, number: int) -> Any:
+        return self._backends[number]
+
+
+def _packed(value: Any, backends: Sequence[Any]) -> bytes:
+    message = io.BytesIO()
+    _Pickler(message, backends).dump(value)
+    return message.getvalue()
+
+
+def _unpacked(message: bytes, backends: Sequence[Any]) -> Any:
+    return _Unpickler(io.BytesIO(message), backends).load()
+
+
+def _serve(connection: Connection, words: Connection, names: Sequence[str]) -> None:
+    """What runs over there: load the backends, then answer until nobody asks any more."""
+    os.dup2(2, 1)  # what a kernel prints is not part of anybody's document
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a crash would take the rest along
+    faulthandler.enable(words.fileno())
+    try:
+        backends = [load(name) for name in names]
+    except RauError as error:
+        connection.send_bytes(_packed((str(error), None), ()))
+        return
+    connection.send_bytes(_packed(("", None), ()))
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, OSError):
+            return
+        function, arguments = _unpacked(message, backends)
+        try:
+            answer = "", function(*arguments)
+        except BaseException as error:  # of the kernel's: SystemExit, too
+            answer = described(error), None
+        connection.send_bytes(_packed(answer, backends))
