@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,20 @@ def _of_partial(state: int, field: int) -> str:
 
 def _of_whole(state: int, field: int) -> str:
     return FIELDS[field] if state else f"the running {FIELDS[field]}"
+
+
+def _breaks_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a method run as it is, between two graphs, where torch compiles whoever calls it."""
+
+    @wraps(method)
+    def call(self: StreamingMerge, *arguments: Any, **options: Any) -> Any:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            from rau.streaming.compiled import eagerly
+
+            return eagerly(method, self, *arguments, **options)
+        return method(self, *arguments, **options)
+
+    return call
 
 
 class StreamingMerge:
@@ -87,6 +103,8 @@ class StreamingMerge:
     in float64 within 7.43 * (n - 1) * v * S + 2**-507 * n * M + 2**-1073 * n, where all sums, the running one's too, are in
     [2**-256, 2**256]. proofs/README.md has the proofs.
 
+    Under ``torch.compile`` the graph breaks around each of these methods, which run as they are; ``fullgraph=True`` is refused.
+
     A whole ring can be captured into a CUDA graph, from the creation of the StreamingMerge to its result; a replay then
     starts from the empty state. `actual_seq_qlen` has to be on the device for that. There it is not read, and so not
     checked: with sequences of odd lengths, halves are undefined, though nothing outside the arrays is touched.
@@ -111,6 +129,7 @@ class StreamingMerge:
     True
     """
 
+    @_breaks_graphs
     def __init__(
         self,
         layout: str = "SBH",
@@ -156,6 +175,7 @@ class StreamingMerge:
         """
         return None if self._running is None else self._running.state
 
+    @_breaks_graphs
     def update(self, attn_out: Any, softmax_max: Any, softmax_sum: Any, *, tokens: Any = None) -> None:
         """Merge one partial state into the running state, in place.
 
@@ -235,6 +255,7 @@ class StreamingMerge:
         running.merge(problem, whole, places, AttentionState(*states[1]), on_host=on_host, rows=rows)
         self._running = running
 
+    @_breaks_graphs
     def result(self, dtype: Any = None, scale: Any = None) -> AttentionState:
         """Return a copy of the running state, its output rounded once to nearest even.
 
@@ -308,9 +329,10 @@ def _refuse_gradients(call: str, partial: Any) -> None:
         return
     from rau import torch_op  # imports torch, which is loaded by now
 
-    if torch_op.wanted((partial,)):
+    graph = torch_op.graph_of((partial,))
+    if graph is not None:
+        instead = "Use rau.merge_states, which has both, or" if graph.operators_take_it else "You may"
         raise UnsupportedError(
-            f"{call}: an input requires grad, or torch traces or transforms the call (compile, export, functorch), or a "
-            "tensor is of a type other than torch's own two; a state that is written in place has no gradient and no place "
-            "in a graph. Use rau.merge_states, which has both, or call under torch.no_grad() outside of tracing."
+            f"{call}: {graph.reason}; a state that is written in place has no gradient and no place in a graph. {instead} "
+            f"{graph.way_out}."
         )
