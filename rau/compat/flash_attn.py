@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from rau.compat.pairs import merged
+from rau.compat.pairs import merged, stacked
+from rau.compat.words import worded
 
 __all__ = ["flash_attn_combine"]
 
 
+@worded(("out_partial[{k}]", "lse_partial[{k}]"), out_0="out", dtype="out_dtype")
 def flash_attn_combine(
     out_partial: Any, lse_partial: Any, out: Any = None, out_dtype: Any = None, *, return_lse: bool = True
 ) -> tuple[Any, Any]:
@@ -34,7 +36,7 @@ def flash_attn_combine(
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which split k is pairs[k], and for another dtype as :func:`rau.merge_states`.
+        As :func:`rau.merge_lse`, and for another dtype as :func:`rau.merge_states`.
 
     Examples
     --------
@@ -43,7 +45,8 @@ def flash_attn_combine(
     >>> out.shape, lse.shape
     ((2, 3, 2, 8), (2, 3, 2))
     """
-    layout, lse_layout = ("TND", "TN") if out_partial.ndim == 4 else ("BSND", "BSN")
+    splits = stacked("flash_attn_combine", out_partial=out_partial, lse_partial=lse_partial)
+    layout, lse_layout = ("TND", "TN") if splits[0][0].ndim == 3 else ("BSND", "BSN")
     how = {"base": "e", "layout": layout, "lse_layout": lse_layout}
     dtype = out_dtype if out is None else out.dtype
-    return merged(list(zip(out_partial, lse_partial, strict=True)), how, out, with_lse=return_lse, dtype=dtype)
+    return merged(splits, how, out, with_lse=return_lse, dtype=dtype)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from rau.compat.pairs import merged
+from rau.compat.words import worded
 
 __all__ = ["merge_attn_states"]
 
 _HOW = {"base": "e", "layout": "TND", "lse_layout": "NT", "inf_is_empty": True}
+_SIDES = ("prefix_output", "prefix_lse"), ("suffix_output", "suffix_lse")
 
 
+@worded(*_SIDES, out_0="output", out_1="output_lse", out="output", scale="output_scale")
 def merge_attn_states(
     output: Any,
     prefix_output: Any,
@@ -42,7 +45,7 @@ def merge_attn_states(
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which the prefix is pairs[0] and the suffix pairs[1], and with a scale as
+        As :func:`rau.merge_lse`, and with a scale as
         :func:`rau.merge_states`.
 
     Examples

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rau.compat.pairs import merged
+from rau.compat.pairs import merged, stacked
+from rau.compat.words import worded
 
 __all__ = ["merge_attentions"]
 
 _HOW = {"base": "e", "layout": "BSND", "lse_layout": "BNS"}
 
 
+@worded(("attn_split[{k}]", "lse_split[{k}]"), dtype="output_dtype")
 def merge_attentions(
     attn_split: Any, lse_split: Any, write_lse: bool = True, output_dtype: Any = None
 ) -> tuple[Any, Any]:
@@ -36,7 +38,7 @@ def merge_attentions(
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which chunk k is pairs[k], and with another `output_dtype` as :func:`rau.merge_states`.
+        As :func:`rau.merge_lse`, and with another `output_dtype` as :func:`rau.merge_states`.
 
     Notes
     -----
@@ -49,9 +51,10 @@ def merge_attentions(
     >>> out.shape, lse.shape
     ((2, 3, 5, 2, 8), (2, 5, 2, 3))
     """
+    splits = stacked("merge_attentions", attn_split=attn_split, lse_split=lse_split)
     shape, rows = attn_split[0].shape, lse_split[0].shape
     heads = math.prod(shape[2:-1])  # of all groups
     flat, flat_rows = (*shape[:2], heads, shape[-1]), (rows[0], heads, rows[-1])
-    pairs = [(out.reshape(flat), lse.reshape(flat_rows)) for out, lse in zip(attn_split, lse_split, strict=True)]
+    pairs = [(out.reshape(flat), lse.reshape(flat_rows)) for out, lse in splits]
     attn_out, lse_out = merged(pairs, _HOW, with_lse=write_lse, dtype=output_dtype)
     return attn_out.reshape(shape), lse_out if lse_out is None else lse_out.reshape(rows)

@@ -229,10 +229,11 @@ def check_shapes(
     shape, given = tuple(attn_out.shape), tuple(rows.shape)
     if len(shape) != axes.attn.count(",") + 1:
         other_way = (len(given), len(shape)) == (axes.attn.count(",") + 1, len(rows_layout))
-        swapped_pair = " The pair seems to be swapped." if other_way else ""
-        report.add("rank", f'{out_name} has shape {shape}; layout "{layout}" expects {axes.attn}.{swapped_pair}')
+        hint = _SWAPPED if other_way else _fitting(shape, given, layout, heads, option)
+        report.add("rank", f'{out_name} has shape {shape}; layout "{layout}" expects {axes.attn}.{hint}')
     elif len(given) != len(rows_layout):
         hint = f" Drop its last axis: {name}[..., 0]." if given == (*given[: len(rows_layout)], 1) else ""
+        hint = hint or _fitting(shape, given, layout, heads, option)
         if layout == "TND" and len(given) == 3 and not hint and option == "lse_layout":
             hint = f' AttentionState.from_lse takes a padded one, {PADDED["BNS"]}, with lse_layout="BNS" and {NAME}.'
         report.add("rank", f'{name} has shape {given}; {option} "{rows_layout}" expects {LSE_LAYOUTS[rows_layout]}.{hint}')
@@ -244,6 +245,21 @@ def check_shapes(
         expected = {each: _expected(shape, given, layout, each, heads) for each in lse_layouts(layout)}
         if given != expected[rows_layout]:
             _say_shapes(report, shape, given, layout, rows_layout, heads, expected, out_name, name, option)
+
+
+_SWAPPED = " The pair seems to be swapped."
+
+
+def _fitting(shape: tuple[int, ...], given: tuple[int, ...], layout: str, heads: int | None, option: str) -> str:
+    """Word which other layout an output and its rows fit; empty where none."""
+    fitting = []
+    for name, axes in LAYOUTS.items():
+        if name == layout or len(shape) != axes.attn.count(",") + 1:
+            continue
+        for rows_layout in lse_layouts(name):
+            if given == _expected(shape, given, name, rows_layout, heads):
+                fitting.append(f'layout="{name}"' + f', {option}="{rows_layout}"' * (rows_layout != "BNS"))
+    return f" They fit {' or '.join(fitting)}." if fitting else ""
 
 
 def check_padded(
@@ -289,6 +305,8 @@ def _expected(
 ) -> tuple[int, ...] | None:
     """Shape of a log-sum-exp in a layout; None where H is no multiple of the heads, `given`'s if nobody says how many."""
     axes = LAYOUTS[layout]
+    if len(given) != len(name):
+        return None
     tokens = shape[axes.attn_token]
     if axes.attn_head is not None:
         heads = shape[axes.attn_head]
@@ -317,6 +335,8 @@ def _say_shapes(
     for other in expected:
         if other != axes and given == expected[other]:
             hint = f' It looks like {LSE_LAYOUTS[other]}: pass {option}="{other}".'
+    if not hint and len(given) == len(shape) and _expected(given, shape, layout, axes, heads) == shape:
+        hint = _SWAPPED
     wanted, its = expected[axes], given[axes.index("N")]
     if wanted is None:
         source = f"heads = {heads}"

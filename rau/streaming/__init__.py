@@ -176,7 +176,7 @@ class StreamingMerge:
         return None if self._running is None else self._running.state
 
     @_breaks_graphs
-    def update(self, attn_out: Any, softmax_max: Any, softmax_sum: Any, *, tokens: Any = None) -> None:
+    def update(self, attn_out: Any, softmax_max: Any = None, softmax_sum: Any = None, *, tokens: Any = None) -> None:
         """Merge one partial state into the running state, in place.
 
         Parameters
@@ -213,6 +213,10 @@ class StreamingMerge:
         merge the halves of any number of sequences in one call. Other backends are given views of runs of equally long
         sequences, in a layout with a batch axis; parts of a plugin's own arrays go through the host.
         """
+        if isinstance(attn_out, (tuple, list)) and softmax_max is softmax_sum is None:
+            raise _broken(UPDATE, "states", f"attn_out is {described(attn_out)} of {len(attn_out)} items, and nothing else is given; "
+                          "expected three arrays. Pass *state, not state; of an output and its log-sum-exp "
+                          "*AttentionState.from_lse(out, lse, base=...).")  # fmt: skip
         partial = AttentionState(attn_out, softmax_max, softmax_sum)
         _refuse_gradients(UPDATE, partial)
         partial = AttentionState(*map(plain, partial))
