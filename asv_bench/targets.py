@@ -32,6 +32,7 @@ from rau.cli.bench.timing import thread_count
 from rau.cli.bench.workload import LARGE, Size
 from rau.cli.console import Step, progress, table
 from rau.config import collect
+from rau.install import command
 
 REACHED, MISSED, UNMEASURED = "reached", "MISSED", "not measured here"
 STEPS = 8  # of measurements()
@@ -267,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             draw([], options.plot)  # what stands against it is told before anything takes time
         except ImportError:
-            parser.error("argument --plot: needs matplotlib: pip install 'ring-attention-update[bench]'")
+            parser.error(f"argument --plot: needs matplotlib: {command('bench')}")
         except (OSError, ValueError) as error:
             parser.error(f"argument --plot: {error}")
     with thread_count(options.threads) as threads:

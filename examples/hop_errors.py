@@ -1,7 +1,7 @@
 """What rounding at every hop of a ring costs, and a float32 running state does not: how the error grows from 2 partials on.
 
     python examples/hop_errors.py                      64 partials in bfloat16, a table
-    python examples/hop_errors.py --plot errors.png    and a chart of it; pip install 'ring-attention-update[bench]'
+    python examples/hop_errors.py --plot errors.png    and a chart of it; pip install -e '.[bench]'
 
 Exit status: 0 StreamingMerge has the error of one rounding at every length, 1 it has not, 2 wrong usage.
 """
@@ -16,6 +16,7 @@ import rau
 from rau.cli import demo, session
 from rau.cli.console import progress, table
 from rau.cli.demo import ring
+from rau.install import command
 from rau.testing import oracle
 from rau.testing.reference.oracle import widen
 
@@ -98,7 +99,7 @@ def main():
         try:
             draw([], title, options.plot)  # what stands against it is told before anything takes time
         except ImportError:
-            parser.error("argument --plot: needs matplotlib: pip install 'ring-attention-update[bench]'")
+            parser.error(f"argument --plot: needs matplotlib: {command('bench')}")
         except (OSError, ValueError) as wrong:
             parser.error(f"argument --plot: {wrong}")
     try:

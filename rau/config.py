@@ -38,10 +38,10 @@ def _core() -> dict[str, Any]:
     try:
         from rau._core import build, forked, simd, simd_versions
     except ImportError as error:
-        from rau.backends.cython_ import MISSING  # where there is no core
+        from rau.backends.cython_ import missing  # where there is no core
 
         cost = "the numpy backend runs instead: the same bits, several times slower, on one thread"
-        return {"compiled": False, "missing": f"{MISSING} [{error}]", "cost": cost}
+        return {"compiled": False, "missing": missing(error), "cost": cost}
     core = {"compiled": True, **build(), "simd": simd(), "simd_versions": simd_versions()}
     if not core["openmp"]:
         core["missing"] = "the compiler had no OpenMP when the core was built"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.arithmetic import library
+from rau.arrays import summary
 from rau.arrays.numpy_ import ITEMSIZE
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.lse_arguments import (
@@ -54,6 +55,9 @@ class AttentionState(NamedTuple):
     -----
     The log-sum-exp of a row is m + log(l), so (m, l) and (lse, 1) are the same state.
 
+    It is a tuple: ``AttentionState(*(part.cpu() for part in state))`` is the same one elsewhere, and ``state._asdict()`` what
+    ``numpy.savez`` and ``torch.save`` keep best; torch.load reads that back with ``weights_only=True``.
+
     Examples
     --------
     >>> import numpy as np
@@ -66,6 +70,11 @@ class AttentionState(NamedTuple):
     attn_out: Any
     softmax_max: Any
     softmax_sum: Any
+
+    def __repr__(self) -> str:
+        width = max(map(len, self._fields))
+        lines = [f"  {name:{width}}  {summary(part)}" for name, part in zip(self._fields, self, strict=True)]
+        return "\n".join([type(self).__name__, *lines])
 
     @classmethod
     def from_lse(

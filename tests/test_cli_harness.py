@@ -21,6 +21,7 @@ from command import status
 
 import rau
 from rau.__main__ import main
+from rau import install
 from rau.cli import case_options, difftest
 from rau.testing.cases import Case
 from rau.testing.differential import record
@@ -602,7 +603,7 @@ def test_a_report_needs_rich(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
     assert main(["difftest", "--backends", "numpy", "--cases", "0", "--report", "page"]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and "--report needs rich: pip install 'ring-attention-update[cli]'" in captured.err
+    assert captured.out == "" and f"--report needs rich: {install.command('cli')}" in captured.err
     assert not Path("page").exists()
 
 

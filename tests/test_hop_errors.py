@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import rau
+from rau.install import command
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--tokens", "64", "--heads", "2", "--head-dim", "16"]
@@ -107,7 +108,7 @@ def test_a_chart_without_matplotlib(hop_errors, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, name, None)
     assert hop_errors("--plot", "chart.png") == 2
     captured = capsys.readouterr()
-    assert captured.err.endswith("argument --plot: needs matplotlib: pip install 'ring-attention-update[bench]'\n")
+    assert captured.err.endswith(f"argument --plot: needs matplotlib: {command('bench')}\n")
     assert captured.out == ""  # refused before anything is computed
 
 

@@ -44,8 +44,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     text += "fails the run, unless --backends names the backends in question"
     length.add_argument("--replay", metavar="FILE", help=text)
     case_options.add_options(parser)
-    text = f"write an HTML page, DIR/index.html, and failing cases beside it (otherwise to ./{_FOLDER}); needs rich: "
-    text += "pip install 'ring-attention-update[cli]'"
+    text = f"write an HTML page, DIR/index.html, and failing cases beside it (otherwise to ./{_FOLDER}); needs rich"
     parser.add_argument("--report", metavar="DIR", help=text)
     return parser
 

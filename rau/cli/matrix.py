@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog="Exit status: 0 every kernel does what it promises, 1 one does not, 2 wrong usage or a named backend is missing.",
     )
     session.add_backend(parser)
-    text = "write an HTML page, too, DIR/index.html; needs rich: pip install 'ring-attention-update[cli]'"
+    text = "write an HTML page, too, DIR/index.html; needs rich"
     parser.add_argument("--report", metavar="DIR", help=text)
     return parser
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rau.errors import RauError
+from rau.install import command
 
 INTERRUPTED = 130  # as a shell has it for a process ended by Ctrl-C
 EXIT_STATUS = (
@@ -59,7 +60,7 @@ def positive(text: str) -> float:
 def report_folder(report: str) -> Path:
     """Make the folder of a page: what stands against it is told before anything takes time."""
     if find_spec("rich") is None:
-        raise UsageError("--report needs rich: pip install 'ring-attention-update[cli]'")
+        raise UsageError(f"--report needs rich: {command('cli')}")
     try:
         Path(report).mkdir(parents=True, exist_ok=True)
     except OSError as error:

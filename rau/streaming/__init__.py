@@ -19,6 +19,7 @@ from rau.constraints.rows import PADDED, Rows, bind_padded, check_token_major, c
 from rau.constraints.rules import Violations
 from rau.errors import ConstraintError, UnsupportedError, shown
 from rau.layouts import LAYOUTS
+from rau.problem import Problem
 from rau.state import AttentionState
 from rau.streaming.running_state import UPDATE, RunningState, of_part
 from rau.streaming.tokens import padded_rows, part, part_of
@@ -167,6 +168,15 @@ class StreamingMerge:
             _refuse_gradients(_CLASS, like)
             self._running = self._start(_CLASS, like, _of_like, self._options._replace(check="metadata"))
 
+    def __repr__(self) -> str:
+        how = f'layout="{self._options.layout}"'
+        if self._backend is not None:
+            how += f", backend={shown(self._backend)}"
+        if self._running is None:
+            return f"StreamingMerge({how}), no state yet"
+        broken = ", broken off in an update" if self._running.broken else ""
+        return f"StreamingMerge({how}){broken}, its running {self._running.state!r}"
+
     @property
     def running(self) -> AttentionState | None:
         """The running state itself, which later updates change (and tell torch that they do); None before there is one.
@@ -295,6 +305,13 @@ class StreamingMerge:
         report.raise_if_broken()
         attn_out, *stats = running.state
         return AttentionState(running.cast(attn_out, wanted, scale), *(running.cast(part, own) for part in stats))
+
+    def next_update(self) -> tuple[Problem, Any]:
+        """Describe the next update, of all tokens, and name the backend that it asks for, if any: :func:`rau.explain` asks."""
+        if self._running is None:
+            raise _broken("explain", "first-update", "there is no state yet, and the kind of arrays is not known; expected an "
+                          "update first. Or give StreamingMerge(like=...) a state of the full shape.")  # fmt: skip
+        return self._running.asked, self._backend
 
     def _start(self, call: str, like: Any, names: Names, options: Options) -> RunningState:
         problem, _ = bind(call, (like,), names, self._lengths, options, None)
