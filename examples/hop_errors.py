@@ -88,7 +88,7 @@ def main():
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.splitlines()[-1])
     demo.add_problem(parser, 512, 64, ("bfloat16", "float16"))
-    session.add_backend(parser)
+    session.add_backends(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw a chart into a file (.png, .svg, .pdf); needs matplotlib")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     options = parser.parse_args()
@@ -104,8 +104,8 @@ def main():
             parser.error(f"argument --plot: {wrong}")
     try:
         problem = demo.problem(options)
-        backends = session.choose(options.backend)[0]
-        if not options.backend:
+        backends = session.choose(options.backends)[0]
+        if not options.backends:
             backends = backends[:1]
         if not options.json:
             print(demo.heading(options), flush=True)

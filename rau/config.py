@@ -25,7 +25,8 @@ ENVIRONMENT = {
 _PACKAGES = ("numpy", "ml_dtypes", "torch", "triton", "mindspore", "rich")
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """Return the version of an installed distribution; None where there is none."""
     from importlib.metadata import PackageNotFoundError, version  # slow to import, and needed here alone
 
     try:
@@ -80,9 +81,9 @@ def collect() -> dict[str, Any]:
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("RAU_")}
     return {
         "versions": {
-            "rau": _version("ring-attention-update") or "not installed: running from a source tree",
+            "rau": version_of("ring-attention-update") or "not installed: running from a source tree",
             "python": platform.python_version(),
-            **{name: version for name in _PACKAGES if (version := _version(name))},
+            **{name: version for name in _PACKAGES if (version := version_of(name))},
         },
         "platform": f"{platform.platform()} {platform.machine()}, {os.cpu_count()} CPUs",
         "core": _core(),

@@ -25,7 +25,7 @@ def quick(monkeypatch):
 
 
 def test_as_typed(backend):
-    command = [sys.executable, "-m", "rau", *SMALL, "--backend", backend]
+    command = [sys.executable, "-m", "rau", *SMALL, "--backends", backend]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress where nobody watches
@@ -40,7 +40,7 @@ def test_as_typed(backend):
 @pytest.mark.parametrize("form", [("SBH", "TND"), ("TND", "TND"), ("TND", "SBH")])
 def test_json(form, dtype, causal, backend, capsys):
     options = ["--json", "--layout", form[0], "--softmax-layout", form[1], "--dtype", dtype, "--seed", "7"]
-    assert main([*SMALL, *options, "--backend", backend, *(["--causal"] if causal else [])]) == 0
+    assert main([*SMALL, *options, "--backends", backend, *(["--causal"] if causal else [])]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["passed"] is True and document["problem"]["causal"] is causal
     assert [result["call"] for result in document["results"]] == ["merge_states", "ring_attention_update"]
@@ -64,7 +64,7 @@ def test_packed_statistics_read_as_token_major_are_noticed(monkeypatch, capsys):
     monkeypatch.setattr(
         ring, "merge_states", lambda *args, **kw: merge(*args, **(kw | {"softmax_layout": "TND"}))
     )
-    assert main([*SMALL, "--layout", "TND", "--softmax-layout", "SBH", "--backend", "numpy"]) == 1
+    assert main([*SMALL, "--layout", "TND", "--softmax-layout", "SBH", "--backends", "numpy"]) == 1
     out = capsys.readouterr().out
     assert "WRONG: numpy merged partial attention with a larger error than the contract allows." in out
     assert "numpy, merge_states: attn_out[" in out and "times the bound" in out
@@ -100,7 +100,7 @@ def test_backends_that_cannot_run_are_listed(monkeypatch, capsys):
         assert main(SMALL) == 0
         out = capsys.readouterr().out
         assert "not run: cython (RAU_BLOCK" in out
-        assert main([*SMALL, "--backend", "cython"]) == 2
+        assert main([*SMALL, "--backends", "cython"]) == 2
     finally:
         monkeypatch.undo()
         rau.registry.refresh()
@@ -118,7 +118,7 @@ def test_backends_that_cannot_run_are_listed(monkeypatch, capsys):
         (["--tokens", "4", "--ranks", "5"], "expected at most as many ranks as tokens"),
         (["--seed", "-3"], "argument --seed: got '-3'; expected a whole number, 0 or more"),
         (["--layout", "BSH"], "argument --layout: invalid choice: 'BSH'"),
-        (["--backend", "nump"], 'Did you mean "numpy"?'),
+        (["--backends", "nump"], 'Did you mean "numpy"?'),
     ],
 )
 @pytest.mark.parametrize("json_too", [[], ["--json"]])
@@ -172,7 +172,7 @@ def test_equal_digests_mean_equal_bits(capsys):
     assert document["same_bits"] is True
     digests = {call: {one["digest"] for one in document["results"] if one["call"] == call} for call in ("merge_states",)}
     assert len(digests["merge_states"]) == 1
-    assert main([*SMALL, "--json", "--seed", "1", "--backend", "numpy"]) == 0
+    assert main([*SMALL, "--json", "--seed", "1", "--backends", "numpy"]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["digest"] not in digests["merge_states"]
 
 

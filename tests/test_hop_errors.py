@@ -45,7 +45,7 @@ def test_as_typed():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_stream_has_the_error_of_one_rounding_and_a_chain_has_not(backend, dtype, form, hop_errors, capsys):
     layout = "--layout", form[0], "--softmax-layout", form[1]
-    assert hop_errors("--json", "--dtype", dtype, *layout, "--backend", backend, "--seed", "3") == 0
+    assert hop_errors("--json", "--dtype", dtype, *layout, "--backends", backend, "--seed", "3") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["passed"] is True and document["problem"]["ranks"] == 64
     rows = document["hops"]
@@ -60,7 +60,7 @@ def test_a_stream_has_the_error_of_one_rounding_and_a_chain_has_not(backend, dty
 
 
 def test_in_words(hop_errors, capsys):
-    assert hop_errors("--ranks", "6", "--backend", "numpy") == 0
+    assert hop_errors("--ranks", "6", "--backends", "numpy") == 0
     out = capsys.readouterr().out
     assert out.startswith("Attention of 64 tokens, 2 heads of dimension 16, bfloat16, layout SBH.\n")
     rows = [line.split() for line in out.splitlines() if line.split()[:1] == ["numpy"]]
@@ -70,7 +70,7 @@ def test_in_words(hop_errors, capsys):
 
 def test_several_backends(hop_errors, capsys):
     pytest.importorskip("rau._core")
-    assert hop_errors("--json", "--ranks", "4", "--backend", "numpy", "cython") == 0
+    assert hop_errors("--json", "--ranks", "4", "--backends", "numpy", "cython") == 0
     rows = json.loads(capsys.readouterr().out)["hops"]
     assert [row["backend"] for row in rows] == ["numpy", "numpy", "cython", "cython"]
     assert [row["stream_error"] for row in rows[:2]] == [row["stream_error"] for row in rows[2:]]
@@ -84,7 +84,7 @@ def test_a_stream_that_rounds_is_noticed(hop_errors, monkeypatch, capsys):
         return result(self, dtype)._replace(attn_out=result(self, "float16").attn_out.astype(dtype))
 
     monkeypatch.setattr(rau.StreamingMerge, "result", twice)
-    assert hop_errors("--backend", "numpy") == 1
+    assert hop_errors("--backends", "numpy") == 1
     assert "WRONG: StreamingMerge is further off than one rounding." in capsys.readouterr().out
 
 
@@ -94,7 +94,7 @@ def test_a_stream_that_rounds_is_noticed(hop_errors, monkeypatch, capsys):
         (["--dtype", "float32"], "argument --dtype: invalid choice: 'float32'"),
         (["--ranks", "1"], "argument --ranks: got 1; expected 2 or more"),
         (["--ranks", "65"], "--ranks is 65 and --tokens 64"),
-        (["--backend", "nothing"], "nothing"),
+        (["--backends", "nothing"], "nothing"),
     ],
 )
 def test_wrong_usage(options, says, hop_errors, capsys):

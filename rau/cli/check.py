@@ -14,6 +14,10 @@ from rau.cli.console import progress
 if TYPE_CHECKING:
     from rau.testing.conformance.report import Report
 
+_EXAMPLES = session.examples(
+    "check numpy", "check mykernel:Mine", "check mykernel:Mine --select 'tnd/*'",
+    "check mykernel:Mine --expect-failure 'views/*=not yet' --json",
+)  # fmt: skip
 _SHOWN = 20  # failures in plain text; --json has all of them
 
 
@@ -24,9 +28,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="hold a backend to the contract, including a kernel under development",
         description="Check a backend: values against the oracle, dtypes, shapes, lanes, memory, repeated runs, and the "
         "laws of merging. What its capabilities exclude is listed, not silently skipped.",
-        epilog=session.EXIT_STATUS,
+        epilog=f"{_EXAMPLES}\n\n{session.EXIT_STATUS}",
     )
-    parser.add_argument("backend", metavar="NAME", help=session.BACKEND)
+    session.add_one_backend(parser)
     text = "a check, or a pattern of checks, known to fail; if it passes or matches nothing, the run fails"
     parser.add_argument("--expect-failure", type=_expectation, action="append", default=[], metavar="ID=REASON", help=text)
     text = "only checks whose id matches, such as 'tnd/*', 'algebra/*' or 'unpromised/*'"
@@ -49,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.testing.under_test import load
     from rau.testing.conformance.report import Report
 
+    arguments.backend = session.one_backend(arguments)
     backend = load(arguments.backend)
     configuration = collect()
     if not arguments.json:

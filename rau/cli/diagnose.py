@@ -20,6 +20,10 @@ FILE is NumPy's .npz, without pickle:
   layout, softmax_layout: strings, "SBH" and "TND" if absent; actual_seq_qlen: cumulative lengths, for TND
 bfloat16 is stored as uint16. numpy.savez(FILE, prev_attn_out=..., ...) writes it.
 
+Examples:
+  python -m rau diagnose observed.npz
+  python -m rau diagnose observed.npz --tolerance 40
+
 Exit status: 0 right, 1 wrong (recognised or not), 2 no such file, or one that cannot be used."""
 
 
@@ -31,7 +35,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Compare the output of any implementation with the oracle and, if it is wrong, with known "
         "mistakes: the order of TND statistics, the base of logarithms, sums left out, rows in 16 bits, and more.",
         epilog=_FILE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE", help="inputs and output, see below")
     text = "how many times the bound still counts as right, for a kernel with rows in float32 (default: 1)"

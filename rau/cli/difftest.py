@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 _GENERATED = 1000  # cases, unless the command line says otherwise
 _FOLDER = "rau-difftest"  # of failing cases, without --report
+_EXAMPLES = session.examples(
+    "difftest", "difftest --backends mykernel:Mine,numpy --minutes 2 --report out",
+    "difftest --backends mykernel:Mine --replay rau-difftest/mine.npz", "difftest --select 'tnd/*' --cases 0",
+)  # fmt: skip
 _INTERVAL = 0.1  # seconds between two states of the live line
 
 
@@ -31,10 +35,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="compare backends bit for bit with one another, and with the oracle",
         description="Run the named cases, and generated ones, on every backend. For each backend or pair that goes "
         "wrong, the smallest failing case is written to a file, with the command that replays it.",
-        epilog=session.EXIT_STATUS,
+        epilog=f"{_EXAMPLES}\n\n{session.EXIT_STATUS}",
     )
-    text = f"backends separated by commas (default: all that are available); each {session.BACKEND}"
-    parser.add_argument("--backends", type=_names, metavar="A,B", help=text)
+    session.add_backends(parser)
     length = parser.add_mutually_exclusive_group()
     text = f"how many generated cases to add to the named ones (default: {_GENERATED})"
     length.add_argument("--cases", type=session.whole(0), metavar="N", help=text)
@@ -47,13 +50,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     text = f"write an HTML page, DIR/index.html, and failing cases beside it (otherwise to ./{_FOLDER}); needs rich"
     parser.add_argument("--report", metavar="DIR", help=text)
     return parser
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected names of backends, separated by commas")
-    return names
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.util import find_spec
@@ -69,10 +71,48 @@ def report_folder(report: str) -> Path:
     return Path(report)
 
 
-def add_backend(parser: argparse.ArgumentParser) -> None:
+class _Names(argparse.Action):
+    """Names in as many words as one likes, and with commas between them."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        names = [name.strip() for text in values for name in text.split(",") if name.strip()]
+        if not names:
+            raise argparse.ArgumentError(self, f"got {values[0]!r}; expected names of backends, such as numpy,cython")
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *names])
+
+
+def add_backends(parser: argparse.ArgumentParser) -> None:
     """Declare the option that names backends."""
-    text = f"only these backends (default: all that are available): {BACKEND}"
-    parser.add_argument("--backend", nargs="+", action="extend", metavar="NAME", help=text)
+    text = f"only these backends, with commas or spaces between them (default: all that are available): {BACKEND}"
+    parser.add_argument("--backends", nargs="+", action=_Names, metavar="NAME", help=text)
+
+
+def add_one_backend(parser: argparse.ArgumentParser) -> None:
+    """Declare the argument that names one backend; it is an option elsewhere, and may be one here."""
+    parser.add_argument("backend", nargs="?", metavar="NAME", help=BACKEND)
+    parser.add_argument("--backends", nargs="+", action=_Names, metavar="NAME", help="the same, as other commands spell it")
+
+
+def one_backend(arguments: argparse.Namespace) -> str:
+    """Return the name of the backend that is meant."""
+    names = [name for name in (arguments.backend, *(arguments.backends or ())) if name]
+    if len(names) != 1 or "," in names[0]:
+        got = ", ".join(names) or "none"
+        raise UsageError(f"got {got}; expected the name of one backend: python -m rau {arguments.command} NAME")
+    return str(names[0])
+
+
+class Formatter(argparse.HelpFormatter):
+    """Wraps paragraphs, and leaves those with indented lines as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(part if "\n " in part else super(Formatter, self)._fill_text(part, width, indent) for part in parts)
+
+
+def examples(*commands: str) -> str:
+    """Word examples of a command, for the end of its help."""
+    return "\n".join(["Examples:", *(f"  python -m rau {command}" for command in commands)])
 
 
 def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
@@ -83,6 +123,9 @@ def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
 
     missing = {}
     if names is None:
+        if wanted := os.environ.get("RAU_BACKEND"):
+            note = "chooses for calls of rau; this command runs every backend that is available"
+            print(f"RAU_BACKEND={wanted} {note}: --backends {wanted} runs that one", file=sys.stderr)
         states = registry.status()
         names = [state.name for state in states if state.available]
         missing = {state.name: state.reason for state in states if not state.available}

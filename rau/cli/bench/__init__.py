@@ -31,8 +31,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Measure how fast this machine copies and adds arrays, and how fast each backend is in comparison, in "
         "about ten seconds. Speed never counts as a failure: the exit status is 0 whatever was measured, 2 for wrong usage "
         "or a named backend that is missing.",
+        epilog=session.examples("bench", "bench --backends cython --threads 1", "bench --peers --json"),
     )
-    session.add_backend(parser)
+    session.add_backends(parser)
     add_scale(parser)
     text = "also measure torch composites, eager and compiled, where torch is installed; takes a minute more"
     parser.add_argument("--peers", action="store_true", help=text)
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.cli.bench.timing import thread_count
     from rau.config import collect
 
-    backends, not_run = session.choose(arguments.backend)
+    backends, not_run = session.choose(arguments.backends)
     peers = _peers(arguments, not_run)
     plan = survey.QUICK if arguments.quick else survey.PLAN
     with thread_count(arguments.threads) as threads:

@@ -30,9 +30,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="merge real partial attention with every backend, timed and checked",
         description="Compute the partial attention that the ranks of a ring would see, merge it with each "
         "backend, and judge the results. Exit status: 0 all right, 1 a merge is wrong, 2 wrong usage.",
+        epilog=session.examples("demo", "demo --backends cython --dtype bfloat16 --causal", "demo --layout TND --ranks 64"),
     )
     add_problem(parser, 4096, 8, ("float32", "float16", "bfloat16"))
-    session.add_backend(parser)
+    session.add_backends(parser)
     return parser
 
 
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.cli.demo import ring
 
     options = problem(arguments)
-    backends, not_run = session.choose(arguments.backend)
+    backends, not_run = session.choose(arguments.backends)
     if not backends:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in not_run.items())
         raise session.UsageError(f"no backend is available: {reasons}")
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             try:
                 results += ring.merge(work, backend, step)
             except RauError as error:
-                if arguments.backend:
+                if arguments.backends:
                     raise session.UsageError(f'backend "{backend.name}" cannot run this: {error}') from error
                 not_run[backend.name] = str(error)
     passed = bool(results) and all(result.passed for result in results)
