@@ -242,7 +242,7 @@ def test_the_whole_kit_on_a_kernel_of_ones_own(folder, capsys):
         (["check", "kernel_at_hand:Stranger"], "Stranger has no capabilities, update, merge"),
         (["check", "numpy", "--expect-failure", "layout/SBH"], "--expect-failure: got 'layout/SBH'; expected ID=REASON"),
         (["check", "numpy", "--expect-failure", "layout/SBH="], "got 'layout/SBH='; expected ID=REASON"),
-        (["check"], "the following arguments are required: NAME"),
+        (["check"], "got none; expected the name of one backend"),
         (["check", "numpy", "--select", "nothing/*", "--json"], "--select 'nothing/*' matches no check of numpy"),
         (["difftest", "--backends", "numpy,nump"], 'Did you mean "numpy"?'),
         (["difftest", "--backends", ","], "argument --backends: got ','; expected names of backends"),

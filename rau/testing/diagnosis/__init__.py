@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.arrays.numpy_ import named_dtype
+from rau.layouts import FIELDS
 from rau.state import AttentionState
 from rau.testing.comparison import Comparison, compare, same_bits, shares
 from rau.testing.diagnosis.lse_mistakes import mistakes_with_lse
@@ -81,6 +83,8 @@ class Diagnosis:
     ----------
     comparison : Comparison
         What the oracle says.
+    missing : tuple of str
+        Arrays that were not observed, and so are not judged.
     candidates : tuple of Candidate
         The mistakes that fit better than none, best first; empty if the output is right.
     invisible : tuple of str
@@ -93,6 +97,7 @@ class Diagnosis:
     candidates: tuple[Candidate, ...]
     invisible: tuple[str, ...]
     slight: bool
+    missing: tuple[str, ...] = ()
 
     @property
     def right(self) -> bool:
@@ -112,6 +117,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [str(self.comparison)]
+        if self.missing:
+            lines.append(f"not judged, since the file does not have it: {', '.join(self.missing)}")
         for candidate in self.recognised:
             lines += [f"known mistake: {candidate}", f"  {candidate.mistake.wrong}", f"  {candidate.mistake.change}"]
         if len(self.recognised) > 1:
@@ -161,17 +168,19 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     prev-returned (bit for bit)
     """
     if record.observed is None:
-        raise RecordError('nothing was observed: "attn_out", "softmax_max" and "softmax_sum" are missing')
+        raise RecordError('nothing was observed: there is none of "attn_out", "softmax_max" and "softmax_sum"')
     call, case = record.case.make(record.states), record.case
     problem_of(call)
     kind = {"statistics": "lse", "lse_base": record.lse_base} if record.lse_base else {}
     order, excused = case.softmax_layout, record.unpromised
     expected = oracle(call.states, case.lengths_argument(), case.layout, softmax_layout=order, unpromised=excused, **kind)
-    comparison = compare(record.observed, expected, tolerance=tolerance)
-    wrong = not comparison.passed and _comparable(record.observed, expected)
-    slight = wrong and compare(record.observed, expected, tolerance=_SLIGHT).passed
+    missing = tuple(name for name, part in zip(FIELDS, record.observed, strict=True) if part is None)
+    observed = _completed(record.observed, expected)
+    comparison = compare(observed, expected, tolerance=tolerance)
+    wrong = not comparison.passed and _comparable(observed, expected)
+    slight = wrong and compare(observed, expected, tolerance=_SLIGHT).passed
     # Another arithmetic may be on top of a mistake: where anything is far off, what is slightly off tells nothing.
-    truth = _truths(record.observed, expected, tolerance if slight else max(tolerance, _SLIGHT)) if wrong else []
+    truth = _truths(observed, expected, tolerance if slight else max(tolerance, _SLIGHT)) if wrong else []
     rows = Steps(call.states, case.lengths_argument(), case.layout, case.softmax_layout)
     mistakes = MISTAKES
     if record.lse_base:
@@ -183,10 +192,22 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
         if not results:
             invisible.append(mistake.name)
         elif any(part.wrong.any() for part in truth):
-            candidates.append(min((_judge(mistake, record.observed, r, truth) for r in results), key=_order))
+            results = [AttentionState(*(its if part is None else r[i] for i, (part, its) in enumerate(zip(record.observed, observed))))
+                       for r in results]  # fmt: skip
+            candidates.append(min((_judge(mistake, observed, r, truth) for r in results), key=_order))
     candidates = [candidate for candidate in candidates if candidate.same_bits or candidate.misfit < 1]
     candidates.sort(key=_order)
-    return Diagnosis(comparison, tuple(candidates), tuple(invisible), slight)
+    return Diagnosis(comparison, tuple(candidates), tuple(invisible), slight, missing)
+
+
+def _completed(observed: AttentionState, expected: Expected) -> AttentionState:
+    """Put what is right in the places of what was not observed: nothing then speaks for a mistake there, nor against one."""
+    exact = (
+        (expected.attn_out, expected.dtype), (expected.softmax_max, expected.stats_dtype), (expected.softmax_sum, expected.stats_dtype)
+    )  # fmt: skip
+    with np.errstate(all="ignore"):
+        right = [its.astype(named_dtype(dtype)) for its, dtype in exact]
+    return AttentionState(*(its if part is None else part for part, its in zip(observed, right, strict=True)))
 
 
 def _order(candidate: Candidate) -> tuple[bool, bool, bool, float]:
