@@ -102,7 +102,8 @@ def _steps(of: Element) -> list[str]:
     within = f"may be off by {of.bound:.3g}" if of.bound else "to be kept bit for bit"
     lines[-1] += f", {'anything will do' if math.isinf(of.bound) else within}"
     if of.observed is not None and of.share is not None:
-        lines.append(f"observed: {of.observed:.9g}, off by {abs(of.observed - of.exact):.3g}, {session.share(of.share)} of that")
+        off = f", off by {abs(of.observed - of.exact):.3g}" if math.isfinite(of.observed - of.exact) else ""
+        lines.append(f"observed: {of.observed:.9g}{off}: {'right' if of.share <= 1 else 'wrong'}, {session.share(of.share)} of the bound")
     return lines
 
 

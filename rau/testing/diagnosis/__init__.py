@@ -7,7 +7,7 @@ only if it accounts for what is wrong and leaves right what is right.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from rau.testing.comparison import Comparison, compare, same_bits, shares
 from rau.testing.diagnosis.lse_mistakes import mistakes_with_lse
 from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
 from rau.testing.diagnosis.steps import Steps
+from rau.testing.diagnosis.vendor import vendors_merge
 from rau.testing.differential.record import Record, RecordError
 from rau.testing.reference.log_sum_exp import state_lse
 from rau.testing.reference.oracle import Expected, oracle, widen
@@ -27,6 +28,10 @@ from rau.testing.trial import problem_of
 
 _MISFIT = 0.1  # so much of what is wrong is left to what else may be wrong
 _ALIKE = 0.01  # a difference in misfit that another arithmetic may make
+_VENDORS = (
+    "It is what the vendor's operator computes (rau.testing.VendorArithmetic): rows in float32, nothing guarded, so that 0 / 0 is "
+    "NaN, and element d weighted by lane d mod 8. The backend \"ascend\" repairs that."
+)
 _SLIGHT = 64.0  # a tolerance: about what rows computed in float32 come to
 
 
@@ -83,14 +88,16 @@ class Diagnosis:
     ----------
     comparison : Comparison
         What the oracle says.
-    missing : tuple of str
-        Arrays that were not observed, and so are not judged.
     candidates : tuple of Candidate
         The mistakes that fit better than none, best first; empty if the output is right.
     invisible : tuple of str
         Mistakes that make no difference on these inputs, so that nothing can be said about them.
     slight : bool
         Whether the output is wrong, but by no more than another arithmetic might be.
+    missing : tuple of str
+        Arrays that were not observed, and so are not judged.
+    vendors : bool
+        Whether a wrong attn_out is that of :class:`rau.testing.VendorArithmetic`, up to rounding.
     """
 
     comparison: Comparison
@@ -98,6 +105,7 @@ class Diagnosis:
     invisible: tuple[str, ...]
     slight: bool
     missing: tuple[str, ...] = ()
+    vendors: bool = False
 
     @property
     def right(self) -> bool:
@@ -119,6 +127,8 @@ class Diagnosis:
         lines = [str(self.comparison)]
         if self.missing:
             lines.append(f"not judged, since the file does not have it: {', '.join(self.missing)}")
+        if self.vendors:
+            lines.append(_VENDORS)
         for candidate in self.recognised:
             lines += [f"known mistake: {candidate}", f"  {candidate.mistake.wrong}", f"  {candidate.mistake.change}"]
         if len(self.recognised) > 1:
@@ -177,11 +187,17 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     missing = tuple(name for name, part in zip(FIELDS, record.observed, strict=True) if part is None)
     observed = _completed(record.observed, expected)
     comparison = compare(observed, expected, tolerance=tolerance)
+    shares_of = {"attn_out": "attn_share", "softmax_sum": "sum_share"}
+    comparison = replace(comparison, **{shares_of[name]: np.nan for name in missing if name in shares_of})
     wrong = not comparison.passed and _comparable(observed, expected)
     slight = wrong and compare(observed, expected, tolerance=_SLIGHT).passed
     # Another arithmetic may be on top of a mistake: where anything is far off, what is slightly off tells nothing.
     truth = _truths(observed, expected, tolerance if slight else max(tolerance, _SLIGHT)) if wrong else []
     rows = Steps(call.states, case.lengths_argument(), case.layout, case.softmax_layout)
+    vendors = False
+    if truth and not slight and "attn_out" not in missing and not record.lse_base and (case.states, case.lanes) == (2, 8):
+        made = _numbers(vendors_merge(rows), False)[0]
+        vendors = bool(truth[0].wrong.any() and _fit(_numbers(observed, False)[0], made, truth[0])[0].all())
     mistakes = MISTAKES
     if record.lse_base:
         with np.errstate(all="ignore"):
@@ -197,7 +213,7 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
             candidates.append(min((_judge(mistake, observed, r, truth) for r in results), key=_order))
     candidates = [candidate for candidate in candidates if candidate.same_bits or candidate.misfit < 1]
     candidates.sort(key=_order)
-    return Diagnosis(comparison, tuple(candidates), tuple(invisible), slight, missing)
+    return Diagnosis(comparison, tuple(candidates), tuple(invisible), slight, missing, vendors)
 
 
 def _completed(observed: AttentionState, expected: Expected) -> AttentionState:

@@ -24,6 +24,7 @@ AttentionState or a tuple of three tensors, under ``prev``, ``cur`` and ``out``.
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -176,8 +177,9 @@ def _of_torch(path: Any) -> dict[str, np.ndarray]:
         with torch.serialization.safe_globals([AttentionState]):
             given = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecordError(f"{path}: torch does not read it as weights only: {reason} Save a dict of tensors.") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))  # a class or function that it would have to trust
+        holds = f", since it holds {found[1]}" if found else ""
+        raise RecordError(f"{path}: torch does not read it as weights only{holds}; expected a dict of tensors and words") from error
     if not isinstance(given, dict):
         raise RecordError(f"{path}: holds {described(given)}; expected a dict of tensors, with keys such as prev_attn_out")
     flat: dict[str, Any] = {}
