@@ -78,7 +78,7 @@ def draw(hops, title, file):
     axes.set_ylim(bottom=0.0)
     axes.set_xlabel("partial states merged")
     axes.set_ylabel("relative RMS error of attn_out")
-    axes.set_title(title)
+    axes.set_title(title + (f", by {hops[0].backend}" if hops else ""))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file)
@@ -105,10 +105,11 @@ def main():
     try:
         problem = demo.problem(options)
         backends = session.choose(options.backends)[0]
-        if not options.backends:
-            backends = backends[:1]
+        others = "" if options.backends else ", since all give the same bits; --backends names others"
+        backends = backends if options.backends else backends[:1]
+        by = f"Merged by {', '.join(backend.name for backend in backends)}{others}."
         if not options.json:
-            print(demo.heading(options), flush=True)
+            print(demo.heading(options), by, sep="\n", flush=True)
         with progress(2 * options.ranks + 1 + len(backends) * options.ranks, quiet=options.json) as step:
             work = ring.prepare(options, step)
             hops = [hop for backend in backends for hop in measure(work, backend, step)]

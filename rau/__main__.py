@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:  # told by the command's own parser, whose usage has what there is
         parser = subparsers.choices.get(parsed.command, parser)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, parser)}")
+    if parsed.command is not None and parsed.json and getattr(parsed, "form", None):
+        subparsers.choices[parsed.command].error(f"--json: not allowed with --{parsed.form}")
     if parsed.command is None:
         parser.print_help(sys.stderr)
         return 2

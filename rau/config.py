@@ -35,6 +35,16 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def _processor() -> str:
+    """Name the processor, for which Python knows no more than its kind on Linux."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as told:
+            model = next((line.partition(":")[2].strip() for line in told if line.startswith("model name")), "")
+    except OSError:
+        model = platform.processor()
+    return f", {model}" if model else ""
+
+
 def _core() -> dict[str, Any]:
     try:
         from rau._core import build, forked, simd, simd_versions
@@ -85,7 +95,7 @@ def collect() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version for name in _PACKAGES if (version := version_of(name))},
         },
-        "platform": f"{platform.platform()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "platform": f"{platform.platform()} {platform.machine()}, {os.cpu_count()} CPUs{_processor()}",
         "core": _core(),
         "threads": threads,
         "backends": statuses,

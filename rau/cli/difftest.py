@@ -38,6 +38,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=f"{_EXAMPLES}\n\n{session.EXIT_STATUS}",
     )
     session.add_backends(parser)
+    session.add_tables(parser)
     length = parser.add_mutually_exclusive_group()
     text = f"how many generated cases to add to the named ones (default: {_GENERATED})"
     length.add_argument("--cases", type=session.whole(0), metavar="N", help=text)
@@ -130,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.config import collect
     from rau.testing.differential import Differential
 
+    session.check_form(arguments.form)
     if arguments.replay:
         case_options.refuse_beside("--replay", arguments)
     backends, not_run = session.choose(arguments.backends)
@@ -148,7 +150,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.report:
         _save_page(this, lines, folder / "index.html")
         lines += [f"report: {folder / 'index.html'}", ""]
-    if arguments.json:
+    if arguments.form:
+        session.print_table(arguments.form, _records(this))
+    elif arguments.json:
         session.print_json(this.document())
     else:
         print(*lines, this.verdict, sep="\n")
@@ -166,7 +170,7 @@ def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any
     this.report = run_recorded(recorded, backends)
     if arguments.backends is not None:  # the question is whether these are right now, whatever was recorded
         this.report.wrong.pop(record.Recorded.name, None)
-    if not arguments.json:
+    if not (arguments.json or arguments.form):
         print(session.heading(this.configuration))
         print(f"\nreplaying {arguments.replay}: {case_options.describe(recorded.case)}")
 
@@ -179,14 +183,14 @@ def _compare(this: DifftestRun, arguments: argparse.Namespace, backends: list[An
     count = _GENERATED if arguments.cases is None else arguments.cases
     if not named and not any(True for _ in case_options.generated_cases(arguments, min(count, 1))):
         raise session.UsageError("no case matches --select, --dtype and --layout; see python -m rau cases")
-    if not arguments.json:
+    if not (arguments.json or arguments.form):
         names = ", ".join(this.tolerances)
         print(session.heading(this.configuration))
         print(f"\ncomparing {names}{'' if len(backends) > 1 else ' with the oracle'}", flush=True)
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
     cases = _cases(arguments, named, count, None if seconds is None else time.monotonic() + seconds)
     try:
-        with progress(seconds or len(named) + count, quiet=arguments.json) as step:
+        with progress(seconds or len(named) + count, quiet=bool(arguments.json or arguments.form)) as step:
             shown = _Shown(step, timed=seconds is not None)
             run_differential(backends, cases, folder=folder, progress=shown, into=this.report)
     except KeyboardInterrupt:
@@ -224,6 +228,18 @@ class _Shown:
         weight = now - self.last if self.timed else report.cases - self.cases
         self.step(f"{report.cases:,} cases, {rate:.0f}/s, worst {session.share(worst)}{wrong}", weight)
         self.last, self.cases = now, report.cases
+
+
+def _records(this: DifftestRun) -> list[dict[str, Any]]:
+    """The figures of each backend, by dtype, for a table elsewhere."""
+    return [
+        {
+            "backend": name, "dtype": dtype, "tolerance": this.tolerances.get(name, 1), "attn_out share": share,
+            "softmax_sum share": standing.sum_shares[dtype], "cases": standing.cases, "wrong": this.report.wrong.get(name, 0),
+        }
+        for name, standing in this.report.standings.items()
+        for dtype, share in standing.attn_shares.items()
+    ]  # fmt: skip
 
 
 def _words(this: DifftestRun) -> list[str]:

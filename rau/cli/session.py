@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -135,6 +136,35 @@ def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
     if twice:
         raise UsageError(f"several backends are called {', '.join(twice)}; give each class its own name")
     return backends, missing
+
+
+def add_tables(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that print the figures as a table for elsewhere, and nothing else."""
+    forms = parser.add_mutually_exclusive_group()
+    for form, text in (("csv", "commas, numbers in full"), ("markdown", "needs tabulate"), ("latex", "needs tabulate, and booktabs")):
+        text = f"the figures alone, as a table: {text}"
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=text)
+
+
+def check_form(form: str | None) -> None:
+    """Refuse a table that cannot be made, before anything takes time."""
+    if form in _TABLES and find_spec("tabulate") is None:
+        raise UsageError(f"--{form} needs tabulate: {command('cli')}")
+
+
+_TABLES = {"markdown": "github", "latex": "latex_booktabs"}  # of tabulate
+
+
+def print_table(form: str, records: Sequence[dict[str, Any]]) -> None:
+    """Print figures, a record a row, of the same keys each."""
+    if form == "csv":
+        writer = csv.DictWriter(sys.stdout, list(records[0]) if records else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        return
+    from tabulate import tabulate
+
+    print(tabulate(records, headers="keys", tablefmt=_TABLES[form], floatfmt=".4g", missingval="-"))
 
 
 def heading(configuration: dict[str, Any]) -> str:

@@ -187,8 +187,11 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     missing = tuple(name for name, part in zip(FIELDS, record.observed, strict=True) if part is None)
     observed = _completed(record.observed, expected)
     comparison = compare(observed, expected, tolerance=tolerance)
-    shares_of = {"attn_out": "attn_share", "softmax_sum": "sum_share"}
-    comparison = replace(comparison, **{shares_of[name]: np.nan for name in missing if name in shares_of})
+    comparison = replace(
+        comparison,
+        attn_share=np.nan if "attn_out" in missing else comparison.attn_share,
+        sum_share=np.nan if "softmax_sum" in missing else comparison.sum_share,
+    )
     wrong = not comparison.passed and _comparable(observed, expected)
     slight = wrong and compare(observed, expected, tolerance=_SLIGHT).passed
     # Another arithmetic may be on top of a mistake: where anything is far off, what is slightly off tells nothing.
