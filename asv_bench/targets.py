@@ -253,7 +253,7 @@ def draw(groups: Iterable[Group], file: str, where: str = "") -> None:
         axes.plot([], [], style, color="black", linewidth=1, label=name)
     axes.set_xticks(range(len(shown)), labels)
     axes.set_ylabel("GB/s")
-    figure.suptitle("Merging attention states: the memory's roof, and what is reached under it")
+    figure.suptitle("Merging attention states:\nthe memory's roof, and what is reached under it")
     axes.set_title(where, fontsize="small", wrap=True)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(True, which="both", axis="y", alpha=0.2)

@@ -267,3 +267,10 @@ def test_the_parser_costs_nothing():
         "assert not {'rich', 'rau.testing', 'rau.cli.bench.survey', 'ml_dtypes', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_table_for_a_paper(capsys):
+    assert main([*QUICK, "--backends", "numpy", "--csv"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header == "size,dtype,call,how,seconds,low quartile,high quartile,GB/s,of roof"
+    assert len(rows) >= 6 and all(row.count(",") >= 8 for row in rows) and any(",numpy,out=," in row for row in rows)

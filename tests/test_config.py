@@ -203,3 +203,14 @@ def test_wrong_usage_of_the_command_line():
         assert done.returncode == 2
         assert done.stdout == ""
         assert "usage: python -m rau" in done.stderr
+
+
+def test_the_processor_is_named(monkeypatch, tmp_path):
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor\t: 0\nmodel name\t: A CPU: fast\nprocessor\t: 1\nmodel name\t: another\n")
+    real = open
+    monkeypatch.setattr("builtins.open", lambda name, *a, **k: real(told if name == "/proc/cpuinfo" else name, *a, **k))
+    assert config.collect()["platform"].endswith(f", {os.cpu_count()} CPUs, A CPU: fast")
+    told.unlink()
+    monkeypatch.setattr(config.platform, "processor", lambda: "")
+    assert config.collect()["platform"].endswith(" CPUs")

@@ -63,9 +63,16 @@ def test_in_words(hop_errors, capsys):
     assert hop_errors("--ranks", "6", "--backends", "numpy") == 0
     out = capsys.readouterr().out
     assert out.startswith("Attention of 64 tokens, 2 heads of dimension 16, bfloat16, layout SBH.\n")
+    assert "\nMerged by numpy.\n" in out
     rows = [line.split() for line in out.splitlines() if line.split()[:1] == ["numpy"]]
     assert [row[1] for row in rows] == ["2", "4", "6"]
     assert "times as far off; StreamingMerge has the error of one" in out
+
+
+def test_it_says_which_backend_merged(hop_errors, capsys):
+    assert hop_errors("--ranks", "2") == 0
+    first = next(status.name for status in rau.registry.status() if status.available)
+    assert f"\nMerged by {first}, since all give the same bits; --backends names others.\n" in capsys.readouterr().out
 
 
 def test_several_backends(hop_errors, capsys):

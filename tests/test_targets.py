@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -147,6 +148,10 @@ def test_a_chart(monkeypatch, tmp_path, capsys):
     assert f"drawn: {file}" in capsys.readouterr().out
     text = file.read_text()
     assert "</svg>" in text and all(f"<!-- {word}" in text for word in ("numpy", "in-place triad", "0.40 flop/byte", "out="))
+    where = re.search(r"<!-- (.*) -->", text[text.index(" CPUs") - 20 :])[1]
+    assert re.fullmatch(r"\d+ CPUs(, .+)?; \d+ threads?; \d\d \w+ 20\d\d", where)
+    assert text.count("<!-- numpy -->") == 1  # one legend
+    assert text.count("LineCollection") >= 12  # whiskers, of each call
 
 
 def test_as_typed():
