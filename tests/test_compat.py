@@ -249,8 +249,13 @@ WORDS = {
     ),
     "an order of another name": (
         lambda: npu_ring_attention_update(*STATE, *STATE, [0, 6], input_layout="TND", input_softmax_layout="tnd"),
-        "npu_ring_attention_update: [softmax-layout] input_softmax_layout = 'tnd'; expected one of \"\", \"SBH\", \"TND\". "
-        'Did you mean "TND"? "TND" is token-major; "SBH" and "" are packed per sequence, as npu_fusion_attention emits.',
+        "npu_ring_attention_update: [softmax-layout] input_softmax_layout = 'tnd'; expected one of \"SBH\", \"TND\". "
+        'Did you mean "TND"? "TND" is token-major; "SBH", or "", is packed per sequence, as npu_fusion_attention emits.',
+    ),
+    "an order of no name": (
+        lambda: npu_ring_attention_update(*STATE, *STATE, [0, 6], input_layout="TND", input_softmax_layout="token"),
+        "npu_ring_attention_update: [softmax-layout] input_softmax_layout = 'token'; expected one of \"SBH\", \"TND\". "
+        '"TND" is token-major; "SBH", or "", is packed per sequence, as npu_fusion_attention emits.',
     ),
     "a layout of rau's": (
         lambda: npu_ring_attention_update(*STATE, *STATE, input_layout="BSND"),

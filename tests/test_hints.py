@@ -356,6 +356,9 @@ def test_a_swapped_pair_is_recognised_in_every_layout():
         out, lse = rng.standard_normal(out, "f4"), rng.standard_normal(lse, "f4")
         assert refusal(lambda: AttentionState.from_lse(lse, out, base="e", layout=layout)).endswith(" The pair seems to be swapped.")
         rau.merge_lse([(out, lse)], layout, base="e")
+        half = out.astype("f2")
+        said = refusal(lambda: rau.merge_lse([(out, lse), (lse, half)], layout, base="e"))
+        assert "the pair seems to be swapped, since pairs[1][1] has dtype float16." in said and "Compute it" not in said
 
 
 def test_a_state_is_not_three_arrays():

@@ -85,8 +85,9 @@ def npu_ring_attention_update(
     name, named = ("layout", layout) if input_layout is None else ("input_layout", input_layout)
     if named is not None:
         report.choice("layout", name, named, PROFILES["cann-v2"].layouts, "", OTHER_LAYOUTS)
-    note = ' "TND" is token-major; "SBH" and "" are packed per sequence, as npu_fusion_attention emits.'
-    report.choice("softmax-layout", "input_softmax_layout", input_softmax_layout, ("", "SBH", "TND"), note, {})
+    if not (isinstance(input_softmax_layout, str) and input_softmax_layout == ""):
+        note = ' "TND" is token-major; "SBH", or "", is packed per sequence, as npu_fusion_attention emits.'
+        report.choice("softmax-layout", "input_softmax_layout", input_softmax_layout, ("SBH", "TND"), note, {})
     report.raise_if_broken()
     if input_softmax_layout == "TND" and actual_seq_qlen is not None:
         # Not read, hence not checked: one sequence of all tokens stands for it. What has no shape is refused further on.

@@ -228,8 +228,7 @@ def check_shapes(
     axes = LAYOUTS[layout]
     shape, given = tuple(attn_out.shape), tuple(rows.shape)
     if len(shape) != axes.attn.count(",") + 1:
-        other_way = (len(given), len(shape)) == (axes.attn.count(",") + 1, len(rows_layout))
-        hint = _SWAPPED if other_way else _fitting(shape, given, layout, heads, option)
+        hint = _SWAPPED if seems_swapped(attn_out, rows, layout, rows_layout) else _fitting(shape, given, layout, heads, option)
         report.add("rank", f'{out_name} has shape {shape}; layout "{layout}" expects {axes.attn}.{hint}')
     elif len(given) != len(rows_layout):
         hint = f" Drop its last axis: {name}[..., 0]." if given == (*given[: len(rows_layout)], 1) else ""
@@ -244,7 +243,17 @@ def check_shapes(
             return
         expected = {each: _expected(shape, given, layout, each, heads) for each in lse_layouts(layout)}
         if given != expected[rows_layout]:
-            _say_shapes(report, shape, given, layout, rows_layout, heads, expected, out_name, name, option)
+            swapped_pair = seems_swapped(attn_out, rows, layout, rows_layout)
+            _say_shapes(report, shape, given, layout, rows_layout, heads, expected, out_name, name, option, swapped_pair)
+
+
+def seems_swapped(attn_out: Any, lse: Any, layout: str, axes: str) -> bool:
+    """Tell whether what was given as the output has the shape of the log-sum-exp, and the other way round."""
+    shape, given = tuple(attn_out.shape), tuple(lse.shape)
+    ranks = LAYOUTS[layout].attn.count(",") + 1, len(axes)
+    if (len(given), len(shape)) != ranks:
+        return False
+    return ranks[0] != ranks[1] or _expected(given, shape, layout, axes, None) == shape != given
 
 
 _SWAPPED = " The pair seems to be swapped."
@@ -329,13 +338,14 @@ def _say_shapes(
     out_name: str,
     name: str,
     option: str,
+    swapped_pair: bool,
 ) -> None:
     """Note rows that do not fit, and what they seem to be."""
     hint = ""
     for other in expected:
         if other != axes and given == expected[other]:
             hint = f' It looks like {LSE_LAYOUTS[other]}: pass {option}="{other}".'
-    if not hint and len(given) == len(shape) and _expected(given, shape, layout, axes, heads) == shape:
+    if not hint and swapped_pair:
         hint = _SWAPPED
     wanted, its = expected[axes], given[axes.index("N")]
     if wanted is None:
