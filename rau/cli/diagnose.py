@@ -87,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _unread(key: str) -> str:
     """Say that a key means nothing, and which one is meant."""
-    names = ("attn_out", "softmax_max", "softmax_sum", "lse")
-    known = ("actual_seq_qlen", "layout", "softmax_layout", "lse_base", *(f"{of}{name}" for of in ("", "prev_", "cur_") for name in names))
+    arrays = [f"{of}{name}" for of in ("", "prev_", "cur_") for name in ("attn_out", "softmax_max", "softmax_sum", "lse")]
+    known = ("actual_seq_qlen", "layout", "softmax_layout", "lse_base", *arrays)
     close = difflib.get_close_matches(key, known, n=1)
     return f"not read: {key}, which means nothing here" + (f"; did you mean {close[0]}?" if close else "")
 
@@ -103,7 +103,8 @@ def _steps(of: Element) -> list[str]:
     lines[-1] += f", {'anything will do' if math.isinf(of.bound) else within}"
     if of.observed is not None and of.share is not None:
         off = f", off by {abs(of.observed - of.exact):.3g}" if math.isfinite(of.observed - of.exact) else ""
-        lines.append(f"observed: {of.observed:.9g}{off}: {'right' if of.share <= 1 else 'wrong'}, {session.share(of.share)} of the bound")
+        verdict = "right" if of.share <= 1 else "wrong"
+        lines.append(f"observed: {of.observed:.9g}{off}: {verdict}, {session.share(of.share)} of the bound")
     return lines
 
 

@@ -28,8 +28,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Ask every backend the same: what it makes of empty rows, of NaN and infinity behind a weight of 0 and "
         "in statistics, how large its errors are in each dtype, how it rounds to 16 bits, how many states, layouts and "
         "strides it takes, and whether it has gradients. It is run, whatever it promises.",
-        epilog=f"{_EXAMPLES}\n\nExit status: 0 every kernel does what it promises, 1 one does not, 2 wrong usage or a named backend is "
-        "missing.",
+        epilog=f"{_EXAMPLES}\n\nExit status: 0 every kernel does what it promises, 1 one does not, 2 wrong usage or a named "
+        "backend is missing.",
     )
     session.add_backends(parser)
     text = "write an HTML page, too, DIR/index.html; needs rich"

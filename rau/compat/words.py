@@ -24,8 +24,8 @@ def worded(*sides: tuple[str, str], call: str = "", **names: str) -> Callable[[_
     """Have a function word the errors of what it calls in its own names.
 
     `sides` are what it calls the output and the log-sum-exp of each pair or state, or once for all of them, with a "{k}" in it.
-    `names` has what it calls something else, by patterns of what it is called: ``out_0`` and ``out_1`` are those of a pair to write into. `call` is its own name,
-    where it does a part of another function's work.
+    `names` has what it calls something else, by patterns of what that is called: ``out_0`` and ``out_1`` are those of a pair to
+    write into. `call` is its own name, where it does a part of another function's work.
     """
 
     def decorate(function: _Function) -> _Function:

@@ -30,8 +30,8 @@ class Comparison:
         Whether nothing is wrong.
     attn_share, sum_share : float
         Largest error of attn_out and softmax_sum (of the log-sum-exp, where the kernel keeps that) as a share of its bound;
-        1.0 is the limit. NaN where it was not judged, infinity where a bit was not kept that had to be, NaN or infinity is in the wrong place, or shape
-        or dtype is wrong.
+        1.0 is the limit. Infinity where a bit was not kept that had to be, NaN or infinity is in the wrong place, or shape
+        or dtype is wrong. NaN where the array was not there to be judged.
     problems : tuple of str
         What is wrong, one sentence each: where it is worst, what was found, and what was expected.
     """

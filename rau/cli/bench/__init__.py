@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         })  # fmt: skip
         return 0
     if arguments.form:
-        session.print_table(arguments.form, [_record(group, row) for group in groups for row in (*group.roof.values(), *group.rows, *group.peers)])
+        rows = [(group, row) for group in groups for row in (*group.roof.values(), *group.rows, *group.peers)]
+        session.print_table(arguments.form, [_record(*row) for row in rows])
         return 0
     print(_LEGEND)
     for name, reason in not_run.items():

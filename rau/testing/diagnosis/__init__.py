@@ -211,8 +211,7 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
         if not results:
             invisible.append(mistake.name)
         elif any(part.wrong.any() for part in truth):
-            results = [AttentionState(*(its if part is None else r[i] for i, (part, its) in enumerate(zip(record.observed, observed))))
-                       for r in results]  # fmt: skip
+            results = [_with(result, record.observed, observed) for result in results]
             candidates.append(min((_judge(mistake, observed, r, truth) for r in results), key=_order))
     candidates = [candidate for candidate in candidates if candidate.same_bits or candidate.misfit < 1]
     candidates.sort(key=_order)
@@ -221,12 +220,15 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
 
 def _completed(observed: AttentionState, expected: Expected) -> AttentionState:
     """Put what is right in the places of what was not observed: nothing then speaks for a mistake there, nor against one."""
-    exact = (
-        (expected.attn_out, expected.dtype), (expected.softmax_max, expected.stats_dtype), (expected.softmax_sum, expected.stats_dtype)
-    )  # fmt: skip
+    exact, dtypes = [getattr(expected, name) for name in FIELDS], (expected.dtype, expected.stats_dtype, expected.stats_dtype)
     with np.errstate(all="ignore"):
-        right = [its.astype(named_dtype(dtype)) for its, dtype in exact]
+        right = [its.astype(named_dtype(dtype)) for its, dtype in zip(exact, dtypes, strict=True)]
     return AttentionState(*(its if part is None else part for part, its in zip(observed, right, strict=True)))
+
+
+def _with(result: AttentionState, observed: AttentionState, completed: AttentionState) -> AttentionState:
+    """Put the same into what a mistake makes."""
+    return AttentionState(*(right if seen is None else its for its, seen, right in zip(result, observed, completed, strict=True)))
 
 
 def _order(candidate: Candidate) -> tuple[bool, bool, bool, float]:
