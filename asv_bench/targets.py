@@ -32,6 +32,7 @@ from rau.cli.bench.timing import thread_count
 from rau.cli.bench.workload import LARGE, Size
 from rau.cli.console import Step, progress, table
 from rau.config import collect
+from rau.install import command
 
 REACHED, MISSED, UNMEASURED = "reached", "MISSED", "not measured here"
 STEPS = 8  # of measurements()
@@ -217,11 +218,12 @@ _STYLES = {"triad": "-", "in-place triad": "--", "copy": ":"}
 _MARKERS = {"out=": "o", "fresh": "s", "in place": "^"}
 
 
-def draw(groups: Iterable[Group], file: str) -> None:
+def draw(groups: Iterable[Group], file: str, where: str = "") -> None:
     """Draw the roofline chart: a column for each size, its roof, and a point for each call under it.
 
     Every call does so little with a byte that the memory alone is its roof, and calls of one dtype and head dimension do
-    the same: columns are therefore side by side, with their flop/byte written beneath, and the scale is bandwidth.
+    the same: columns are therefore side by side, with their flop/byte written beneath, and the scale is bandwidth. Whiskers go
+    from one quartile of the time to the other; `where` says on what it was measured, and when.
     """
     from matplotlib.figure import Figure
 
@@ -237,7 +239,9 @@ def draw(groups: Iterable[Group], file: str) -> None:
         for row in group.rows:
             place = names.index(row.name)
             x = column - 0.35 + 0.7 * (place + 0.5) / len(names)
-            axes.plot(x, row.gigabytes_per_second, _MARKERS[row.how], color=f"C{place}", fillstyle="none")
+            rate, spread = row.gigabytes_per_second, row.seconds
+            whiskers = [[rate - rate * spread.median / spread.high], [rate * spread.median / spread.low - rate]]
+            axes.errorbar(x, rate, whiskers, fmt=_MARKERS[row.how], color=f"C{place}", fillstyle="none", capsize=2, elinewidth=0.8)
         size = group.size
         intensity = _FLOPS * size.tokens * size.heads * size.head_dim / group.bytes
         labels.append(f"{size}".replace(", ", "\n") + f"\n{group.dtype}\n{intensity:.2f} flop/byte")
@@ -249,7 +253,8 @@ def draw(groups: Iterable[Group], file: str) -> None:
         axes.plot([], [], style, color="black", linewidth=1, label=name)
     axes.set_xticks(range(len(shown)), labels)
     axes.set_ylabel("GB/s")
-    axes.set_title("Merging attention states: the memory's roof, and what is reached under it")
+    figure.suptitle("Merging attention states:\nthe memory's roof, and what is reached under it")
+    axes.set_title(where, fontsize="small", wrap=True)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(True, which="both", axis="y", alpha=0.2)
     figure.savefig(file)
@@ -267,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             draw([], options.plot)  # what stands against it is told before anything takes time
         except ImportError:
-            parser.error("argument --plot: needs matplotlib: pip install 'ring-attention-update[bench]'")
+            parser.error(f"argument --plot: needs matplotlib: {command('bench')}")
         except (OSError, ValueError) as error:
             parser.error(f"argument --plot: {error}")
     with thread_count(options.threads) as threads:
@@ -275,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.json:
             print(session.heading(configuration), *busy(load), sep="\n", flush=True)
         if options.plot:
-            document: dict[str, Any] = _chart(options)
+            document: dict[str, Any] = _chart(options, configuration, threads)
         else:
             document = _table(options, threads)
     seconds = time.monotonic() - started
@@ -304,12 +309,13 @@ def _table(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     return {"scale": scale, "targets": lines}
 
 
-def _chart(options: argparse.Namespace) -> dict[str, Any]:
+def _chart(options: argparse.Namespace, configuration: dict[str, Any], threads: int) -> dict[str, Any]:
     backends, not_run = session.choose(None)
     plan = QUICK if options.quick else PLAN
     with progress(len(plan), quiet=options.json) as step:
         groups = list(survey(plan, backends, None, not_run, step))
-    draw(groups, options.plot)
+    where = f"{configuration['platform'].partition(', ')[2]}; {session.counted(threads, 'thread')}; {time.strftime('%d %B %Y')}"
+    draw(groups, options.plot, where)
     if not options.json:
         for name, reason in not_run.items():
             print(f"not run: {name} ({reason})")

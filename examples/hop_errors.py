@@ -1,7 +1,7 @@
 """What rounding at every hop of a ring costs, and a float32 running state does not: how the error grows from 2 partials on.
 
     python examples/hop_errors.py                      64 partials in bfloat16, a table
-    python examples/hop_errors.py --plot errors.png    and a chart of it; pip install 'ring-attention-update[bench]'
+    python examples/hop_errors.py --plot errors.png    and a chart of it; pip install -e '.[bench]'
 
 Exit status: 0 StreamingMerge has the error of one rounding at every length, 1 it has not, 2 wrong usage.
 """
@@ -16,6 +16,7 @@ import rau
 from rau.cli import demo, session
 from rau.cli.console import progress, table
 from rau.cli.demo import ring
+from rau.install import command
 from rau.testing import oracle
 from rau.testing.reference.oracle import widen
 
@@ -77,7 +78,7 @@ def draw(hops, title, file):
     axes.set_ylim(bottom=0.0)
     axes.set_xlabel("partial states merged")
     axes.set_ylabel("relative RMS error of attn_out")
-    axes.set_title(title)
+    axes.set_title(title + (f", by {hops[0].backend}" if hops else ""))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file)
@@ -87,7 +88,7 @@ def main():
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.splitlines()[-1])
     demo.add_problem(parser, 512, 64, ("bfloat16", "float16"))
-    session.add_backend(parser)
+    session.add_backends(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw a chart into a file (.png, .svg, .pdf); needs matplotlib")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     options = parser.parse_args()
@@ -98,16 +99,17 @@ def main():
         try:
             draw([], title, options.plot)  # what stands against it is told before anything takes time
         except ImportError:
-            parser.error("argument --plot: needs matplotlib: pip install 'ring-attention-update[bench]'")
+            parser.error(f"argument --plot: needs matplotlib: {command('bench')}")
         except (OSError, ValueError) as wrong:
             parser.error(f"argument --plot: {wrong}")
     try:
         problem = demo.problem(options)
-        backends = session.choose(options.backend)[0]
-        if not options.backend:
-            backends = backends[:1]
+        backends = session.choose(options.backends)[0]
+        others = "" if options.backends else ", since all give the same bits; --backends names others"
+        backends = backends if options.backends else backends[:1]
+        by = f"Merged by {', '.join(backend.name for backend in backends)}{others}."
         if not options.json:
-            print(demo.heading(options), flush=True)
+            print(demo.heading(options), by, sep="\n", flush=True)
         with progress(2 * options.ranks + 1 + len(backends) * options.ranks, quiet=options.json) as step:
             work = ring.prepare(options, step)
             hops = [hop for backend in backends for hop in measure(work, backend, step)]

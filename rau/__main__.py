@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import io
 import os
@@ -10,6 +11,7 @@ import sys
 from contextlib import redirect_stdout
 
 from rau.cli.console import Visible, own_stdout, visible
+from rau.cli.session import Formatter, examples
 from rau.errors import RauError
 
 COMMANDS = ("info", "demo", "bench", "check", "bits", "difftest", "matrix", "cases", "diagnose")
@@ -23,14 +25,26 @@ def main(arguments: list[str] | None = None) -> int:
     int
         The exit status: 0 good, 1 the verdict is bad, 2 wrong usage or a named backend is missing.
     """
-    parser = argparse.ArgumentParser(prog="python -m rau", description="Merge partial attention states.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rau",
+        description="Merge partial attention states.",
+        epilog=examples("demo", "check mykernel:Mine", "diagnose observed.npz") + "\n\npython -m rau COMMAND --help has more of each.",
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"rau.cli.{name}")
         command = module.add_parser(subparsers)
+        command.formatter_class = Formatter
         command.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
         command.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:  # told by the command's own parser, whose usage has what there is
+        parser = subparsers.choices.get(parsed.command, parser)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, parser)}")
+    if parsed.command is not None and parsed.json and getattr(parsed, "form", None):
+        subparsers.choices[parsed.command].error(f"--json: not allowed with --{parsed.form}")
     if parsed.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -54,6 +68,23 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, OSError):
             _drop_output()
         return 2
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from rau.config import (
+            version_of,  # late, since the metadata of distributions are slow to read
+        )
+
+        print(f"rau {version_of('ring-attention-update') or '(a source tree that is not installed)'}")
+        parser.exit()
+
+
+def _meant(unknown: list[str], parser: argparse.ArgumentParser) -> str:
+    """Word the option that the first unknown one seems to be."""
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+    return f". Did you mean {close[0]}?" if close else ""
 
 
 def _drop_output() -> None:

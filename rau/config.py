@@ -25,8 +25,12 @@ ENVIRONMENT = {
 _PACKAGES = ("numpy", "ml_dtypes", "torch", "triton", "mindspore", "rich")
 
 
-def _version(distribution: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version  # slow to import, and needed here alone
+def version_of(distribution: str) -> str | None:
+    """Return the version of an installed distribution; None where there is none."""
+    from importlib.metadata import (  # slow to import, and needed here alone
+        PackageNotFoundError,
+        version,
+    )
 
     try:
         return version(distribution)
@@ -34,14 +38,24 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _processor() -> str:
+    """Name the processor, for which Python knows no more than its kind on Linux."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as told:
+            model = next((line.partition(":")[2].strip() for line in told if line.startswith("model name")), "")
+    except OSError:
+        model = platform.processor()
+    return f", {model}" if model else ""
+
+
 def _core() -> dict[str, Any]:
     try:
         from rau._core import build, forked, simd, simd_versions
     except ImportError as error:
-        from rau.backends.cython_ import MISSING  # where there is no core
+        from rau.backends.cython_ import missing  # where there is no core
 
         cost = "the numpy backend runs instead: the same bits, several times slower, on one thread"
-        return {"compiled": False, "missing": f"{MISSING} [{error}]", "cost": cost}
+        return {"compiled": False, "missing": missing(error), "cost": cost}
     core = {"compiled": True, **build(), "simd": simd(), "simd_versions": simd_versions()}
     if not core["openmp"]:
         core["missing"] = "the compiler had no OpenMP when the core was built"
@@ -80,11 +94,11 @@ def collect() -> dict[str, Any]:
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("RAU_")}
     return {
         "versions": {
-            "rau": _version("ring-attention-update") or "not installed: running from a source tree",
+            "rau": version_of("ring-attention-update") or "not installed: running from a source tree",
             "python": platform.python_version(),
-            **{name: version for name in _PACKAGES if (version := _version(name))},
+            **{name: version for name in _PACKAGES if (version := version_of(name))},
         },
-        "platform": f"{platform.platform()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "platform": f"{platform.platform()} {platform.machine()}, {os.cpu_count()} CPUs{_processor()}",
         "core": _core(),
         "threads": threads,
         "backends": statuses,

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 from rau import registry
 from rau.call import NAMES
 from rau.constraints import Options, bind
+from rau.constraints.stacked import as_states
 from rau.errors import RauError
 from rau.problem import Problem
+from rau.streaming import StreamingMerge
 
 
 class Verdict(NamedTuple):
@@ -33,6 +35,9 @@ class Verdict(NamedTuple):
     arrays: list[str] | None
     unavailable: str
     tried: bool
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         said = []
@@ -67,6 +72,9 @@ class Explanation(NamedTuple):
     verdicts: list[Verdict]
     problem: Problem
 
+    def __repr__(self) -> str:  # a notebook's last line
+        return str(self)
+
     def __str__(self) -> str:
         if self.selected:
             outcome = f"runs on {self.selected} ({self.origin})"
@@ -77,27 +85,31 @@ class Explanation(NamedTuple):
 
 def explain(
     prev_attn_out: Any,
-    prev_softmax_max: Any,
-    prev_softmax_sum: Any,
-    cur_attn_out: Any,
-    cur_softmax_max: Any,
-    cur_softmax_sum: Any,
+    prev_softmax_max: Any = None,
+    prev_softmax_sum: Any = None,
+    cur_attn_out: Any = None,
+    cur_softmax_max: Any = None,
+    cur_softmax_sum: Any = None,
     actual_seq_qlen: Any = None,
     layout: str = "SBH",
     *,
     softmax_layout: str = "TND",
     out: Any = None,
     backend: Any = None,
-    profile: str = "mindspore",
+    profile: str | None = None,
     check: str = "metadata",
 ) -> Explanation:
-    """Tell which backend would run a call of :func:`rau.ring_attention_update`, and what speaks against each of the others.
+    """Tell which backend would run a call, and what speaks against each of the others.
 
     Parameters
     ----------
     prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum, \
-actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
-        As in :func:`rau.ring_attention_update`.
+actual_seq_qlen, layout, softmax_layout, out, backend, check
+        As in :func:`rau.ring_attention_update`. Or, in the place of the six arrays: a list of states (or of one triple of K
+        states), and the call is :func:`rau.merge_states`; or a :class:`rau.StreamingMerge` that has a state, and it is its next
+        update, of which the rest is known.
+    profile : {"mindspore", "cann-v2", "portable"}, optional
+        By default that of the call: "mindspore" for an update, "portable" for a merge.
 
     Returns
     -------
@@ -116,11 +128,24 @@ actual_seq_qlen, layout, softmax_layout, out, backend, profile, check
     >>> out, stats = np.zeros((2, 1, 4), np.float32), np.ones((1, 1, 2, 8), np.float32)
     >>> rau.explain(out, stats, stats, out, stats, stats, backend="numpy").selected
     'numpy'
+    >>> rau.explain([(out, stats, stats)] * 3, backend="numpy").problem.K
+    3
     """
-    states = ((prev_attn_out, prev_softmax_max, prev_softmax_sum), (cur_attn_out, cur_softmax_max, cur_softmax_sum))
-    names = NAMES["ring_attention_update"]
+    if isinstance(prev_attn_out, StreamingMerge):
+        problem, backend = prev_attn_out.next_update()
+        return _explained(problem, backend)
+    if isinstance(prev_attn_out, (tuple, list)):
+        states, call = as_states(prev_attn_out, layout), "merge_states"
+    else:
+        prev = prev_attn_out, prev_softmax_max, prev_softmax_sum
+        states, call = (prev, (cur_attn_out, cur_softmax_max, cur_softmax_sum)), "ring_attention_update"
+    profile = profile or {"merge_states": "portable", "ring_attention_update": "mindspore"}[call]
     options = Options(layout, softmax_layout, profile, check)
-    problem, _ = bind("explain", states, names, actual_seq_qlen, options, out)
+    problem, _ = bind("explain", states, NAMES[call], actual_seq_qlen, options, out)
+    return _explained(problem, backend)
+
+
+def _explained(problem: Problem, backend: Any) -> Explanation:
     failure = ""
     chosen, origin = None, registry.requested(backend)[1]
     try:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from _thread import RLock  # threading's own, without the 1 ms that importing threading takes
+from _thread import (
+    RLock,  # threading's own, without the 1 ms that importing threading takes
+)
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple

@@ -19,10 +19,10 @@ from rau.plugins import (
     capabilities,
     find,
     first_told,
-    missing_part,
     get,
     known,
     load,
+    missing_part,
     names,
     provisionally,
     reason_of,
@@ -36,7 +36,7 @@ from rau.problem import Problem
 foreign_types.append(array_types)
 
 __all__ = [
-    "Status", "array_types", "blocked", "capabilities", "get", "names", "provisionally", "refresh", "register",
+    "Status", "array_types", "blocked", "capabilities", "get", "known", "names", "provisionally", "refresh", "register",
     "select", "standings", "status", "use_backend",
 ]  # fmt: skip
 

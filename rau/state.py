@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.arithmetic import library
+from rau.arrays import looks_like_array, summary
 from rau.arrays.numpy_ import ITEMSIZE
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.lse_arguments import (
@@ -24,6 +25,7 @@ from rau.constraints.lse_arguments import (
     check_padded,
     check_rows,
     check_shapes,
+    seems_swapped,
 )
 from rau.constraints.options import check_softmax_layout
 from rau.constraints.rules import Violations
@@ -54,6 +56,9 @@ class AttentionState(NamedTuple):
     -----
     The log-sum-exp of a row is m + log(l), so (m, l) and (lse, 1) are the same state.
 
+    It is a tuple: ``AttentionState(*(part.cpu() for part in state))`` is the same one elsewhere, and ``state._asdict()`` what
+    ``numpy.savez`` and ``torch.save`` keep best; torch.load reads that back with ``weights_only=True``.
+
     Examples
     --------
     >>> import numpy as np
@@ -66,6 +71,11 @@ class AttentionState(NamedTuple):
     attn_out: Any
     softmax_max: Any
     softmax_sum: Any
+
+    def __repr__(self) -> str:
+        width = max(map(len, self._fields))
+        lines = [f"  {name:{width}}  {summary(part)}" for name, part in zip(self._fields, self, strict=True)]
+        return "\n".join([type(self).__name__, *lines])
 
     @classmethod
     def from_lse(
@@ -356,6 +366,10 @@ def states_of(
         wide = out is not None and out.dtype == "float64"
         dtypes.append("float64" if wide else "float32")
         its = check_rows(report, name, lse, out_name, out, base)
+        if out is not None and its is None and axes and looks_like_array(lse) and seems_swapped(attn_out, lse, layout, axes):
+            # Of the output, which has another dtype, in the place of the log-sum-exp there is nothing else to say.
+            report.broken[-1] = ("rank", f"{out_name} has shape {tuple(attn_out.shape)} and {name} {tuple(lse.shape)}; the pair seems "
+                                 f"to be swapped, since {name} has dtype {str(lse.dtype).removeprefix('torch.')}.")  # fmt: skip
         if out is not None and its is not None and padded:
             lengths = check_padded(report, attn_out, lse, axes, number, actual_seq_qlen, out_name, name)
         elif out is not None and its is not None and axes:

@@ -9,7 +9,7 @@ And the gradient of attention to parts by kernels whose log-sum-exp has none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,37 +25,54 @@ from rau.errors import DTypeError, ShapeError, UnsupportedError
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def wanted(states: Sequence[Sequence[Any]]) -> bool:
-    """Tell whether a call has to go through the operators.
+class Graph(NamedTuple):
+    """Why a call has to go through the operators, in words, and how one keeps it from that."""
+
+    reason: str
+    way_out: str
+    operators_take_it: bool = True
+
+
+_TRACED = Graph("torch traces the call", "call it outside of the graph")
+_TRANSFORMED = Graph("a transform of torch.func is at work", "call it outside of the transform", operators_take_it=False)
+_FORWARD = Graph("forward-mode AD is at work", "call it outside of torch.autograd.forward_ad", operators_take_it=False)
+_GRADIENT = Graph("an input requires grad", "call under torch.no_grad()")
+
+
+def graph_of(states: Sequence[Sequence[Any]]) -> Graph | None:
+    """Tell why a call has to go through the operators; None where it need not.
 
     It has to while torch compiles or exports, inside a functorch transform or forward-mode AD, for tensors of other
     types than torch's own two (fake ones, subclasses), and where a gradient is asked for.
     """
     arrays = [array for state in states for array in state]
     if type(arrays[0]) is not Tensor and not any([isinstance(array, Tensor) for array in arrays]):
-        return False
+        return None
     if torch.compiler.is_compiling():
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return True
-    gradients, found = torch.is_grad_enabled(), False
+        return _TRACED
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _TRANSFORMED
+    if torch.autograd.forward_ad._current_level >= 0:
+        return _FORWARD
+    gradients, found = torch.is_grad_enabled(), None
     for array in arrays:
         cls = type(array)
         if cls is Tensor or cls is Parameter:
-            found = found or (gradients and array.requires_grad)
+            found = found or (_GRADIENT if gradients and array.requires_grad else None)
         elif isinstance(array, Tensor):
             if tensor_inside(cls):
-                return False  # the validator says what to pass in its place; the operators would not
-            found = True
+                return None  # the validator says what to pass in its place; the operators would not
+            found = found or Graph(f"an input is a {cls.__name__}, a subclass of torch.Tensor", "pass plain tensors")
     return found
 
 
-def refuse_out(call: str) -> NoReturn:
+def refuse_out(call: str, states: Sequence[Sequence[Any]]) -> NoReturn:
     """Say that nothing is written into where there is a graph."""
+    graph = graph_of(states)
+    assert graph is not None  # or nobody would have come here
     raise UnsupportedError(
-        f"{call}: out is given, and the inputs require grad or are being traced (compile, export, functorch); an "
-        "output that is written into has no gradient and no place in a graph. Leave out=None, or call under "
-        "torch.no_grad() outside of tracing."
+        f"{call}: out is given, and {graph.reason}; an output that is written into has no gradient and no place in a graph. "
+        f"Leave out=None, or {graph.way_out}."
     )
 
 
@@ -68,7 +85,7 @@ def through_operator(
     forward-mode AD.
     """
     if out is not None:
-        refuse_out(call)
+        refuse_out(call, states)
     if backend is not None and not isinstance(backend, str):
         raise UnsupportedError(f"{call}: backend is a {type(backend).__name__}; expected a name where torch traces the call")
     for state in states:

@@ -9,7 +9,13 @@ from typing import Any, Literal, overload
 from rau.arrays import kind_of
 from rau.call import NAMES, run
 from rau.constraints import Options, bind
-from rau.constraints.lse_arguments import check_base, check_layouts, check_pair_out, check_pairs, check_rows
+from rau.constraints.lse_arguments import (
+    check_base,
+    check_layouts,
+    check_pair_out,
+    check_pairs,
+    check_rows,
+)
 from rau.constraints.options import check_statistics
 from rau.constraints.rules import Violations
 from rau.constraints.stacked import as_states
@@ -405,7 +411,7 @@ def _refuse_graph(states: Sequence[Sequence[Any]]) -> None:
     """Refuse `out` where there is a graph."""
     operators = _operators(states)
     if operators is not None:
-        operators.refuse_out("merge_lse")
+        operators.refuse_out("merge_lse", states)
 
 
 _torch_op: Any = None  # the module rau.torch_op, once torch is in use: to import it takes as long as a thirtieth of a small call
@@ -418,7 +424,7 @@ def _operators(states: Sequence[Sequence[Any]]) -> Any:
         from rau import torch_op  # imports torch, which is loaded by now
 
         _torch_op = torch_op
-    return _torch_op if _torch_op is not None and _torch_op.wanted(states) else None
+    return _torch_op if _torch_op is not None and _torch_op.graph_of(states) else None
 
 
 def dispatch(
@@ -434,7 +440,7 @@ def dispatch(
     operators = _operators(states)
     if asked is not None:
         if operators is not None and out is not None:
-            operators.refuse_out(call)
+            operators.refuse_out(call, states)
         compute = _computing(call, backend)
         return merge_rows(call, states, actual_seq_qlen, options, out, backend, asked, compute, operators is not None)
     if operators is not None:

@@ -15,14 +15,14 @@ from rau.testing import check_backend, compare, oracle, partial_attention
 from rau.testing.comparison import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-WANTED = torch_op.wanted
+GRAPH_OF = torch_op.graph_of
 CUMULATIVE = [0, 20, 21, 21, 64]
 
 
 @pytest.fixture(autouse=True)
 def plain_tensors(monkeypatch):
     """A real NPU tensor is a plain torch.Tensor: only compile, export and gradients make an operator of a call."""
-    monkeypatch.setattr(torch_op, "wanted", lambda states: False)
+    monkeypatch.setattr(torch_op, "graph_of", lambda states: None)
 
 
 @pytest.fixture(params=["torch_npu", "mindspeed"])
@@ -244,7 +244,7 @@ def test_compat_is_the_same_call_as_torch_npu(order):
 
 def test_gradients_are_ours(vendor, monkeypatch):
     """No vendor has one: the forward runs on the chip's operator, the backward on ATen."""
-    monkeypatch.setattr(torch_op, "wanted", WANTED)
+    monkeypatch.setattr(torch_op, "graph_of", GRAPH_OF)
     prev, cur = attention("TND")
     inputs = [part.clone().requires_grad_() for state in (prev, cur) for part in map(torch.from_numpy, state)]
     own = [part.detach().to("npu").requires_grad_() for part in inputs]

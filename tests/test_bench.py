@@ -22,7 +22,7 @@ WITHOUT_CORE = bool(os.environ.get("RAU_EXPECT_NO_CORE"))
 
 
 def test_as_typed():
-    command = [sys.executable, "-m", "rau", *QUICK, "--backend", "numpy"]
+    command = [sys.executable, "-m", "rau", *QUICK, "--backends", "numpy"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["numpy"]]
@@ -202,8 +202,8 @@ def test_threads_are_given_back():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--backend", "nump"], 'Did you mean "numpy"?'),
-        (["--backend", "no_such_module:Mine"], "no_such_module"),
+        (["--backends", "nump"], 'Did you mean "numpy"?'),
+        (["--backends", "no_such_module:Mine"], "no_such_module"),
         (["--threads", "0"], "argument --threads: got '0'; expected a whole number, 1 or more"),
         (["--threads", "100000"], "n = 100000; expected an int from 1"),
         (["--targets"], "unrecognized arguments: --targets"),
@@ -221,7 +221,7 @@ def test_peers_without_torch(monkeypatch, capsys):
         raise ImportError("No module named 'torch'")
 
     monkeypatch.setattr(peers.Peers, "__init__", refuse)
-    assert main([*QUICK, "--backend", "numpy", "--peers", "--json"]) == 0
+    assert main([*QUICK, "--backends", "numpy", "--peers", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert "torch composites" in document["not_run"] and document["groups"][0]["peers"] == []
 
@@ -243,7 +243,7 @@ def test_composites_merge(size, dtype):
 
 def test_peers_are_compared_with_the_core(capsys):
     pytest.importorskip("torch")
-    assert main([*QUICK, "--backend", "numpy", "--peers", "--json"]) == 0
+    assert main([*QUICK, "--backends", "numpy", "--peers", "--json"]) == 0
     packed, smallest = json.loads(capsys.readouterr().out)["groups"]
     assert packed["peers"] == [] and "torch composites" in packed["not_run"]
     assert [row["name"] for row in smallest["peers"]] == [peers.EAGER, peers.WRITTEN]
@@ -253,7 +253,7 @@ def test_peers_are_compared_with_the_core(capsys):
 def test_bfloat16_without_ml_dtypes(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     monkeypatch.setattr(survey, "QUICK", ((workload.SMALLEST, "bfloat16", 0.0), (workload.SMALLEST, "float32", 0.0)))
-    assert main([*QUICK, "--backend", "numpy", "--json"]) == 0
+    assert main([*QUICK, "--backends", "numpy", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     reason = "bfloat16 NumPy arrays need ml_dtypes: pip install ml_dtypes"
     assert document["not_run"] == {f"{workload.SMALLEST}, bfloat16": reason}
@@ -285,3 +285,10 @@ def test_what_was_measured_before_an_interruption_is_kept(json_too, monkeypatch,
         assert document["interrupted"] is True and len(document["groups"]) == 1
     else:
         assert "INTERRUPTED: 1 of 2 sizes measured" in out.splitlines()[-1] and "of roof" in out
+
+
+def test_a_table_for_a_paper(capsys):
+    assert main([*QUICK, "--backends", "numpy", "--csv"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header == "size,dtype,call,how,seconds,low quartile,high quartile,GB/s,of roof"
+    assert len(rows) >= 6 and all(row.count(",") >= 8 for row in rows) and any(",numpy,out=," in row for row in rows)

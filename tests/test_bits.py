@@ -97,7 +97,7 @@ def test_the_groups_that_differ_are_named(monkeypatch, capsys, wrong, groups):
 
     Wrong.wrong = staticmethod(wrong)
     monkeypatch.setattr("rau.testing.under_test.load", lambda name: Wrong())
-    assert main(["bits", "--backend", "mine"]) == 1
+    assert main(["bits", "--backends", "mine"]) == 1
     told = capsys.readouterr().out
     assert "mine: NOT the published bits in" in told and "Next: python -m rau check mine" in told
     found = {line.strip().partition(": ")[0] for line in told.splitlines() if line.startswith("    float32")}
@@ -111,12 +111,12 @@ def test_what_is_not_taken_or_not_promised_is_said(monkeypatch, capsys):
         wrong = staticmethod(last_bit)
 
     monkeypatch.setattr("rau.testing.under_test.load", lambda name: Mine())
-    assert main(["bits", "--backend", "mine", "--json"]) == 0
+    assert main(["bits", "--backends", "mine", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["backends"]["mine"]
     assert {name.split(",")[0] for name in row["same"]} >= {"float32", "ring of float32"} and row["differ"] == []
     assert len(row["same"]) + len(row["not_taken"]) == len(bits.published())
     monkeypatch.setattr("rau.testing.under_test.load", lambda name: Fast())
-    assert main(["bits", "--backend", "mine"]) == 0
+    assert main(["bits", "--backends", "mine"]) == 0
     assert "Its capabilities do not promise them." in capsys.readouterr().out
 
 

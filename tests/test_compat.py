@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ import pytest
 from states import NAMES, bits, sbh, tnd
 
 import rau
+from rau import AttentionState
+from rau.backends.numpy_ import NumPyBackend
+from rau.compat import flash_attn, flashinfer, ring_flash_attention, sglang, torch_, transformer_engine, vllm, xformers
 from rau.compat import npu_ring_attention_update, ring_attention_update
 
 DOCS = Path(__file__).parent.parent / "docs" / "ascend.md"
@@ -226,3 +230,130 @@ def test_the_script_of_the_documentation():
     torch_or_skip()
     (script,), (printed,) = blocks("python"), blocks("text")
     assert in_a_fresh_process(script) == printed
+
+
+# ------------------------------------------------------------------------------------------- errors in the caller's words
+
+OUT, LSE = np.ones((6, 2, 8), "f4"), np.ones((6, 2), "f4")
+STATE = AttentionState(*tnd(T=6, N=2))
+WORDS = {
+    "a forgotten layout, torch_npu's": (
+        lambda: npu_ring_attention_update(*STATE, *STATE),
+        "npu_ring_attention_update: [rank] prev_attn_out has shape (6, 2, 64) and prev_softmax_max (6, 2, 8); layout "
+        '"SBH" expects (S, B, H) and (B, N, S, 8). They fit input_layout="TND".',
+    ),
+    "a forgotten layout, MindSpore's": (
+        lambda: ring_attention_update(*STATE, *STATE),
+        "ring_attention_update: [rank] prev_attn_out has shape (6, 2, 64) and prev_softmax_max (6, 2, 8); layout "
+        '"SBH" expects (S, B, H) and (B, N, S, 8). They fit layout="TND".',
+    ),
+    "an order of another name": (
+        lambda: npu_ring_attention_update(*STATE, *STATE, [0, 6], input_layout="TND", input_softmax_layout="tnd"),
+        "npu_ring_attention_update: [softmax-layout] input_softmax_layout = 'tnd'; expected one of \"SBH\", \"TND\". "
+        'Did you mean "TND"? "TND" is token-major; "SBH", or "", is packed per sequence, as npu_fusion_attention emits.',
+    ),
+    "an order of no name": (
+        lambda: npu_ring_attention_update(*STATE, *STATE, [0, 6], input_layout="TND", input_softmax_layout="token"),
+        "npu_ring_attention_update: [softmax-layout] input_softmax_layout = 'token'; expected one of \"SBH\", \"TND\". "
+        '"TND" is token-major; "SBH", or "", is packed per sequence, as npu_fusion_attention emits.',
+    ),
+    "a layout of rau's": (
+        lambda: npu_ring_attention_update(*STATE, *STATE, input_layout="BSND"),
+        "npu_ring_attention_update: [layout] input_layout = 'BSND'; expected one of \"SBH\", \"TND\".",
+    ),
+    "a limit that profile= would lift": (
+        lambda: ring_attention_update(*tnd(D=32), *tnd(D=32), [0, 8], "TND"),
+        "ring_attention_update: [tnd-head-dim-64] the last axis of prev_attn_out is D = 32; layout \"TND\" takes multiples of "
+        "64. This is a limit of the Ascend chip.",
+    ),
+    "one lane": (
+        lambda: npu_ring_attention_update(*tnd(lanes=1), *tnd(lanes=1), LENGTHS, "TND"),
+        "npu_ring_attention_update: [lanes] prev_softmax_max has shape (8, 2, 1); expected a last axis of 8. "
+        "AttentionState.from_lse(..., lanes=8) makes 8.",
+    ),
+    "a swapped pair": (
+        lambda: flashinfer.merge_state(OUT, LSE, LSE, OUT),
+        "merge_state: [rank] v_b has shape (6, 2); expected (T, N, D). The pair seems to be swapped.",
+    ),
+    "in place": (
+        lambda: flashinfer.merge_state_in_place(OUT, LSE, OUT, LSE[:, :1]),
+        "merge_state_in_place: [shape-stats] s_other has shape (6, 1); for v_other of shape (6, 2, 8), expected (T, N) = (6, 2). "
+        "Its 1 heads seem to be the key heads of grouped-query attention: pass one number for each query head.",
+    ),
+    "one of K": (
+        lambda: flashinfer.merge_states(OUT[:, None].repeat(3, 1), LSE[:, None].repeat(3, 1).astype("f2")),
+        "merge_states: 3 rules are broken:\n  [dtype-stats] s[:, 0] has dtype float16; expected one of float32, float64. Compute it "
+        "in float32; or pass s[:, 0].astype(numpy.float32), at the price of 11 significant bits: weights are off by up to "
+        "abs(s[:, 0]) * 2**-12.",
+    ),
+    "axes of log-sum-exps, which are not an option": (
+        lambda: sglang.merge_state_v2(OUT, LSE, OUT, LSE.T),
+        "merge_state_v2: [shape-stats] s_b has shape (2, 6); for v_b of shape (6, 2, 8), expected (T, N) = (6, 2). It looks like "
+        "(N, T).",
+    ),
+    "an output alone": (
+        lambda: vllm.merge_attn_states(OUT.copy(), OUT, LSE.T, OUT[..., 0], LSE.T),
+        "merge_attn_states: [rank] suffix_output has shape (6, 2); expected (T, N, D).",
+    ),
+    "where to write": (
+        lambda: vllm.merge_attn_states(OUT.astype("f2"), OUT, LSE.T, OUT, LSE.T),
+        "merge_attn_states: [out-dtype] output has dtype float16; expected float32.",
+    ),
+    "a mask": (
+        lambda: flashinfer.merge_state_in_place(OUT, LSE, OUT, LSE, np.ones(5)),
+        "merge_state_in_place: [tokens] mask is a mask of 5 bools, for T = 6 tokens; expected one for each token.",
+    ),
+    "a swapped pair of any number a row": (
+        lambda: flashinfer.variable_length_merge_states(LSE, OUT, [0, 3, 6]),
+        "variable_length_merge_states: [rank] v has shape (6, 2); expected (T, N, D). The pair seems to be swapped.",
+    ),
+    "splits and their log-sum-exps": (
+        lambda: flash_attn.flash_attn_combine([OUT], [LSE, LSE]),
+        "flash_attn_combine: [states] out_partial holds 1 of them and lse_partial 2; expected as many, at least one.",
+    ),
+    "no splits": (
+        lambda: xformers.merge_attentions(3, [LSE]),
+        "merge_attentions: [array] attn_split is of type int; expected an array of K of them, or a list of K arrays.",
+    ),
+    "the first block": (
+        lambda: ring_flash_attention.update_out_and_lse(None, None, OUT, LSE),
+        "update_out_and_lse: [shape-stats] block_lse.swapaxes(-1, -2) has shape (2, 6); for block_out of shape (6, 2, 8), expected "
+        "(T, N) = (6, 2). It looks like (N, T).",
+    ),
+    "the running block": (
+        lambda: ring_flash_attention.update_out_and_lse(OUT, LSE, OUT, LSE.T),
+        "update_out_and_lse: [rank] lse[..., 0] has shape (6,); expected (T, N).",
+    ),
+    "steps": (
+        lambda: transformer_engine.flash_attn_fwd_second_half_softmax_lse_correction(np.ones((1, 2, 2, 3), "f4"), LSE),
+        "flash_attn_fwd_second_half_softmax_lse_correction: [shape-match] softmax_lse_per_step has shape (6, 2) and dtype float32; "
+        "expected those of softmax_lse, (1, 2, 3) and float32.",
+    ),
+    "a step's output": (
+        lambda: transformer_engine.thd_out_correction(OUT.copy(), OUT, LSE.T, LSE.T.astype("f2"), np.array([0, 6]), False, True),
+        "thd_out_correction: 2 rules are broken:\n  [dtype-stats] lse_per_step has dtype float16; expected one of float32, float64. "
+        "Compute it in float32; or pass lse_per_step.astype(numpy.float32), at the price of 11 significant bits: weights are off "
+        "by up to abs(lse_per_step) * 2**-12.",
+    ),
+    "torch's own": (
+        lambda: torch_._SDPAMerger(True, 2).step(LSE[None, None], LSE[None], partial=False),
+        "_SDPAMerger.step: [shape-stats] lse has shape (1, 6, 2); for out of shape (1, 1, 6, 2), expected (B, N, S) = (1, 1, 6).",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WORDS)
+def test_errors_are_in_the_words_of_the_function_that_was_called(wrong):
+    call, says = WORDS[wrong]
+    with pytest.raises(rau.ConstraintError) as caught:
+        call()
+    assert str(caught.value).startswith(says) if says.count("\n") else str(caught.value) == says
+    assert caught.value.rules
+
+
+def test_a_backend_that_cannot_is_named_as_before():
+    class Small(NumPyBackend):
+        name, capabilities = "small", replace(NumPyBackend.capabilities, max_heads=1)
+
+    with rau.registry.provisionally(Small()), rau.use_backend("small"), pytest.raises(rau.UnsupportedError, match="N = 2 > 1"):
+        flashinfer.merge_state(OUT, LSE, OUT, LSE)

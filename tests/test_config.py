@@ -11,6 +11,7 @@ from plugins import install
 
 import rau
 from rau import config, registry
+from rau.backends.cython_ import missing
 
 
 def info(*options, path="", **env):
@@ -156,7 +157,7 @@ def test_without_the_core(monkeypatch):
         text = config.render(found)
         assert "\ncompiled core: no\n  missing: the compiled core" in text
         assert "\n  cost: the numpy backend runs instead" in text
-        assert "pip install --force-reinstall --no-deps ring-attention-update" in text
+        assert missing(ImportError()).partition(" [")[0] in text
     finally:
         monkeypatch.undo()
         registry.refresh()
@@ -202,3 +203,14 @@ def test_wrong_usage_of_the_command_line():
         assert done.returncode == 2
         assert done.stdout == ""
         assert "usage: python -m rau" in done.stderr
+
+
+def test_the_processor_is_named(monkeypatch, tmp_path):
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor\t: 0\nmodel name\t: A CPU: fast\nprocessor\t: 1\nmodel name\t: another\n")
+    real = open
+    monkeypatch.setattr("builtins.open", lambda name, *a, **k: real(told if name == "/proc/cpuinfo" else name, *a, **k))
+    assert config.collect()["platform"].endswith(f", {os.cpu_count()} CPUs, A CPU: fast")
+    told.unlink()
+    monkeypatch.setattr(config.platform, "processor", lambda: "")
+    assert config.collect()["platform"].endswith(" CPUs")

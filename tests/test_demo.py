@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 import subprocess
 import sys
 
@@ -14,6 +17,7 @@ import rau
 from rau.__main__ import main
 from rau.backends.numpy_ import NumPyBackend
 from rau.cli import console
+from rau.cli.console import table
 from rau.cli.demo import ring
 
 SMALL = ["demo", "--tokens", "48", "--heads", "2", "--head-dim", "8", "--ranks", "3"]
@@ -25,7 +29,7 @@ def quick(monkeypatch):
 
 
 def test_as_typed(backend):
-    command = [sys.executable, "-m", "rau", *SMALL, "--backend", backend]
+    command = [sys.executable, "-m", "rau", *SMALL, "--backends", backend]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress where nobody watches
@@ -42,7 +46,7 @@ def test_as_typed(backend):
 @pytest.mark.parametrize("form", [("SBH", "TND"), ("TND", "TND"), ("TND", "SBH")])
 def test_json(form, dtype, causal, backend, capsys):
     options = ["--json", "--layout", form[0], "--softmax-layout", form[1], "--dtype", dtype, "--seed", "7"]
-    assert main([*SMALL, *options, "--backend", backend, *(["--causal"] if causal else [])]) == 0
+    assert main([*SMALL, *options, "--backends", backend, *(["--causal"] if causal else [])]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["passed"] is True and document["problem"]["causal"] is causal
     assert [result["call"] for result in document["results"]] == ["merge_states", "ring_attention_update"]
@@ -66,7 +70,7 @@ def test_packed_statistics_read_as_token_major_are_noticed(monkeypatch, capsys):
     monkeypatch.setattr(
         ring, "merge_states", lambda *args, **kw: merge(*args, **(kw | {"softmax_layout": "TND"}))
     )
-    assert main([*SMALL, "--layout", "TND", "--softmax-layout", "SBH", "--backend", "numpy"]) == 1
+    assert main([*SMALL, "--layout", "TND", "--softmax-layout", "SBH", "--backends", "numpy"]) == 1
     out = capsys.readouterr().out
     assert "WRONG: numpy merged partial attention with a larger error than the contract allows." in out
     assert "numpy, merge_states: attn_out[" in out and "times the bound" in out
@@ -102,7 +106,7 @@ def test_backends_that_cannot_run_are_listed(monkeypatch, capsys):
         assert main(SMALL) == 0
         out = capsys.readouterr().out
         assert "not run: cython (RAU_BLOCK" in out
-        assert main([*SMALL, "--backend", "cython"]) == 2
+        assert main([*SMALL, "--backends", "cython"]) == 2
     finally:
         monkeypatch.undo()
         rau.registry.refresh()
@@ -120,7 +124,7 @@ def test_backends_that_cannot_run_are_listed(monkeypatch, capsys):
         (["--tokens", "4", "--ranks", "5"], "expected at most as many ranks as tokens"),
         (["--seed", "-3"], "argument --seed: got '-3'; expected a whole number, 0 or more"),
         (["--layout", "BSH"], "argument --layout: invalid choice: 'BSH'"),
-        (["--backend", "nump"], 'Did you mean "numpy"?'),
+        (["--backends", "nump"], 'Did you mean "numpy"?'),
     ],
 )
 @pytest.mark.parametrize("json_too", [[], ["--json"]])
@@ -174,7 +178,7 @@ def test_equal_digests_mean_equal_bits(capsys):
     assert document["same_bits"] is True
     digests = {call: {one["digest"] for one in document["results"] if one["call"] == call} for call in ("merge_states",)}
     assert len(digests["merge_states"]) == 1
-    assert main([*SMALL, "--json", "--seed", "1", "--backend", "numpy"]) == 0
+    assert main([*SMALL, "--json", "--seed", "1", "--backends", "numpy"]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["digest"] not in digests["merge_states"]
 
 
@@ -194,3 +198,57 @@ def test_the_help_names_every_option(capsys):
     shape, form = "tokens heads head-dim ranks seed", "dtype layout softmax-layout causal backend json"
     for option in f"{shape} {form}".split():
         assert f"--{option}" in text
+
+
+@pytest.mark.parametrize("form", ["csv", "markdown", "latex"])
+def test_a_table_for_a_paper(form, capsys):
+    """The figures of --json and nothing else on stdout."""
+    if form != "csv":
+        pytest.importorskip("tabulate")
+    assert main([*SMALL, "--backends", "numpy", f"--{form}"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    if form == "csv":
+        rows = list(csv.DictReader(io.StringIO(out)))
+        assert [row["updates"] for row in rows] == ["0", "2"] and {row["backend"] for row in rows} == {"numpy"}
+        assert 0 < float(rows[0]["softmax_sum share"]) <= 1 and len(rows[0]["attention error"]) > 8
+    elif form == "markdown":
+        assert lines[0].startswith("| backend ") and lines[1].startswith("|---") and len(lines) == 4
+    else:
+        assert lines[0] == r"\begin{tabular}{lrrrrrrr}" and lines[1] == r"\toprule" and r"attn\_out share" in out
+
+
+def test_tables_that_cannot_be_made(monkeypatch, capsys):
+    assert status([*SMALL, "--csv", "--json"]) == 2
+    assert "--json: not allowed with --csv" in capsys.readouterr().err
+    assert status([*SMALL, "--csv", "--latex"]) == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+    monkeypatch.setattr("rau.cli.session.find_spec", lambda name: None)
+    assert status([*SMALL, "--latex"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and re.search(r"--latex needs tabulate: pip install .*\[cli\]", captured.err)
+
+
+@pytest.mark.parametrize("room", [40, 60, 80, 200])
+def test_no_number_is_broken_in_a_narrow_terminal(room, monkeypatch):
+    monkeypatch.setattr("rau.cli.console.sys.stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", str(room))
+    columns = ["backend", "how", "time", "GB/s", "merge", "sum", "attention", "partials"]
+    rows = [["cython", "one merge", "30.58 ms", "0.2", "0.61", "1.00", "6.54e-08", "4.19e-08"],
+            ["numpy", "15 updates", "23.32 ms", "0.5", "0.85", "1.00", "1.15e-07", "4.19e-08"]]  # fmt: skip
+    lines = table(columns, rows, right=columns[2:])
+    assert max(map(len, lines)) <= room and (len(lines) == 4) is (room >= 80)
+    for row in rows:
+        told = [line for line in lines if line.startswith(row[0])]
+        assert all(line.split("  ")[0] == row[0] and row[1] in line for line in told)
+        assert [cell for line in told for cell in re.split(r"\s{2,}", line)[2:]] == row[2:]
+
+
+def test_a_table_is_whole_where_nobody_looks_on(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert len(table(["name", "number"], [["x" * 30, "1"]], right=["number"])) == 3
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True

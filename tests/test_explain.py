@@ -197,3 +197,25 @@ def test_explain_refuses_what_the_call_refuses():
     """Every bad call: test_errors.py."""
     with pytest.raises(rau.ShapeError, match=r"^explain: \[rank\] prev_attn_out"):
         rau.explain(**arguments() | {"prev_attn_out": np.zeros((), "f4")})
+
+
+def test_a_merge_is_explained():
+    state = [arguments()[name] for name in NAMES[:3]]
+    found = rau.explain([state] * 3, backend="numpy")
+    assert (found.selected, found.origin, found.problem.K, found.problem.profile) == ("numpy", "backend=", 3, "portable")
+    stacked = [np.stack([part] * 5) for part in state]
+    assert rau.explain(stacked).problem.K == 5
+    with pytest.raises(rau.ShapeError, match=r"explain: \[shape-match\] states\[1\].attn_out has shape"):
+        rau.explain([state, [part[:-1] if part is state[0] else part for part in state]])
+    with pytest.raises(rau.LayoutError, match='profile "mindspore" knows "SBH" and "TND" only'):
+        rau.explain([state], layout="BSND", profile="mindspore")
+
+
+def test_a_running_state_is_explained():
+    ring = rau.StreamingMerge(backend="numpy")
+    with pytest.raises(rau.ShapeError, match="explain: .first-update. there is no state yet"):
+        rau.explain(ring)
+    ring.update(*(arguments()[name] for name in NAMES[:3]))
+    found = rau.explain(ring)
+    assert (found.selected, found.origin, found.problem.S, found.problem.K) == ("numpy", "backend=", 4, 2)
+    assert repr([found]) == f"[{found}]" and repr(found.verdicts[0]) == str(found.verdicts[0])

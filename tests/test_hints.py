@@ -316,3 +316,56 @@ def test_an_array_of_another_library(module, name, convert):
         np.testing.assert_array_equal(
             rau.merge_states([followed] * 2, layout="TND").attn_out, rau.merge_states([state] * 2, layout="TND").attn_out
         )
+
+
+# --------------------------------------------------------------------------------------- what is forgotten, or swapped
+
+
+def test_a_forgotten_layout_is_recognised_by_the_shapes():
+    """Each advice, followed to the letter, is a call that runs."""
+    rng = np.random.default_rng(0)
+    out, lse = rng.standard_normal((2, 6, 3, 8), "f4"), rng.standard_normal((2, 3, 6), "f4")
+    shapes = {
+        'layout="TND"': (out[0], lse[0].T),
+        'layout="TND", lse_layout="TN"': (out[0], lse[0].T),
+        'layout="TND", lse_layout="NT"': (out[0], lse[0]),
+        'layout="BSND"': (out, lse),
+        'layout="BNSD"': (out.swapaxes(1, 2), lse),
+        'layout="BSND", lse_layout="BSN"': (out, lse.swapaxes(1, 2)),
+    }
+    for advice, pair in shapes.items():
+        how = dict(re.findall(r'(\w+)="(\w+)"', advice))
+        if advice != 'layout="TND"':
+            assert re.search(rf"They fit (.* or )?{advice}( or |\.)", refusal(lambda: AttentionState.from_lse(*pair, base="e")))
+            AttentionState.from_lse(*pair, base="e", **how)
+            assert re.search(rf"They fit (.* or )?{advice}( or |\.)", refusal(lambda: rau.merge_lse([pair, pair], base="e")))
+            rau.merge_lse([pair, pair], base="e", **how)
+        if "lse_layout" not in how:
+            state = AttentionState(pair[0], pair[1][..., None], pair[1][..., None])
+            assert refusal(lambda: rau.merge_states([state, state])).endswith(f". They fit {advice}.")
+            assert refusal(lambda: rau.StreamingMerge().update(*state)).endswith(f". They fit {advice}.")
+            rau.merge_states([state, state], **how)
+    assert "They fit" not in refusal(lambda: AttentionState.from_lse(out[0], lse[0][:2], base="e"))
+    wide = AttentionState(out, *(lse[..., None].repeat(8, -1),) * 2)
+    assert 'They fit layout="BSND" in profile="portable".' in refusal(lambda: rau.ring_attention_update(*wide, *wide))
+
+
+def test_a_swapped_pair_is_recognised_in_every_layout():
+    rng = np.random.default_rng(0)
+    for layout, out, lse in (("SBH", (6, 1, 16), (1, 2, 6)), ("BSND", (1, 6, 2, 8), (1, 2, 6))):
+        out, lse = rng.standard_normal(out, "f4"), rng.standard_normal(lse, "f4")
+        assert refusal(lambda: AttentionState.from_lse(lse, out, base="e", layout=layout)).endswith(" The pair seems to be swapped.")
+        rau.merge_lse([(out, lse)], layout, base="e")
+        half = out.astype("f2")
+        said = refusal(lambda: rau.merge_lse([(out, lse), (lse, half)], layout, base="e"))
+        assert "the pair seems to be swapped, since pairs[1][1] has dtype float16." in said and "Compute it" not in said
+
+
+def test_a_state_is_not_three_arrays():
+    state = AttentionState(*parts(1)[0])
+    text = refusal(lambda: rau.StreamingMerge("BNSD").update(state))
+    assert "attn_out is of type rau.state.AttentionState of 3 items, and nothing else is given" in text and "Pass *state" in text
+    assert "*AttentionState.from_lse(" in refusal(lambda: rau.StreamingMerge("BNSD").update((state[0], state[1])))
+    rau.StreamingMerge("BNSD").update(*state)
+    with pytest.raises(rau.DTypeError, match="softmax_max is None"):
+        rau.StreamingMerge("BNSD").update(state[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import rau
+from rau.install import command
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--tokens", "64", "--heads", "2", "--head-dim", "16"]
@@ -44,7 +45,7 @@ def test_as_typed():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_stream_has_the_error_of_one_rounding_and_a_chain_has_not(backend, dtype, form, hop_errors, capsys):
     layout = "--layout", form[0], "--softmax-layout", form[1]
-    assert hop_errors("--json", "--dtype", dtype, *layout, "--backend", backend, "--seed", "3") == 0
+    assert hop_errors("--json", "--dtype", dtype, *layout, "--backends", backend, "--seed", "3") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["passed"] is True and document["problem"]["ranks"] == 64
     rows = document["hops"]
@@ -59,17 +60,24 @@ def test_a_stream_has_the_error_of_one_rounding_and_a_chain_has_not(backend, dty
 
 
 def test_in_words(hop_errors, capsys):
-    assert hop_errors("--ranks", "6", "--backend", "numpy") == 0
+    assert hop_errors("--ranks", "6", "--backends", "numpy") == 0
     out = capsys.readouterr().out
     assert out.startswith("Attention of 64 tokens, 2 heads of dimension 16, bfloat16, layout SBH.\n")
+    assert "\nMerged by numpy.\n" in out
     rows = [line.split() for line in out.splitlines() if line.split()[:1] == ["numpy"]]
     assert [row[1] for row in rows] == ["2", "4", "6"]
     assert "times as far off; StreamingMerge has the error of one" in out
 
 
+def test_it_says_which_backend_merged(hop_errors, capsys):
+    assert hop_errors("--ranks", "2") == 0
+    first = next(status.name for status in rau.registry.status() if status.available)
+    assert f"\nMerged by {first}, since all give the same bits; --backends names others.\n" in capsys.readouterr().out
+
+
 def test_several_backends(hop_errors, capsys):
     pytest.importorskip("rau._core")
-    assert hop_errors("--json", "--ranks", "4", "--backend", "numpy", "cython") == 0
+    assert hop_errors("--json", "--ranks", "4", "--backends", "numpy", "cython") == 0
     rows = json.loads(capsys.readouterr().out)["hops"]
     assert [row["backend"] for row in rows] == ["numpy", "numpy", "cython", "cython"]
     assert [row["stream_error"] for row in rows[:2]] == [row["stream_error"] for row in rows[2:]]
@@ -83,7 +91,7 @@ def test_a_stream_that_rounds_is_noticed(hop_errors, monkeypatch, capsys):
         return result(self, dtype)._replace(attn_out=result(self, "float16").attn_out.astype(dtype))
 
     monkeypatch.setattr(rau.StreamingMerge, "result", twice)
-    assert hop_errors("--backend", "numpy") == 1
+    assert hop_errors("--backends", "numpy") == 1
     assert "WRONG: StreamingMerge is further off than one rounding." in capsys.readouterr().out
 
 
@@ -93,7 +101,7 @@ def test_a_stream_that_rounds_is_noticed(hop_errors, monkeypatch, capsys):
         (["--dtype", "float32"], "argument --dtype: invalid choice: 'float32'"),
         (["--ranks", "1"], "argument --ranks: got 1; expected 2 or more"),
         (["--ranks", "65"], "--ranks is 65 and --tokens 64"),
-        (["--backend", "nothing"], "nothing"),
+        (["--backends", "nothing"], "nothing"),
     ],
 )
 def test_wrong_usage(options, says, hop_errors, capsys):
@@ -107,7 +115,7 @@ def test_a_chart_without_matplotlib(hop_errors, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, name, None)
     assert hop_errors("--plot", "chart.png") == 2
     captured = capsys.readouterr()
-    assert captured.err.endswith("argument --plot: needs matplotlib: pip install 'ring-attention-update[bench]'\n")
+    assert captured.err.endswith(f"argument --plot: needs matplotlib: {command('bench')}\n")
     assert captured.out == ""  # refused before anything is computed
 
 

@@ -351,7 +351,7 @@ def test_capabilities_that_are_none_are_refused(field, value, words):
 
 def test_the_matrix(capsys):
     names = ["lse_kernels:Guarded", "lse_kernels:Weights", "lse_kernels:Sigmoid"]
-    assert main(["matrix", "--backend", *names, "--json"]) == 0
+    assert main(["matrix", "--backends", *names, "--json"]) == 0
     kernels = json.loads(capsys.readouterr().out)["kernels"]
     assert list(kernels) == ["guarded", "weights", "sigmoid"]
     assert [kernels[name]["two-empty"]["word"] for name in kernels] == ["yes", "NO", "NO"]
@@ -364,7 +364,7 @@ def test_the_matrix(capsys):
 def test_a_broken_promise_is_told(tmp_path, capsys):
     if find_spec("rich") is None:
         pytest.skip("rich is not installed")
-    assert main(["matrix", "--backend", "test_lse_backends:TwoEmpty", "--report", str(tmp_path)]) == 1
+    assert main(["matrix", "--backends", "test_lse_backends:TwoEmpty", "--report", str(tmp_path)]) == 1
     text = capsys.readouterr().out
     assert "BROKEN PROMISE: two-empty: two-empty: attn_out[" in text
     page = (tmp_path / "index.html").read_text()
@@ -375,14 +375,14 @@ def test_what_was_found_is_told_where_the_page_cannot_be_written(tmp_path, capsy
     if find_spec("rich") is None:
         pytest.skip("rich is not installed")
     (tmp_path / "index.html").mkdir()
-    assert main(["matrix", "--backend", "lse_kernels:Guarded", "--report", str(tmp_path)]) == 2
+    assert main(["matrix", "--backends", "lse_kernels:Guarded", "--report", str(tmp_path)]) == 2
     told = capsys.readouterr()
     assert "two-empty" in told.out and "Is a directory" in told.err
 
 
 @needs_torch
 def test_the_matrix_tells_gradients(capsys):
-    assert main(["matrix", "--backend", "lse_kernels:TorchWeights", "lse_kernels:Strideless", "--json"]) == 0
+    assert main(["matrix", "--backends", "lse_kernels:TorchWeights", "lse_kernels:Strideless", "--json"]) == 0
     kernels = json.loads(capsys.readouterr().out)["kernels"]
     assert [row["gradients"]["word"] for row in kernels.values()] == ["yes", "NO"]
     assert [row["strides"]["word"] for row in kernels.values()] == ["yes", "NO"]

@@ -87,6 +87,15 @@ def test_python_m_rau_works(arguments: tuple[str, ...]) -> None:
     assert done.stdout.strip()
 
 
+def test_a_console_script_beside_python_m_rau() -> None:
+    from importlib.metadata import EntryPoint
+
+    from rau.__main__ import main
+
+    (name, value), = PYPROJECT["project"]["scripts"].items()
+    assert name == "rau" and EntryPoint(name, value, "console_scripts").load() is main
+
+
 def test_the_metadata_keep_no_ascend_machine_out() -> None:
     """They have Python 3.10 and torch 2.7 to 2.9, which an extra must not replace."""
     from packaging.requirements import Requirement

@@ -569,3 +569,23 @@ def test_sums_that_float32_does_not_have(base):
     assert mine[4, 0] == -np.inf
     np.testing.assert_allclose(np.delete(mine, 4, 0), np.delete(lse, 4, 0), rtol=2.0**-23)
     assert (state.softmax_sum[[5], 0, 0] > 1).all(), "an ordinary one stays a sum"
+
+
+def test_a_state_shows_what_its_arrays_are_and_not_their_numbers():
+    class Mine(AttentionState):
+        pass
+
+    stats = np.ones((1, 2, 600, 8), np.float32)
+    state = AttentionState(np.ones((600, 1, 8), "f2"), stats, stats)
+    said = (
+        "AttentionState\n  attn_out     float16 (600, 1, 8), numpy on cpu\n  softmax_max  float32 (1, 2, 600, 8), numpy on cpu\n"
+        "  softmax_sum  float32 (1, 2, 600, 8), numpy on cpu"
+    )
+    assert repr(state) == str(state) == said
+    assert repr(Mine(*state)) == said.replace("AttentionState", "Mine")
+    assert repr(AttentionState(1, None, [2.0])).split() == "AttentionState attn_out 1 softmax_max None softmax_sum [2.0]".split()
+
+    class Hostile:
+        dtype, shape = "float32", 3  # which is none
+
+    assert repr(AttentionState(Hostile(), stats, stats)).split("\n")[1].endswith("Hostile")

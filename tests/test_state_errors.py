@@ -62,7 +62,7 @@ CASES = [
     (from_lse(TND_OUT, LSE[0], layout="TND", lse_layout=np.zeros(2)), rau.OptionError, ["lse-layout"], None),
     (from_lse(TND_OUT, LSE[0], base="10", layout="TND"), rau.OptionError, ["base", "lse-layout"], None),
     (from_lse(OUT[0]), rau.ShapeError, ["rank"], 'attn_out has shape (1, 4); layout "SBH" expects (S, B, H).'),
-    (from_lse(lse=LSE[0]), rau.ShapeError, ["rank"], 'lse has shape (1, 2); lse_layout "BNS" expects (B, N, S).'),
+    (from_lse(lse=LSE[0]), rau.ShapeError, ["rank"], 'lse has shape (1, 2); lse_layout "BNS" expects (B, N, S). They fit layout="TND", lse_layout="NT".'),
     (from_lse(lse=LSE[0, 0, 0]), rau.DTypeError, ["array"], f"lse is of type numpy.float32; {NO_ARRAY}"),
     (from_lse(lse=np.zeros((1, 3, 2), "f4")), rau.ShapeError, ["heads-divide-hidden"],
      "attn_out has H = 4 and lse N = 3 heads (shape (1, 3, 2), read as (B, N, S)); expected H = N * D."),

@@ -365,3 +365,25 @@ def test_whether_statistics_are_wanted_is_asked_before_there_is_a_graph(statisti
     state = [torch.ones(2, 1, 4, requires_grad=True), *(torch.ones(1, 1, 2, 1) for _ in range(2))]
     with pytest.raises(rau.OptionError, match="statistics is"):
         rau.merge_states([state], statistics=statistics)
+
+
+def test_a_state_says_where_its_tensors_are():
+    stats = torch.ones(1, 2, 3, 8)
+    state = AttentionState(torch.ones(3, 1, 8, dtype=torch.bfloat16, device="meta"), stats.clone().requires_grad_(), stats)
+    assert repr(state).split("\n")[1:3] == [
+        "  attn_out     bfloat16 (3, 1, 8), torch on meta", "  softmax_max  float32 (1, 2, 3, 8), torch on cpu, requires grad"
+    ]  # fmt: skip
+
+
+def test_a_state_is_saved_and_loaded_without_pickled_classes(tmp_path):
+    """As interop.md says."""
+    stats = torch.ones(1, 2, 3, 8)
+    state = AttentionState(torch.ones(3, 1, 16), stats, 2 * stats)
+    torch.save(state._asdict(), tmp_path / "named.pt")
+    loaded = AttentionState(**torch.load(tmp_path / "named.pt", weights_only=True))
+    torch.save(state, tmp_path / "state.pt")
+    with torch.serialization.safe_globals([AttentionState]):
+        whole = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert type(whole) is AttentionState
+    for mine, *others in zip(state, loaded, whole, strict=True):
+        assert all(torch.equal(mine, other) for other in others)

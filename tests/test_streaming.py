@@ -284,3 +284,14 @@ def test_use_backend_is_asked_at_every_update():
         ring.update(*laid_out(partial(1, 2, 1, 4), "SBH"))
     with pytest.raises(rau.UnknownBackendError), rau.use_backend("no-such-backend"):
         ring.update(*laid_out(partial(1, 2, 1, 4), "SBH"))
+
+
+def test_it_says_what_it_holds():
+    ring = rau.StreamingMerge("BSND", backend="numpy")
+    assert repr(ring) == 'StreamingMerge(layout="BSND", backend=\'numpy\'), no state yet'
+    ring.update(*laid_out(partial(1, 4, 2, 8), "BSND"))
+    first, *rest = repr(ring).split("\n")
+    assert first == 'StreamingMerge(layout="BSND", backend=\'numpy\'), its running AttentionState'
+    assert rest[0] == "  attn_out     float32 (1, 4, 2, 8), numpy on cpu" and len(rest) == 3
+    ring._running.broken = True
+    assert ", broken off in an update, its running" in repr(ring)

@@ -102,7 +102,7 @@ def test_what_requires_grad_is_refused_by_name(field):
         lambda: rau.StreamingMerge().update(*cur),
         lambda: rau.StreamingMerge(like=cur),
     ):
-        with pytest.raises(rau.UnsupportedError, match="an input requires grad.*Use rau.merge_states"):
+        with pytest.raises(rau.UnsupportedError, match="an input requires grad; .*Use rau.merge_states.*or call under torch.no_grad"):
             call()
     same(arrays(ring.result()), before)
     with torch.no_grad():
@@ -125,12 +125,68 @@ def ring_of_two(first, second):
     return ring.result().attn_out
 
 
-def test_a_trace_is_refused_by_name():
+def test_torch_compile_breaks_its_graph_around_a_ring():
+    torch._dynamo.reset()
     states = sbh(), sbh(seed=1)
-    with pytest.raises(Exception, match="Use rau.merge_states"):  # torch._dynamo.exc.Unsupported, with our words in it
+    expected = ring_of_two(*states)
+    assert torch.equal(torch.compile(ring_of_two, backend="eager")(*states), expected)
+    ring = rau.StreamingMerge()
+    ring.update(*states[0])
+
+    def hop(ring, state):  # a caller with a graph of its own on both sides
+        ring.update(*(part + 0 for part in state))
+        return ring.result().attn_out * 2
+
+    assert torch.equal(torch.compile(hop, backend="eager")(ring, states[1]), 2 * expected)
+    asking = [states[0], [part.clone().requires_grad_() for part in states[1]]]
+    with pytest.raises(rau.UnsupportedError, match="an input requires grad; a state"):
+        torch.compile(ring_of_two, backend="eager")(*asking)
+
+
+def test_a_trace_is_refused_by_name():
+    torch._dynamo.reset()
+    states = sbh(), sbh(seed=1)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="StreamingMerge is written in place, .* Use rau.merge_states"):
         torch.compile(ring_of_two, fullgraph=True, backend="eager")(*states)
-    with pytest.raises(Exception, match="Use rau.merge_states"):
-        torch.func.vmap(ring_of_two)(*([part[None] for part in state] for state in states))
+
+
+def exported(states):
+    class Ring(torch.nn.Module):
+        def forward(self, *parts):
+            return ring_of_two(parts[:3], parts[3:])
+
+    return torch.export.export(Ring(), (*states[0], *states[1]), strict=False)
+
+
+def transformed(states):
+    return torch.func.vmap(ring_of_two)(*([part[None] for part in state] for state in states))
+
+
+def forward_mode(states):
+    with torch.autograd.forward_ad.dual_level():
+        return ring_of_two(*states)
+
+
+def of_a_subclass(states):
+    class Tagged(torch.Tensor):
+        pass
+
+    return ring_of_two(states[0], [part.as_subclass(Tagged) for part in states[1]])
+
+
+REASONS = {
+    exported: "torch traces the call; .* Use rau.merge_states, which has both, or call it outside of the graph",
+    transformed: "a transform of torch.func is at work; .* You may call it outside of the transform",
+    forward_mode: "forward-mode AD is at work; .* You may call it outside of torch.autograd.forward_ad",
+    of_a_subclass: "an input is a Tagged, a subclass of torch.Tensor; .* Use rau.merge_states, which has both, or pass plain tensors",
+}
+
+
+@pytest.mark.parametrize("call", REASONS, ids=lambda call: call.__name__)
+def test_one_reason_is_given_and_it_applies(call):
+    with pytest.raises(Exception, match=f"StreamingMerge.update: {REASONS[call]}") as refused:
+        call((sbh(), sbh(seed=1)))
+    assert "requires grad" not in str(refused.value)
 
 
 def test_lengths_as_a_tensor():

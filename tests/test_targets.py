@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -14,6 +15,7 @@ import pytest
 
 import rau
 from rau.cli.bench import survey, workload
+from rau.install import command
 
 SCRIPT = Path(__file__).parents[1] / "asv_bench" / "targets.py"
 # One thread: on a machine with other work to do, several wait for each other.
@@ -135,7 +137,7 @@ def test_a_chart_without_matplotlib(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
         targets.main([*QUICK, "--plot", str(tmp_path / "roof.png")])
     captured = capsys.readouterr()
-    assert refused.value.code == 2 and captured.out == "" and "pip install 'ring-attention-update[bench]'" in captured.err
+    assert refused.value.code == 2 and captured.out == "" and command("bench") in captured.err
 
 
 def test_a_chart(monkeypatch, tmp_path, capsys):
@@ -146,6 +148,10 @@ def test_a_chart(monkeypatch, tmp_path, capsys):
     assert f"drawn: {file}" in capsys.readouterr().out
     text = file.read_text()
     assert "</svg>" in text and all(f"<!-- {word}" in text for word in ("numpy", "in-place triad", "0.40 flop/byte", "out="))
+    where = re.search(r"<!-- (.*) -->", text[text.index(" CPUs") - 20 :])[1]
+    assert re.fullmatch(r"\d+ CPUs(, .+)?; \d+ threads?; \d\d \w+ 20\d\d", where)
+    assert text.count("<!-- numpy -->") == 1  # one legend
+    assert text.count("LineCollection") >= 12  # whiskers, of each call
 
 
 def test_as_typed():

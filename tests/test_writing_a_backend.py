@@ -1,13 +1,16 @@
 """docs/writing-a-backend.md: its example is a backend that the kit passes, found through its entry point."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import plugins
 import pytest
+from command import status
 
 PAGE = Path(__file__).parents[1] / "docs" / "writing-a-backend.md"
 
@@ -72,9 +75,14 @@ def test_the_kit_passes_the_kernel_in_c(compiler, tmp_path):
 def test_its_own_test_suite_passes(installed, tmp_path):
     suite = next(text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "BackendConformance" in text)
     (tmp_path / "test_float64.py").write_text(suite)
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_float64.py", cwd=tmp_path, env=installed)
+    options = re.search(r"python (-m pytest --junitxml=kit.xml test_float64.py)", PAGE.read_text())[1].split()
+    done = run(*options, "-q", "-p", "no:cacheprovider", cwd=tmp_path, env=installed)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d{3} passed", done.stdout)
+    cases = list(ElementTree.parse(tmp_path / "kit.xml").iter("testcase"))  # what a server shows: each check by its id
+    assert any("layout/BSND" in case.get("name") for case in cases)
+    skipped = {case.get("name"): case.find("skipped").get("message") for case in cases if case.find("skipped") is not None}
+    assert skipped["test_conformance[layout/BNSD]"] == "excluded: layout BNSD is not one of BSND"
 
 
 def test_it_changes_nothing_for_who_does_not_ask(installed):
@@ -87,3 +95,24 @@ print(rau.explain(out, stats, stats, out, stats, stats, backend="float64", **cal
 """
     done = run("-c", code, env=installed)
     assert done.stdout.split() == ["cython", "float64"], done.stdout + done.stderr
+
+
+def test_what_a_server_reads(tmp_path, monkeypatch, capsys):
+    """The section on continuous integration: exit statuses, and the keys that it names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    text = blocks()["rau_float64.py"]
+    section = PAGE.read_text().partition("## In continuous integration")[2]
+    document = section.partition("**The document**")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", document))
+    assert named == {"passed", "verdict", "succeeded", "failures", "excluded", "id", "message", "configuration"}
+    for name, source, code in (("right64", text, 0), ("wrong64", text.replace("return out", "return None"), 1)):
+        (tmp_path / f"{name}.py").write_text(source)
+        assert status(["check", f"{name}:Float64Backend", "--select", "[ld]*/*", "--json"]) == code
+        found = json.loads(capsys.readouterr().out)
+        assert found["passed"] is (code == 0) and found["verdict"].startswith(("PASSED", "FAILED")[code])
+        assert found["configuration"]["versions"]["rau"] and named - {"id", "message"} <= set(found)
+        assert all(set(item) == {"id", "message"} for item in (*found["failures"], *found["excluded"]))
+        assert bool(found["failures"]) is (code == 1) and found["excluded"]
+        sys.modules.pop(name, None)
+    assert status(["check", "right64:Nobody"]) == 2

@@ -290,7 +290,7 @@ OPTIONS = {
         ("layout",), rau.LayoutError, {"layout": []}, says=f"layout = []; {LAYOUTS}{LETTERS}"
     ),
     "layout an array": Wrong(("layout",), rau.LayoutError, {"layout": np.zeros(2)}),
-    "layout not in the profile": Wrong(("layout-profile", "rank", "rank"), rau.LayoutError, {"layout": "BSND"}),
+    "layout not in the profile": Wrong(("layout-profile", "rank"), rau.LayoutError, {"layout": "BSND"}),
     "softmax_layout": Wrong(
         ("softmax-layout",),
         rau.LayoutError,

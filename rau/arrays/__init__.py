@@ -17,6 +17,7 @@ from rau.arrays.memory import Memory
 from rau.arrays.mindspore_ import MindSporeKind
 from rau.arrays.numpy_ import NumPyKind
 from rau.arrays.torch_ import TorchKind, tensor_inside
+from rau.errors import shown
 
 HOST_ARRAYS = ("numpy:ndarray", "torch:Tensor", "mindspore.common.tensor:Tensor")  # those with a `host_view`
 # Each names further types of arrays, as "module:qualname": the registry of backends adds itself, since plugins bring their own.
@@ -136,6 +137,22 @@ def looks_like_array(value: Any) -> bool:
         return hasattr(value, "shape") and hasattr(value, "dtype")
     except Exception:
         return False
+
+
+def summary(array: Any) -> str:
+    """Say what an array is, and none of its numbers: dtype, shape, library and device; anything else is shown.
+
+    >>> summary(np.zeros((2, 3), np.float32)), summary(None)
+    ('float32 (2, 3), numpy on cpu', 'None')
+    """
+    try:
+        kind = kind_of(array)
+        if kind is None:
+            return shown(array) if not looks_like_array(array) else f"{array.dtype} {tuple(array.shape)}, {type(array).__qualname__}"
+        grad = ", requires grad" if getattr(array, "requires_grad", False) else ""
+        return f"{kind.dtype(array)} {tuple(array.shape)}, {kind.name} on {kind.device(array)}{grad}"
+    except Exception:  # of its own making
+        return f"a {type(array).__qualname__}"
 
 
 def plain(array: Any) -> Any:

@@ -16,15 +16,12 @@ from rau.arrays.torch_ import TorchKind, packed_rows
 from rau.backends import AttentionState, Problem
 from rau.errors import BackendUnavailableError
 
-TORCH_NPU = (
-    "torch_npu is not installed: on a machine with an Ascend NPU, install Huawei's CANN toolkit, then the torch_npu "
-    "that matches it and torch (https://github.com/Ascend/pytorch)"
-)
+TORCH_NPU = "torch_npu is not installed"
 MINDSPEED = (
     "this torch_npu has no npu_ring_attention_update (newer ones have it), and MindSpeed's is missing too: install "
     "MindSpeed from https://github.com/Ascend/MindSpeed (the mindspeed on the package index is another project)"
 )
-MINDSPORE = "MindSpore is not installed: on a machine with an Ascend NPU, see https://www.mindspore.cn/install"
+MINDSPORE = "MindSpore is not installed: see docs/ascend.md"
 
 
 class OnTorch:
@@ -47,7 +44,9 @@ class OnTorch:
         self._newer = getattr(torch_npu, "npu_ring_attention_update", None)
         if self._newer is None:
             try:
-                from mindspeed.ops.npu_ring_attention_update import npu_ring_attention_update
+                from mindspeed.ops.npu_ring_attention_update import (
+                    npu_ring_attention_update,
+                )
             except Exception as error:
                 raise BackendUnavailableError(MINDSPEED) from error
             self._older: Callable[..., Any] = npu_ring_attention_update

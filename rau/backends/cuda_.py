@@ -16,12 +16,12 @@ from rau.arrays.numpy_ import ITEMSIZE
 from rau.backends import AttentionState, Capabilities, Problem
 from rau.backends.torch_ import TorchBackend
 from rau.errors import BackendUnavailableError, UnsupportedError
+from rau.install import command
 from rau.layouts import LAYOUTS, packed_row_stride
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HINT = "pip install 'ring-attention-update[cuda]'"
 MAX_STATES = 8  # of more, the kernel would not have registers enough for the weights and addresses
 # Triton's own switch: its interpreter runs the kernel on the CPU, slowly, and cannot read a GPU's memory.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -56,14 +56,14 @@ class CudaBackend(TorchBackend):
         try:
             super().__init__()
         except BackendUnavailableError as error:
-            raise BackendUnavailableError(f"torch is missing: {HINT}") from error
+            raise BackendUnavailableError(f"torch is missing: {command('cuda')}") from error
         try:
             import triton
 
             from rau.backends import cuda_kernel
         except ImportError as error:
             raise BackendUnavailableError(
-                f"triton is missing ({error}); torch's CUDA and ROCm builds include it: {HINT}"
+                f"triton is missing ({error}); torch's CUDA and ROCm builds include it: {command('cuda')}"
             ) from error
         if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
             raise BackendUnavailableError(

@@ -9,13 +9,17 @@ from rau.arrays import HOST_ARRAYS
 from rau.arrays.mindspore_ import settled
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.errors import BackendUnavailableError
+from rau.install import command
 from rau.threads import get_num_threads
 
-MISSING = (
-    "the compiled core rau._core is missing: the package was installed without a working C compiler. "
-    "Install one (gcc or clang and Python's headers), then: pip install --force-reinstall --no-deps ring-attention-update "
-    "(in a checkout: pip install -e .)"
-)
+
+def missing(error: ImportError) -> str:
+    """Say what is missing without the compiled core, and how one gets it."""
+    again = command().replace("pip install", "pip install --force-reinstall --no-deps", 1)
+    return (
+        "the compiled core rau._core is missing: the package was installed without a working C compiler. Install one (gcc or "
+        f"clang and Python's headers), then: {again} [{error}]"
+    )
 
 
 class CythonBackend(Backend):
@@ -28,7 +32,7 @@ class CythonBackend(Backend):
         try:
             from rau._core import merge, simd_versions, use_simd
         except ImportError as error:
-            raise BackendUnavailableError(f"{MISSING} [{error}]") from error
+            raise BackendUnavailableError(missing(error)) from error
         version = os.environ.get("RAU_SIMD", "")
         try:
             use_simd(version or simd_versions()[-1])

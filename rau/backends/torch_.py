@@ -10,6 +10,7 @@ from rau.arithmetic import merge_rows, weigh
 from rau.arrays.torch_ import TorchKind, packed_rows
 from rau.backends import AttentionState, Backend, Capabilities, Problem
 from rau.errors import BackendUnavailableError
+from rau.install import command
 from rau.layouts import LAYOUTS
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class TorchBackend(Backend):
         try:
             import torch
         except ModuleNotFoundError as error:
-            raise BackendUnavailableError("torch is missing: pip install 'ring-attention-update[torch]'") from error
+            raise BackendUnavailableError(f"torch is missing: {command('torch')}") from error
         self._torch = torch
 
     def update(

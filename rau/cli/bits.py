@@ -19,9 +19,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Merge fixed numbers, which are made of integers and so are the same everywhere, in every dtype, layout and "
         "number of states, and compare a digest of each group of results with the one that this version of rau ships.",
         epilog="Exit status: 0 all that a backend takes has the published bits, 1 some has not, 2 wrong usage or a named backend "
-        "is missing. A backend that does not promise bits, by its tolerance for example, is compared, and does not fail.",
+        "is missing. A backend that does not promise bits, by its tolerance for example, is compared, and does not fail.\n\n"
+        + session.examples("bits", "bits --backends mykernel:Mine"),
     )
-    session.add_backend(parser)
+    session.add_backends(parser)
     return parser
 
 
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.testing import bits
     from rau.testing.trial.judge import keeps_lse
 
-    backends, not_run = session.choose(arguments.backend)
+    backends, not_run = session.choose(arguments.backends)
     configuration, published = collect(), bits.published()
     found = {}
     with progress(len(backends), quiet=arguments.json) as step:

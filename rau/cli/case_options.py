@@ -67,6 +67,9 @@ def generated_cases(options: argparse.Namespace, count: int = sys.maxsize) -> It
     from rau.testing.cases import generated
 
     matches = matcher(options)
+    literal = re.match(r"[^*?\[]*", options.select)
+    if literal and not "generated/".startswith(literal[0][: len("generated/")]):
+        return  # it names others
     in_full = re.fullmatch(rf"generated/{_NUMBER}/{_NUMBER}", options.select)
     if in_full:
         yield from filter(matches, generated(int(in_full[1]), min(count, 1), int(in_full[2])))

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rau.testing.cases import Case
     from rau.testing.export import Verification
 
+_EXAMPLES = session.examples(
+    "cases --select 'tnd/*'", "cases --export data --dtype float32 --layout SBH", "cases --verify data --tolerance 40"
+)
 _SHOWN = 20  # wrong cases in plain text; --json has all of them
 
 
@@ -23,7 +26,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="list the test cases, export them as plain files, judge what a program made of them",
         description="List the cases that difftest runs and check adds to; or write them as .npy files and one JSON "
         "file, for a kernel that Python cannot call; or judge the outputs that it wrote beside them.",
-        epilog="Exit status: 0 good, 1 an output is wrong or missing, 2 wrong usage.",
+        epilog=f"{_EXAMPLES}\n\nExit status: 0 good, 1 an output is wrong or missing, 2 wrong usage.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--export", metavar="DIR", help="write the cases to a new folder, with a README.txt")

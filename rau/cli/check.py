@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rau.testing.apart import Apart, Here
     from rau.testing.conformance.report import Report
 
+_EXAMPLES = session.examples(
+    "check numpy", "check mykernel:Mine", "check mykernel:Mine --select 'tnd/*'",
+    "check mykernel:Mine --expect-failure 'views/*=not yet' --json",
+)  # fmt: skip
 _SHOWN = 10  # causes in plain text; --json has all of them
 
 
@@ -26,9 +30,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="hold a backend to the contract, including a kernel under development",
         description="Check a backend: values against the oracle, dtypes, shapes, lanes, memory, repeated runs, and the "
         "laws of merging. What its capabilities exclude is listed, not silently skipped.",
-        epilog=session.EXIT_STATUS,
+        epilog=f"{_EXAMPLES}\n\n{session.EXIT_STATUS}",
     )
-    parser.add_argument("backend", metavar="NAME", help=session.BACKEND)
+    session.add_one_backend(parser)
     text = "a check, or a pattern of checks, known to fail; if it passes or matches nothing, the run fails"
     parser.add_argument("--expect-failure", type=_expectation, action="append", default=[], metavar="ID=REASON", help=text)
     text = "only checks whose id matches, such as 'tnd/*', 'algebra/*' or 'unpromised/*'"
@@ -51,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.testing.conformance import check_backend
     from rau.testing.conformance.report import Report
 
+    arguments.backend = session.one_backend(arguments)
     with session.under_test([arguments.backend], arguments) as ((backend,), _, place):
         configuration = collect()
         if not arguments.json:

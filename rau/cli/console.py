@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import io
+import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +25,22 @@ _PAGE = """\
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> list[str]:
-    """Lay out a table, a line a string; the columns named in `right` are aligned to the right."""
+    """Lay out a table, a line a string; the columns named in `right` are aligned to the right.
+
+    Where a person's terminal is narrower, the table is told in parts, one below the other, each with the columns of words that
+    it begins with: a terminal breaks lines where they end, through the middle of numbers.
+    """
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    labels = next((k for k, name in enumerate(columns) if name in right), 1)
+    if sum(widths) + 2 * len(widths) - 2 > room and labels < len(columns):
+        used, last = sum(widths[:labels]) + 2 * labels, labels
+        while last < len(columns) and (last == labels or used + widths[last] <= room):
+            used, last = used + widths[last] + 2, last + 1
+        if last < len(columns):
+            first, rest = ([*range(last)], [*range(labels), *range(last, len(columns))])
+            parts = [([columns[k] for k in some], [[row[k] for k in some] for row in rows]) for some in (first, rest)]
+            return [*table(*parts[0], right=right), "", *table(*parts[1], right=right)]
     lines = [columns, ["-" * width for width in widths], *rows]
     return [
         "  ".join(

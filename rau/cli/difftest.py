@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _GENERATED = 1000  # cases, unless the command line says otherwise
 _FOLDER = "rau-difftest"  # of failing cases, without --report
+_EXAMPLES = session.examples(
+    "difftest", "difftest --backends mykernel:Mine,numpy --minutes 2 --report out",
+    "difftest --backends mykernel:Mine --replay rau-difftest/mine.npz", "difftest --select 'tnd/*' --cases 0",
+)  # fmt: skip
 _INTERVAL = 0.1  # seconds between two states of the live line
 
 
@@ -33,10 +37,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="compare backends bit for bit with one another, and with the oracle",
         description="Run the named cases, and generated ones, on every backend. For each backend or pair that goes "
         "wrong, the smallest failing case is written to a file, with the command that replays it.",
-        epilog=session.EXIT_STATUS,
+        epilog=f"{_EXAMPLES}\n\n{session.EXIT_STATUS}",
     )
-    text = f"backends separated by commas (default: all that are available); each {session.BACKEND}"
-    parser.add_argument("--backends", type=_names, metavar="A,B", help=text)
+    session.add_backends(parser)
+    session.add_tables(parser)
     length = parser.add_mutually_exclusive_group()
     text = f"how many generated cases to add to the named ones (default: {_GENERATED})"
     length.add_argument("--cases", type=session.whole(0), metavar="N", help=text)
@@ -46,18 +50,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     text += "fails the run, unless --backends names the backends in question"
     length.add_argument("--replay", metavar="FILE", help=text)
     case_options.add_options(parser)
-    text = f"write an HTML page, DIR/index.html, and failing cases beside it (otherwise to ./{_FOLDER}); needs rich: "
-    text += "pip install 'ring-attention-update[cli]'"
+    text = f"write an HTML page, DIR/index.html, and failing cases beside it (otherwise to ./{_FOLDER}); needs rich"
     parser.add_argument("--report", metavar="DIR", help=text)
     session.add_apart(parser)
     return parser
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected names of backends, separated by commas")
-    return names
 
 
 @dataclass
@@ -160,6 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.config import collect
     from rau.testing.differential import Differential
 
+    session.check_form(arguments.form)
     if arguments.replay:
         case_options.refuse_beside("--replay", arguments)
     folder = Path(_FOLDER) if arguments.report is None else session.report_folder(arguments.report)  # the former when needed
@@ -176,27 +173,30 @@ def run(arguments: argparse.Namespace) -> int:
     this.seconds = time.monotonic() - started
     this.advice = [_advice(this, finding) for finding in this.findings]
     lines = _words(this)
-    if arguments.json:
+    if arguments.form:
+        session.print_table(arguments.form, _records(this))
+    elif arguments.json:
         session.print_json(this.document())
     else:
         print(*lines, this.verdict, sep="\n", flush=True)
     if arguments.report:  # last: where it cannot be written, all that was found has been told
         session.save(arguments.report, lambda: _save_page(this, lines, folder / "index.html"))
-        if not arguments.json:
+        if not (arguments.json or arguments.form):
             print(f"report: {folder / 'index.html'}")
     return session.exit_status(this.passed, bool(this.report.wrong), this.interrupted)
 
 
 def _replay(this: DifftestRun, arguments: argparse.Namespace, backends: list[Any], place: Here | Apart) -> None:
     """Compare what is recorded in a file with what backends make of the call now."""
-    from rau.testing.differential import record
-    from rau.testing.differential import run_recorded
+    from rau.testing.differential import record, run_recorded
 
     recorded = record.read_record(arguments.replay)
+    if recorded.observed is not None and any(part is None for part in recorded.observed):
+        recorded = recorded._replace(observed=None)  # of which parts cannot stand beside a backend's
     this.report = run_recorded(recorded, backends, place)
     if arguments.backends is not None:  # the question is whether these are right now, whatever was recorded
         this.report.wrong.pop(record.Recorded.name, None)
-    if not arguments.json:
+    if not (arguments.json or arguments.form):
         print(session.heading(this.configuration))
         print(f"\nreplaying {arguments.replay}: {case_options.describe(recorded.case)}")
 
@@ -211,14 +211,14 @@ def _compare(
     count = _GENERATED if arguments.cases is None else arguments.cases
     if not named and not any(True for _ in case_options.generated_cases(arguments, min(count, 1))):
         raise session.UsageError("no case matches --select, --dtype and --layout; see python -m rau cases")
-    if not arguments.json:
+    if not (arguments.json or arguments.form):
         names = ", ".join(this.tolerances)
         print(session.heading(this.configuration))
         print(f"\ncomparing {names}{'' if len(backends) > 1 else ' with the oracle'}", flush=True)
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
     cases = _cases(this, arguments, named, count, None if seconds is None else time.monotonic() + seconds)
     try:
-        with progress(seconds or len(named) + count, quiet=arguments.json) as step:
+        with progress(seconds or len(named) + count, quiet=bool(arguments.json or arguments.form)) as step:
             shown = _Shown(step, timed=seconds is not None)
             run_differential(backends, cases, folder=folder, progress=shown, into=this.report, place=place)
     except KeyboardInterrupt:
@@ -255,6 +255,18 @@ class _Shown:
         weight = now - self.last if self.timed else report.cases - self.cases
         self.step(f"{report.cases:,} cases, {rate:.0f}/s, worst {session.share(worst)}{wrong}", weight)
         self.last, self.cases = now, report.cases
+
+
+def _records(this: DifftestRun) -> list[dict[str, Any]]:
+    """The figures of each backend, by dtype, for a table elsewhere."""
+    return [
+        {
+            "backend": name, "dtype": dtype, "tolerance": this.tolerances.get(name, 1), "attn_out share": share,
+            "softmax_sum share": standing.sum_shares[dtype], "cases": standing.cases, "wrong": this.report.wrong.get(name, 0),
+        }
+        for name, standing in this.report.standings.items()
+        for dtype, share in standing.attn_shares.items()
+    ]  # fmt: skip
 
 
 def _words(this: DifftestRun) -> list[str]:

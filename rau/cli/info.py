@@ -11,7 +11,11 @@ from rau.config import collect, render
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Declare the command."""
-    return subparsers.add_parser("info", help="show versions, the compiled core, backends with their reasons, settings")
+    return subparsers.add_parser(
+        "info",
+        help="show versions, the compiled core, backends with their reasons, settings",
+        epilog=session.examples("info", "info --json"),
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

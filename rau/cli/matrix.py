@@ -11,6 +11,7 @@ from rau.cli.console import progress, save_page, table
 if TYPE_CHECKING:
     from rau.testing.conformance.matrix import Answer
 
+_EXAMPLES = session.examples("matrix", "matrix --backends mykernel:Mine numpy --report out")
 _BESIDE = 6  # kernels in one table: as many as a terminal is wide
 _LEGEND = (
     "(in brackets): not promised by the kernel. error: the largest one, as a share of the bound of the kernel's kind. "
@@ -27,10 +28,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Ask every backend the same: what it makes of empty rows, of NaN and infinity behind a weight of 0 and "
         "in statistics, how large its errors are in each dtype, how it rounds to 16 bits, how many states, layouts and "
         "strides it takes, and whether it has gradients. It is run, whatever it promises.",
-        epilog="Exit status: 0 every kernel does what it promises, 1 one does not, 2 wrong usage or a named backend is missing.",
+        epilog=f"{_EXAMPLES}\n\nExit status: 0 every kernel does what it promises, 1 one does not, 2 wrong usage or a named "
+        "backend is missing.",
     )
-    session.add_backend(parser)
-    text = "write an HTML page, too, DIR/index.html; needs rich: pip install 'ring-attention-update[cli]'"
+    session.add_backends(parser)
+    text = "write an HTML page, too, DIR/index.html; needs rich"
     parser.add_argument("--report", metavar="DIR", help=text)
     return parser
 
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.testing.conformance.matrix import QUESTIONS, matrix
 
     folder = None if arguments.report is None else session.report_folder(arguments.report)
-    backends, not_run = session.choose(arguments.backend)
+    backends, not_run = session.choose(arguments.backends)
     configuration = collect()
     with progress(len(backends) * len(QUESTIONS), quiet=arguments.json) as step:
         rows = matrix(backends, progress=step)

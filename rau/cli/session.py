@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rau.cli.console import Visible
 from rau.errors import RauError
+from rau.install import command
 
 if TYPE_CHECKING:
     from rau.testing.apart import Apart, Here
@@ -65,7 +68,7 @@ def positive(text: str) -> float:
 def report_folder(report: str) -> Path:
     """Make the folder of a page: what stands against it is told before anything takes time."""
     if find_spec("rich") is None:
-        raise UsageError("--report needs rich: pip install 'ring-attention-update[cli]'")
+        raise UsageError(f"--report needs rich: {command('cli')}")
     try:
         Path(report).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,10 +85,48 @@ def save(report: str, write: Callable[[], None]) -> None:
         raise UsageError(f"--report: got {report!r}; the page could not be written: {error}") from error
 
 
-def add_backend(parser: argparse.ArgumentParser) -> None:
+class _Names(argparse.Action):
+    """Names in as many words as one likes, and with commas between them."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        names = [name.strip() for text in values for name in text.split(",") if name.strip()]
+        if not names:
+            raise argparse.ArgumentError(self, f"got {values[0]!r}; expected names of backends, such as numpy,cython")
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *names])
+
+
+def add_backends(parser: argparse.ArgumentParser) -> None:
     """Declare the option that names backends."""
-    text = f"only these backends (default: all that are available): {BACKEND}"
-    parser.add_argument("--backend", nargs="+", action="extend", metavar="NAME", help=text)
+    text = f"only these backends, with commas or spaces between them (default: all that are available): {BACKEND}"
+    parser.add_argument("--backends", nargs="+", action=_Names, metavar="NAME", help=text)
+
+
+def add_one_backend(parser: argparse.ArgumentParser) -> None:
+    """Declare the argument that names one backend; it is an option elsewhere, and may be one here."""
+    parser.add_argument("backend", nargs="?", metavar="NAME", help=BACKEND)
+    parser.add_argument("--backends", nargs="+", action=_Names, metavar="NAME", help="the same, as other commands spell it")
+
+
+def one_backend(arguments: argparse.Namespace) -> str:
+    """Return the name of the backend that is meant."""
+    names = [name for name in (arguments.backend, *(arguments.backends or ())) if name]
+    if len(names) != 1 or "," in names[0]:
+        got = ", ".join(names) or "none"
+        raise UsageError(f"got {got}; expected the name of one backend: python -m rau {arguments.command} NAME")
+    return str(names[0])
+
+
+class Formatter(argparse.HelpFormatter):
+    """Wraps paragraphs, and leaves those with indented lines as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(part if "\n " in part else super(Formatter, self)._fill_text(part, width, indent) for part in parts)
+
+
+def examples(*commands: str) -> str:
+    """Word examples of a command, for the end of its help."""
+    return "\n".join(["Examples:", *(f"  python -m rau {command}" for command in commands)])
 
 
 def add_apart(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +167,9 @@ def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
 
     missing = {}
     if names is None:
+        if wanted := os.environ.get("RAU_BACKEND"):
+            note = "chooses for calls of rau; this command runs every backend that is available"
+            print(f"RAU_BACKEND={wanted} {note}: --backends {wanted} runs that one", file=sys.stderr)
         states = registry.status()
         names = [state.name for state in states if state.available]
         missing = {state.name: state.reason for state in states if not state.available}
@@ -135,6 +179,35 @@ def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
     if twice:
         raise UsageError(f"several backends are called {', '.join(twice)}; give each class its own name")
     return backends, missing
+
+
+def add_tables(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that print the figures as a table for elsewhere, and nothing else."""
+    forms = parser.add_mutually_exclusive_group()
+    for form, text in (("csv", "commas, numbers in full"), ("markdown", "needs tabulate"), ("latex", "needs tabulate, and booktabs")):
+        text = f"the figures alone, as a table: {text}"
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=text)
+
+
+def check_form(form: str | None) -> None:
+    """Refuse a table that cannot be made, before anything takes time."""
+    if form in _TABLES and find_spec("tabulate") is None:
+        raise UsageError(f"--{form} needs tabulate: {command('cli')}")
+
+
+_TABLES = {"markdown": "github", "latex": "latex_booktabs"}  # of tabulate
+
+
+def print_table(form: str, records: Sequence[dict[str, Any]]) -> None:
+    """Print figures, a record a row, of the same keys each."""
+    if form == "csv":
+        writer = csv.DictWriter(sys.stdout, list(records[0]) if records else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        return
+    from tabulate import tabulate
+
+    print(tabulate(records, headers="keys", tablefmt=_TABLES[form], floatfmt=".4g", missingval="-"))
 
 
 def heading(configuration: dict[str, Any]) -> str:

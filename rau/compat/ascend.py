@@ -17,8 +17,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from rau.compat.words import worded
+from rau.constraints.profiles import PROFILES
 from rau.constraints.rules import Violations
 from rau.errors import shown
+from rau.layouts import OTHER_LAYOUTS
 from rau.update import ring_attention_update as _update
 
 __all__ = ["npu_ring_attention_update", "ring_attention_update"]
@@ -26,6 +29,7 @@ __all__ = ["npu_ring_attention_update", "ring_attention_update"]
 Triple = tuple[Any, Any, Any]
 
 
+@worded(softmax_layout="input_softmax_layout", **{"layout=": "input_layout="})
 def npu_ring_attention_update(
     prev_attn_out: Any,
     prev_softmax_max: Any,
@@ -74,12 +78,17 @@ def npu_ring_attention_update(
     >>> softmax_sum[0, 0, :, 0]
     array([2., 2.], dtype=float32)
     """
+    report = Violations("npu_ring_attention_update")
     if layout is not None and input_layout is not None:
-        report = Violations("npu_ring_attention_update")
         report.add("layout", f"layout = {shown(layout)} and input_layout = {shown(input_layout)} are both given; expected one of "
                    "them: the first is MindSpeed's spelling, the second torch_npu's.")  # fmt: skip
-        report.raise_if_broken()
-    named = layout if input_layout is None else input_layout
+    name, named = ("layout", layout) if input_layout is None else ("input_layout", input_layout)
+    if named is not None:
+        report.choice("layout", name, named, PROFILES["cann-v2"].layouts, "", OTHER_LAYOUTS)
+    if not (isinstance(input_softmax_layout, str) and input_softmax_layout == ""):
+        note = ' "TND" is token-major; "SBH", or "", is packed per sequence, as npu_fusion_attention emits.'
+        report.choice("softmax-layout", "input_softmax_layout", input_softmax_layout, ("SBH", "TND"), note, {})
+    report.raise_if_broken()
     if input_softmax_layout == "TND" and actual_seq_qlen is not None:
         # Not read, hence not checked: one sequence of all tokens stands for it. What has no shape is refused further on.
         actual_seq_qlen = [0, *getattr(prev_attn_out, "shape", ())[:1]]
@@ -92,6 +101,7 @@ def npu_ring_attention_update(
     )  # fmt: skip
 
 
+@worded()
 def ring_attention_update(
     prev_attn_out: Any,
     prev_softmax_max: Any,

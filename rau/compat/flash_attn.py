@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rau.compat.pairs import check, merged, zipped
+from rau.compat.words import worded
 
 __all__ = ["flash_attn_combine"]
 
 
+@worded(("out_partial[{k}]", "lse_partial[{k}]"), out_0="out", dtype="out_dtype")
 def flash_attn_combine(
     out_partial: Any, lse_partial: Any, out: Any = None, out_dtype: Any = None, *, return_lse: bool = True
 ) -> tuple[Any, Any]:
@@ -34,7 +36,7 @@ def flash_attn_combine(
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which split k is pairs[k], and for another dtype as :func:`rau.merge_states`.
+        As :func:`rau.merge_lse`, and for another dtype as :func:`rau.merge_states`.
 
     Examples
     --------

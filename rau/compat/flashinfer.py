@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from rau.compat.pairs import check
+from rau.compat.words import worded
 from rau.state import AttentionState
 from rau.update import merge_lse
 from rau.update import merge_states as _merge_states
@@ -17,6 +18,7 @@ __all__ = ["merge_state", "merge_state_in_place", "merge_states", "variable_leng
 _HOW: dict[str, Any] = {"base": "2", "layout": "TND", "lse_layout": "TN"}
 
 
+@worded(("v_a", "s_a"), ("v_b", "s_b"))
 def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any) -> tuple[Any, Any]:
     """Merge two attention states.
 
@@ -35,7 +37,7 @@ def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any) -> tuple[Any, Any]:
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which a is pairs[0] and b pairs[1].
+        As :func:`rau.merge_lse`.
 
     Examples
     --------
@@ -48,6 +50,7 @@ def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any) -> tuple[Any, Any]:
     return merge_lse([(v_a, s_a), (v_b, s_b)], **_HOW)
 
 
+@worded(("v", "s"), ("v_other", "s_other"), out_0="v", out_1="s", **{"tokens(?= (is|=))": "mask"})
 def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any = None) -> None:
     """Merge another attention state into (v, s), which are written to.
 
@@ -62,7 +65,7 @@ def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any =
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which (v, s) is pairs[0] and out, and the mask `tokens`.
+        As :func:`rau.merge_lse`.
 
     Examples
     --------
@@ -79,6 +82,7 @@ def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any =
     merge_lse([(v, s), (v_other, s_other)], **_HOW, tokens=tokens, out=(v, s))
 
 
+@worded(("v[:, {k}]", "s[:, {k}]"))
 def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
     """Merge K attention states, in one pass and with one rounding.
 
@@ -109,6 +113,7 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
     return merge_lse([(v[:, k], s[:, k]) for k in range(v.shape[1])], **_HOW)
 
 
+@worded(attn_out="v", lse="s", **{"states\\.attn_out": "v"})
 def variable_length_merge_states(v: Any, s: Any, indptr: Any) -> tuple[Any, Any]:
     """Merge as many attention states in each row as it has, with one rounding.
 

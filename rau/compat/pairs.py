@@ -12,7 +12,7 @@ from rau.arrays import kind_of, plain
 from rau.constraints.hints import described, not_an_array
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.rules import Violations
-from rau.state import AttentionState
+from rau.state import states_of
 from rau.update import merge_lse, merge_states
 
 
@@ -29,11 +29,17 @@ def merged(
         dtype = None  # which can be traced
     asked["dtype"] = dtype
     if not with_lse:
-        states = [AttentionState.from_lse(*pair, **how) for pair in pairs]
+        axes, inf_is_empty = how["lse_layout"], how.get("inf_is_empty", False)
+        states = states_of(pairs, names_of(pairs), Violations("merge_lse"), how["base"], how["layout"], axes, inf_is_empty, None, 1)
         return merge_states(states, layout=how["layout"], statistics=False, out=out, **asked), None
     if out is not None or lse is not None:
         asked["out"] = [library(like).empty_like(like) if array is None else array for array, like in zip((out, lse), pairs[0])]
     return merge_lse(pairs, **how, **asked)
+
+
+def names_of(pairs: Sequence[Any]) -> list[tuple[str, str]]:
+    """Name the arrays of pairs as :func:`rau.merge_lse` does."""
+    return [(f"pairs[{k}][0]", f"pairs[{k}][1]") for k in range(len(pairs))]
 
 
 def check(call: str, given: Mapping[str, tuple[Any, str]]) -> None:

@@ -11,12 +11,17 @@ import numpy as np
 from rau.arithmetic import cast, library
 from rau.arrays import kind_of
 from rau.compat.pairs import check, starts_of
+from rau.compat.words import worded
 from rau.constraints.rules import Violations
 from rau.update import merge_lse
 
 __all__ = ["flatten_varlen_lse", "unflatten_varlen_lse", "update_out_and_lse"]
 
 
+_BLOCK = "block_out", "block_lse.swapaxes(-1, -2)"
+
+
+@worded(("out", "lse[..., 0]"), _BLOCK)
 def update_out_and_lse(out: Any, lse: Any, block_out: Any, block_lse: Any, slice_: Any = None) -> tuple[Any, Any]:
     """Merge the attention over one more block of keys into the running output and log-sum-exp.
 
@@ -39,7 +44,7 @@ def update_out_and_lse(out: Any, lse: Any, block_out: Any, block_lse: Any, slice
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which the running ones are pairs[0]; ShapeError also for a slice of what is not there.
+        As :func:`rau.merge_lse`; ShapeError also for a slice of what is not there.
 
     Examples
     --------
@@ -61,12 +66,17 @@ def update_out_and_lse(out: Any, lse: Any, block_out: Any, block_lse: Any, slice
             raise report.error()
         out[slice_], lse[slice_] = update_out_and_lse(out[slice_], lse[slice_], block_out, block_lse)
         return out, lse
-    pairs = [(block_out, block_lse.swapaxes(-1, -2))]
-    if out is None:
-        pairs = [(cast(block_out, library(block_out).float32), pairs[0][1])]  # what runs is float32
-    else:
-        pairs = [(out, lse[..., 0]), *pairs]
-    layout, lse_layout = ("TND", "TN") if block_out.ndim == 3 else ("BSND", "BSN")
+    block = block_out, block_lse.swapaxes(-1, -2)
+    return _first(*block) if out is None else _merged((out, lse[..., 0]), block)
+
+
+@worded(_BLOCK, call="update_out_and_lse")
+def _first(out: Any, lse: Any) -> tuple[Any, Any]:
+    return _merged((cast(out, library(out).float32), lse))  # what runs is float32
+
+
+def _merged(*pairs: tuple[Any, Any]) -> tuple[Any, Any]:
+    layout, lse_layout = ("TND", "TN") if pairs[0][0].ndim == 3 else ("BSND", "BSN")
     out, lse = merge_lse(pairs, layout, base="e", lse_layout=lse_layout)
     return out, lse[..., None]
 

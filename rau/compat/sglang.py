@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from rau.compat.pairs import merged
+from rau.compat.words import worded
 
 __all__ = ["merge_state", "merge_state_v2"]
 
 _HOW = {"base": "e", "layout": "TND", "lse_layout": "TN", "inf_is_empty": True}
 
 
+@worded(("prefix_output", "prefix_lse"), ("suffix_output", "suffix_lse"), out_0="output", out_1="output_lse")
 def merge_state(
     prefix_output: Any,
     prefix_lse: Any,
@@ -42,7 +44,7 @@ def merge_state(
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which the prefix is pairs[0] and the suffix pairs[1].
+        As :func:`rau.merge_lse`.
 
     Examples
     --------
@@ -55,6 +57,7 @@ def merge_state(
     return merged([(prefix_output, prefix_lse), (suffix_output, suffix_lse)], _HOW, output, output_lse)
 
 
+@worded(("v_a", "s_a"), ("v_b", "s_b"), out_0="v_merged", out_1="s_merged")
 def merge_state_v2(
     v_a: Any, s_a: Any, v_b: Any, s_b: Any, v_merged: Any = None, s_merged: Any = None
 ) -> tuple[Any, Any]:
@@ -76,4 +79,4 @@ def merge_state_v2(
     ConstraintError, UnsupportedError
         As :func:`rau.merge_lse`.
     """
-    return merge_state(v_a, s_a, v_b, s_b, v_merged, s_merged)
+    return merged([(v_a, s_a), (v_b, s_b)], _HOW, v_merged, s_merged)

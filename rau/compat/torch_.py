@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rau.compat.pairs import check
+from rau.compat.words import worded
 from rau.constraints.rules import Violations
 from rau.errors import shown
 from rau.state import AttentionState
@@ -52,6 +53,7 @@ class _SDPAMerger:
         self._dtype: Any = None
         self._keeps_axis = False
 
+    @worded(attn_out="out")
     def step(self, out: Any, lse: Any, partial: bool) -> None:
         """Merge one step.
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from rau.arithmetic import library
-from rau.compat.pairs import check, starts_of
+from rau.compat.pairs import check, names_of, starts_of
+from rau.compat.words import worded
 from rau.constraints.rows import rows_of_sequences
+from rau.constraints.rules import Violations
 from rau.layouts import numbered
-from rau.state import AttentionState
+from rau.state import states_of
 from rau.update import merge_lse, merge_states
 
 __all__ = [
@@ -28,7 +30,10 @@ __all__ = [
     "thd_second_half_lse_correction",
 ]
 
+_RUNNING, _STEP = ("out", "softmax_lse"), ("out_per_step", "softmax_lse_per_step")
 
+
+@worded(_RUNNING, _STEP)
 def flash_attn_fwd_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step: Any) -> None:
     """Merge a step's log-sum-exp into the running one.
 
@@ -41,7 +46,7 @@ def flash_attn_fwd_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which the running one is pairs[0][1].
+        As :func:`rau.merge_lse`.
 
     Examples
     --------
@@ -55,6 +60,7 @@ def flash_attn_fwd_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step
     softmax_lse[...] = merge_lse([(None, softmax_lse), (None, softmax_lse_per_step)], base="e")[1]
 
 
+@worded()
 def flash_attn_fwd_second_half_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step: Any) -> None:
     """Merge a step's log-sum-exp into the second half of the running one.
 
@@ -73,6 +79,7 @@ def flash_attn_fwd_second_half_softmax_lse_correction(softmax_lse: Any, softmax_
     flash_attn_fwd_softmax_lse_correction(softmax_lse[..., 1, :], softmax_lse_per_step)
 
 
+@worded(out_per_step="out_init_step", softmax_lse_per_step="softmax_lse_init_step")
 def flash_attn_fwd_out_correction_init(
     out_init_step: Any, softmax_lse: Any, softmax_lse_init_step: Any, seq_dim: int
 ) -> Any:
@@ -102,6 +109,7 @@ def flash_attn_fwd_out_correction_init(
     return out
 
 
+@worded(_RUNNING, _STEP, _STEP)
 def flash_attn_fwd_out_correction(
     out: Any, out_per_step: Any, softmax_lse: Any, softmax_lse_per_step: Any, seq_dim: int
 ) -> None:
@@ -121,7 +129,7 @@ def flash_attn_fwd_out_correction(
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.AttentionState.from_lse` and :func:`rau.merge_states`, to which the sum is states[0].
+        As :func:`rau.AttentionState.from_lse` and :func:`rau.merge_states`.
 
     Examples
     --------
@@ -143,6 +151,7 @@ def flash_attn_fwd_out_correction(
     _add(out, out_per_step, softmax_lse, softmax_lse_per_step, "BSND", "BNS")
 
 
+@worded()
 def flash_attn_fwd_second_half_out_correction(
     out: Any, out_per_step: Any, softmax_lse: Any, softmax_lse_per_step: Any, seq_dim: int
 ) -> None:
@@ -172,6 +181,7 @@ def flash_attn_fwd_second_half_out_correction(
     flash_attn_fwd_out_correction(half, out_per_step, lse, softmax_lse_per_step, seq_dim)
 
 
+@worded(softmax_lse="lse", softmax_lse_per_step="lse_per_step")
 def thd_second_half_lse_correction(lse: Any, lse_per_step: Any, cu_seqlens: Any, lse_packed: bool) -> None:
     """Merge a step's log-sum-exp into the second half of every sequence of the running one.
 
@@ -200,6 +210,7 @@ def thd_second_half_lse_correction(lse: Any, lse_per_step: Any, cu_seqlens: Any,
     lse[rows] = half
 
 
+@worded(("out", "lse"), ("out_per_step", "lse_per_step"), ("out_per_step", "lse_per_step"))
 def thd_out_correction(
     out: Any, out_per_step: Any, lse: Any, lse_per_step: Any, cu_seqlens: Any, only_second_half: bool, lse_packed: bool
 ) -> None:
@@ -243,10 +254,8 @@ def _add(out: Any, part: Any, lse: Any, its_lse: Any, layout: str, lse_layout: s
     negated, takes back as much weight as the part has, and its product adds nothing.
     """
     zeros = library(part).zeros_like(part)
-    total, weighed, balance = (
-        AttentionState.from_lse(array, rows, base="e", layout=layout, lse_layout=lse_layout)
-        for array, rows in ((out, lse), (part, its_lse), (zeros, its_lse))
-    )
+    pairs = (out, lse), (part, its_lse), (zeros, its_lse)
+    total, weighed, balance = states_of(pairs, names_of(pairs), Violations("merge_states"), "e", layout, lse_layout, False, None, 1)
     balance = balance._replace(softmax_sum=-balance.softmax_sum)
     merge_states([total, weighed, balance], layout=layout, statistics=False, out=out)
 

@@ -7,14 +7,17 @@ from typing import Any
 
 from rau.arithmetic import library
 from rau.compat.pairs import check, merged
+from rau.compat.words import worded
 from rau.constraints.rules import Violations
 from rau.errors import shown
 
 __all__ = ["merge_attn_states"]
 
+_SIDES = ("prefix_output", "prefix_lse"), ("suffix_output", "suffix_lse")
 _HOW = {"base": "e", "layout": "TND", "lse_layout": "NT", "inf_is_empty": True}
 
 
+@worded(*_SIDES, out_0="output", out_1="output_lse", out="output", scale="output_scale")
 def merge_attn_states(
     output: Any,
     prefix_output: Any,
@@ -46,8 +49,7 @@ def merge_attn_states(
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which the prefix is pairs[0] and the suffix pairs[1], and with a scale as
-        :func:`rau.merge_states`.
+        As :func:`rau.merge_lse`.
 
     Examples
     --------

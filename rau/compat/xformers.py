@@ -6,12 +6,14 @@ import math
 from typing import Any
 
 from rau.compat.pairs import merged, zipped
+from rau.compat.words import worded
 
 __all__ = ["merge_attentions"]
 
 _HOW = {"base": "e", "layout": "BSND", "lse_layout": "BNS"}
 
 
+@worded(("attn_split[{k}]", "lse_split[{k}]"), dtype="output_dtype")
 def merge_attentions(
     attn_split: Any, lse_split: Any, write_lse: bool = True, output_dtype: Any = None
 ) -> tuple[Any, Any]:
@@ -36,7 +38,7 @@ def merge_attentions(
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`, to which chunk k is pairs[k], and with another `output_dtype` as :func:`rau.merge_states`.
+        As :func:`rau.merge_lse`, and with another `output_dtype` as :func:`rau.merge_states`.
 
     Notes
     -----

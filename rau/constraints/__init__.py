@@ -213,6 +213,14 @@ def _check_shapes(
     axes = LAYOUTS[layout]
     ranks = axes.attn.count(",") + 1, axes.stats.count(",") + 1
     shapes: list[list[Any]] = [[tuple(array.shape) for array in state] for state in states]
+    others = _fitting(shapes, layout)
+    if others:
+        first, its = shapes[0][:2]
+        fit = " or ".join(f'layout="{other}"' for other in others)
+        fit += "" if set(others) <= set(limits.layouts) else ' in profile="portable"'
+        report.add("rank", f'{names(0, 0)} has shape {first} and {names(0, 1)} {its}; layout "{layout}" expects {axes.attn} and '
+                   f"{axes.stats.format(lanes=' or '.join(map(str, limits.lanes)))}. They fit {fit}.")  # fmt: skip
+        return None
     for k, state in enumerate(shapes):
         for field, shape in enumerate(state):
             if len(shape) != ranks[field > 0]:
@@ -258,6 +266,25 @@ def _check_shapes(
             wanted: tuple[int, ...] = tuple(out[1].shape)
             lanes = wanted[-1] if len(wanted) == len(rows) + 1 and wanted[-1] in limits.lanes else lanes
     return [attn_shape, (*rows, lanes), (*rows, lanes)]
+
+
+def _fitting(shapes: Sequence[Sequence[tuple[int, ...]]], layout: str) -> list[str]:
+    """Find the layouts that states fit whose ranks are not those of the layout that was named."""
+
+    def ranks(name: str) -> tuple[int, int]:
+        return LAYOUTS[name].attn.count(",") + 1, LAYOUTS[name].stats.count(",") + 1
+
+    attn, stats = shapes[0][:2]
+    found = len(attn), len(stats)
+    if found == ranks(layout) or any((len(state[0]), len(state[1]), len(state[2])) != (*found, found[1]) for state in shapes):
+        return []
+    fitting = []
+    for name, axes in LAYOUTS.items():
+        if found == ranks(name):
+            B, tokens, _, N, _ = dimensions(name, attn, stats)
+            if stats[:-1] == ((tokens, N) if axes.attn_batch is None else (B, N, tokens)):
+                fitting.append(name)
+    return fitting
 
 
 def _same_lanes(

@@ -19,7 +19,14 @@ from rau.constraints.options import check_layout
 from rau.constraints.rules import Violations
 from rau.constraints.stacked import MOST_STATES
 from rau.errors import shown
-from rau.layouts import FIELDS, LAYOUTS, LSE_LAYOUTS, OTHER_LSE_LAYOUTS, PADDED, lse_layouts
+from rau.layouts import (
+    FIELDS,
+    LAYOUTS,
+    LSE_LAYOUTS,
+    OTHER_LSE_LAYOUTS,
+    PADDED,
+    lse_layouts,
+)
 
 
 def check_base(report: Violations, base: object) -> str:
@@ -228,11 +235,11 @@ def check_shapes(
     axes = LAYOUTS[layout]
     shape, given = tuple(attn_out.shape), tuple(rows.shape)
     if len(shape) != axes.attn.count(",") + 1:
-        other_way = (len(given), len(shape)) == (axes.attn.count(",") + 1, len(rows_layout))
-        swapped_pair = " The pair seems to be swapped." if other_way else ""
-        report.add("rank", f'{out_name} has shape {shape}; layout "{layout}" expects {axes.attn}.{swapped_pair}')
+        hint = _SWAPPED if seems_swapped(attn_out, rows, layout, rows_layout) else _fitting(shape, given, layout, heads, option)
+        report.add("rank", f'{out_name} has shape {shape}; layout "{layout}" expects {axes.attn}.{hint}')
     elif len(given) != len(rows_layout):
         hint = f" Drop its last axis: {name}[..., 0]." if given == (*given[: len(rows_layout)], 1) else ""
+        hint = hint or _fitting(shape, given, layout, heads, option)
         if layout == "TND" and len(given) == 3 and not hint and option == "lse_layout":
             hint = f' AttentionState.from_lse takes a padded one, {PADDED["BNS"]}, with lse_layout="BNS" and {NAME}.'
         report.add("rank", f'{name} has shape {given}; {option} "{rows_layout}" expects {LSE_LAYOUTS[rows_layout]}.{hint}')
@@ -243,7 +250,32 @@ def check_shapes(
             return
         expected = {each: _expected(shape, given, layout, each, heads) for each in lse_layouts(layout)}
         if given != expected[rows_layout]:
-            _say_shapes(report, shape, given, layout, rows_layout, heads, expected, out_name, name, option)
+            swapped_pair = seems_swapped(attn_out, rows, layout, rows_layout)
+            _say_shapes(report, shape, given, layout, rows_layout, heads, expected, out_name, name, option, swapped_pair)
+
+
+def seems_swapped(attn_out: Any, lse: Any, layout: str, axes: str) -> bool:
+    """Tell whether what was given as the output has the shape of the log-sum-exp, and the other way round."""
+    shape, given = tuple(attn_out.shape), tuple(lse.shape)
+    ranks = LAYOUTS[layout].attn.count(",") + 1, len(axes)
+    if (len(given), len(shape)) != ranks:
+        return False
+    return ranks[0] != ranks[1] or _expected(given, shape, layout, axes, None) == shape != given
+
+
+_SWAPPED = " The pair seems to be swapped."
+
+
+def _fitting(shape: tuple[int, ...], given: tuple[int, ...], layout: str, heads: int | None, option: str) -> str:
+    """Word which other layout an output and its rows fit; empty where none."""
+    fitting = []
+    for name, axes in LAYOUTS.items():
+        if name == layout or len(shape) != axes.attn.count(",") + 1:
+            continue
+        for rows_layout in lse_layouts(name):
+            if given == _expected(shape, given, name, rows_layout, heads):
+                fitting.append(f'layout="{name}"' + f', {option}="{rows_layout}"' * (rows_layout != "BNS"))
+    return f" They fit {' or '.join(fitting)}." if fitting else ""
 
 
 def check_padded(
@@ -289,6 +321,8 @@ def _expected(
 ) -> tuple[int, ...] | None:
     """Shape of a log-sum-exp in a layout; None where H is no multiple of the heads, `given`'s if nobody says how many."""
     axes = LAYOUTS[layout]
+    if len(given) != len(name):
+        return None
     tokens = shape[axes.attn_token]
     if axes.attn_head is not None:
         heads = shape[axes.attn_head]
@@ -311,12 +345,15 @@ def _say_shapes(
     out_name: str,
     name: str,
     option: str,
+    swapped_pair: bool,
 ) -> None:
     """Note rows that do not fit, and what they seem to be."""
     hint = ""
     for other in expected:
         if other != axes and given == expected[other]:
             hint = f' It looks like {LSE_LAYOUTS[other]}: pass {option}="{other}".'
+    if not hint and swapped_pair:
+        hint = _SWAPPED
     wanted, its = expected[axes], given[axes.index("N")]
     if wanted is None:
         source = f"heads = {heads}"

@@ -10,7 +10,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from rau.constraints.hints import meant
-from rau.errors import ConstraintError, DTypeError, LayoutError, OptionError, ShapeError, shown
+from rau.errors import (
+    ConstraintError,
+    DTypeError,
+    LayoutError,
+    OptionError,
+    ShapeError,
+    shown,
+)
 
 
 class Rule(NamedTuple):

@@ -252,7 +252,7 @@ def _checked(call: str, state: Any, options: Options, lengths: Any) -> list[Atte
     if not states:
         return []
     bind(call, states, lambda k, field: f"states[{k}].{FIELDS[field]}", lengths, options, None)
-    if torch_op.wanted(states):
+    if torch_op.graph_of(states):
         raise UnsupportedError(
             f"{call}: a tensor requires grad, or torch traces or transforms the call; what other ranks send has no "
             "gradient. Call it under torch.no_grad() or on detached tensors; rau.distributed.ring_attention has a gradient."

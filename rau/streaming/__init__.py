@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from rau.constraints.rows import PADDED, Rows, bind_padded, check_token_major, c
 from rau.constraints.rules import Violations
 from rau.errors import ConstraintError, UnsupportedError, shown
 from rau.layouts import LAYOUTS
+from rau.problem import Problem
 from rau.state import AttentionState
 from rau.streaming.running_state import UPDATE, RunningState, of_part
 from rau.streaming.tokens import padded_rows, part, part_of
@@ -34,6 +37,20 @@ def _of_partial(state: int, field: int) -> str:
 
 def _of_whole(state: int, field: int) -> str:
     return FIELDS[field] if state else f"the running {FIELDS[field]}"
+
+
+def _breaks_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a method run as it is, between two graphs, where torch compiles whoever calls it."""
+
+    @wraps(method)
+    def call(self: StreamingMerge, *arguments: Any, **options: Any) -> Any:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            from rau.streaming.compiled import eagerly
+
+            return eagerly(method, self, *arguments, **options)
+        return method(self, *arguments, **options)
+
+    return call
 
 
 class StreamingMerge:
@@ -87,6 +104,8 @@ class StreamingMerge:
     in float64 within 7.43 * (n - 1) * v * S + 2**-507 * n * M + 2**-1073 * n, where all sums, the running one's too, are in
     [2**-256, 2**256]. proofs/README.md has the proofs.
 
+    Under ``torch.compile`` the graph breaks around each of these methods, which run as they are; ``fullgraph=True`` is refused.
+
     A whole ring can be captured into a CUDA graph, from the creation of the StreamingMerge to its result; a replay then
     starts from the empty state. `actual_seq_qlen` has to be on the device for that. There it is not read, and so not
     checked: with sequences of odd lengths, halves are undefined, though nothing outside the arrays is touched.
@@ -111,6 +130,7 @@ class StreamingMerge:
     True
     """
 
+    @_breaks_graphs
     def __init__(
         self,
         layout: str = "SBH",
@@ -148,6 +168,15 @@ class StreamingMerge:
             _refuse_gradients(_CLASS, like)
             self._running = self._start(_CLASS, like, _of_like, self._options._replace(check="metadata"))
 
+    def __repr__(self) -> str:
+        how = f'layout="{self._options.layout}"'
+        if self._backend is not None:
+            how += f", backend={shown(self._backend)}"
+        if self._running is None:
+            return f"StreamingMerge({how}), no state yet"
+        broken = ", broken off in an update" if self._running.broken else ""
+        return f"StreamingMerge({how}){broken}, its running {self._running.state!r}"
+
     @property
     def running(self) -> AttentionState | None:
         """The running state itself, which later updates change (and tell torch that they do); None before there is one.
@@ -156,7 +185,8 @@ class StreamingMerge:
         """
         return None if self._running is None else self._running.state
 
-    def update(self, attn_out: Any, softmax_max: Any, softmax_sum: Any, *, tokens: Any = None) -> None:
+    @_breaks_graphs
+    def update(self, attn_out: Any, softmax_max: Any = None, softmax_sum: Any = None, *, tokens: Any = None) -> None:
         """Merge one partial state into the running state, in place.
 
         Parameters
@@ -193,6 +223,10 @@ class StreamingMerge:
         merge the halves of any number of sequences in one call. Other backends are given views of runs of equally long
         sequences, in a layout with a batch axis; parts of a plugin's own arrays go through the host.
         """
+        if isinstance(attn_out, (tuple, list)) and softmax_max is softmax_sum is None:
+            raise _broken(UPDATE, "states", f"attn_out is {described(attn_out)} of {len(attn_out)} items, and nothing else is given; "
+                          "expected three arrays. Pass *state, not state; of an output and its log-sum-exp "
+                          "*AttentionState.from_lse(out, lse, base=...).")  # fmt: skip
         partial = AttentionState(attn_out, softmax_max, softmax_sum)
         _refuse_gradients(UPDATE, partial)
         partial = AttentionState(*map(plain, partial))
@@ -235,6 +269,7 @@ class StreamingMerge:
         running.merge(problem, whole, places, AttentionState(*states[1]), on_host=on_host, rows=rows)
         self._running = running
 
+    @_breaks_graphs
     def result(self, dtype: Any = None, scale: Any = None) -> AttentionState:
         """Return a copy of the running state, its output rounded once to nearest even.
 
@@ -270,6 +305,13 @@ class StreamingMerge:
         report.raise_if_broken()
         attn_out, *stats = running.state
         return AttentionState(running.cast(attn_out, wanted, scale), *(running.cast(part, own) for part in stats))
+
+    def next_update(self) -> tuple[Problem, Any]:
+        """Describe the next update, of all tokens, and name the backend that it asks for, if any: :func:`rau.explain` asks."""
+        if self._running is None:
+            raise _broken("explain", "first-update", "there is no state yet, and the kind of arrays is not known; expected an "
+                          "update first. Or give StreamingMerge(like=...) a state of the full shape.")  # fmt: skip
+        return self._running.asked, self._backend
 
     def _start(self, call: str, like: Any, names: Names, options: Options) -> RunningState:
         problem, _ = bind(call, (like,), names, self._lengths, options, None)
@@ -308,9 +350,10 @@ def _refuse_gradients(call: str, partial: Any) -> None:
         return
     from rau import torch_op  # imports torch, which is loaded by now
 
-    if torch_op.wanted((partial,)):
+    graph = torch_op.graph_of((partial,))
+    if graph is not None:
+        instead = "Use rau.merge_states, which has both, or" if graph.operators_take_it else "You may"
         raise UnsupportedError(
-            f"{call}: an input requires grad, or torch traces or transforms the call (compile, export, functorch), or a "
-            "tensor is of a type other than torch's own two; a state that is written in place has no gradient and no place "
-            "in a graph. Use rau.merge_states, which has both, or call under torch.no_grad() outside of tracing."
+            f"{call}: {graph.reason}; a state that is written in place has no gradient and no place in a graph. {instead} "
+            f"{graph.way_out}."
         )

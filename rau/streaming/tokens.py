@@ -10,7 +10,13 @@ import numpy as np
 
 from rau.arrays import kind_of
 from rau.constraints.hints import described
-from rau.constraints.rows import REORDER, Rows, bind_slice, bind_tokens, rows_of_sequences
+from rau.constraints.rows import (
+    REORDER,
+    Rows,
+    bind_slice,
+    bind_tokens,
+    rows_of_sequences,
+)
 from rau.constraints.rules import Violations
 from rau.errors import shown
 from rau.layouts import LAYOUTS

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rau.testing.comparison import compare, same_bits
     from rau.testing.conformance import BackendConformance, check_backend
     from rau.testing.diagnosis import diagnose
+    from rau.testing.diagnosis.vendor import VendorArithmetic
     from rau.testing.differential import run_differential
     from rau.testing.export import export_cases, verify_outputs
     from rau.testing.reference.attention import exact_attention, partial_attention
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendConformance",
+    "VendorArithmetic",
     "cases",
     "check_backend",
     "compare",
@@ -38,6 +40,7 @@ __all__ = [
 # No module bears the name of a function that it holds: importing it would hide the function behind the module.
 _HOME = {
     "BackendConformance": "conformance",
+    "VendorArithmetic": "diagnosis.vendor",
     "check_backend": "conformance",
     "compare": "comparison",
     "diagnose": "diagnosis",

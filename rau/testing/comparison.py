@@ -5,6 +5,7 @@ The rule of this room: it sees numbers, and neither the case nor the backend tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Comparison:
     attn_share, sum_share : float
         Largest error of attn_out and softmax_sum (of the log-sum-exp, where the kernel keeps that) as a share of its bound;
         1.0 is the limit. Infinity where a bit was not kept that had to be, NaN or infinity is in the wrong place, or shape
-        or dtype is wrong.
+        or dtype is wrong. NaN where the array was not there to be judged.
     problems : tuple of str
         What is wrong, one sentence each: where it is worst, what was found, and what was expected.
     """
@@ -41,7 +42,8 @@ class Comparison:
     problems: tuple[str, ...]
 
     def __str__(self) -> str:
-        shares = f"attn_out {self.attn_share:.2f}, softmax_sum {self.sum_share:.2f} of the bound"
+        both = ("attn_out", self.attn_share), ("softmax_sum", self.sum_share)
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in both if not math.isnan(share)) + " of the bound"
         return f"right: {shares}" if self.passed else "\n  ".join((f"wrong: {shares}", *self.problems))
 
 

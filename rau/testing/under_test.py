@@ -5,11 +5,14 @@ The rule of this room: it finds a backend, gives it arrays of its own and takes 
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,8 +26,11 @@ _NOT_THEIRS = str(Path(__file__).parents[1]), "<string>"  # as dataclasses call 
 
 def load(backend: Any) -> Any:
     """Find a backend by name, by "module:Class" (here first, then installed) or by class, or take an instance as it is."""
-    if isinstance(backend, str) and ":" in backend:
+    if isinstance(backend, str) and (":" in backend or _is_module(backend)):
         module_name, _, class_name = backend.partition(":")
+        if module_name.endswith(".py"):
+            spelt = module_name.removesuffix(".py").replace("/", ".").replace(os.sep, ".").lstrip(".")
+            raise UnknownBackendError(f"{backend!r} names a file; expected module:Class, such as {spelt}:{class_name or 'MyKernel'}")
         if "" not in sys.path:
             sys.path.insert(0, "")
         try:
@@ -37,9 +43,9 @@ def load(backend: Any) -> Any:
             raise BackendUnavailableError(
                 f"{backend!r}: module {module_name!r} cannot be imported:\n{described(error)}"
             ) from error
-        backend = getattr(module, class_name, None)
+        backend = getattr(module, class_name, None) if class_name else None
         if backend is None:
-            raise UnknownBackendError(f"module {module_name!r} has no class {class_name!r}")
+            raise UnknownBackendError(_no_such_class(module, class_name))
     elif isinstance(backend, str):
         return registry.get(backend)
     try:
@@ -55,6 +61,22 @@ def load(backend: Any) -> Any:
     if unknown := instance.capabilities.unknown_names():
         raise UnknownBackendError("\n".join([f"{type(instance).__qualname__} declares what does not exist:", *unknown]))
     return instance
+
+
+def _is_module(name: str) -> bool:
+    """Tell whether what is no backend's name is a module or a file here, with its class forgotten."""
+    return not registry.known(name) and (name.endswith(".py") or Path(*name.split(".")).with_suffix(".py").is_file())
+
+
+def _no_such_class(module: ModuleType, name: str) -> str:
+    """Say which classes of a module could be meant."""
+    classes = [cls.__name__ for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__]
+    text = f"module {module.__name__!r} has no class {name!r}" if name else f"{module.__name__!r} is a module; expected module:Class"
+    close = difflib.get_close_matches(name.lower(), [each.lower() for each in classes], n=1)
+    meant = [each for each in classes if [each.lower()] == close]
+    if meant:
+        return f"{text}. Did you mean {module.__name__}:{meant[0]}?"
+    return f"{text}. It has {', '.join(f'{module.__name__}:{each}' for each in classes) or 'none'}."
 
 
 def own_state(backend: Any, state: Sequence[Any]) -> AttentionState:

@@ -31,9 +31,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Measure how fast this machine copies and adds arrays, and how fast each backend is in comparison, in "
         "about ten seconds. Speed never counts as a failure: the exit status is 0 whatever was measured, 2 for wrong usage "
         "or a named backend that is missing, 130 if stopped by Ctrl-C, which shows what there is.",
+        epilog=session.examples("bench", "bench --backends cython --threads 1", "bench --peers --json", "bench --markdown"),
     )
-    session.add_backend(parser)
+    session.add_backends(parser)
     add_scale(parser)
+    session.add_tables(parser)
     text = "also measure torch composites, eager and compiled, where torch is installed; takes a minute more"
     parser.add_argument("--peers", action="store_true", help=text)
     return parser
@@ -53,19 +55,21 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.cli.bench.timing import thread_count
     from rau.config import collect
 
-    backends, not_run = session.choose(arguments.backend)
+    session.check_form(arguments.form)
+    told = not (arguments.json or arguments.form)
+    backends, not_run = session.choose(arguments.backends)
     peers = _peers(arguments, not_run)
     plan = survey.QUICK if arguments.quick else survey.PLAN
     with thread_count(arguments.threads) as threads:
         configuration, load = collect(), system_load()
-        if not arguments.json:
+        if told:
             print(session.heading(configuration), *busy(load), sep="\n", flush=True)
         started, groups, interrupted = time.monotonic(), [], False
-        with progress(len(plan), quiet=arguments.json) as step:
+        with progress(len(plan), quiet=not told) as step:
             try:
                 for group in survey.survey(plan, backends, peers, not_run, step):
                     groups.append(group)
-                    if not arguments.json:
+                    if told:
                         _print_group(group)
             except KeyboardInterrupt:
                 interrupted = True
@@ -75,6 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
             "quick": arguments.quick, "groups": groups, "not_run": not_run, "threads": threads, "load": load,
             "seconds": seconds, "interrupted": interrupted, "configuration": configuration,
         })  # fmt: skip
+        return session.INTERRUPTED if interrupted else 0
+    if arguments.form:
+        rows = [(group, row) for group in groups for row in (*group.roof.values(), *group.rows, *group.peers)]
+        session.print_table(arguments.form, [_record(*row) for row in rows])
         return session.INTERRUPTED if interrupted else 0
     print(_LEGEND)
     for name, reason in not_run.items():
@@ -127,6 +135,15 @@ def _print_group(group: Group) -> None:
         print("", *table(["", "", *columns], rows, right=columns), "", sep="\n")
     for name, reason in group.not_run.items():
         print(f"not run: {name} ({reason})")
+
+
+def _record(group: Group, row: Row) -> dict[str, Any]:
+    """One row of a table for elsewhere; the quartiles are those of the time."""
+    return {
+        "size": str(group.size), "dtype": group.dtype, "call": row.name, "how": row.how, "seconds": row.seconds.median,
+        "low quartile": row.seconds.low, "high quartile": row.seconds.high, "GB/s": row.gigabytes_per_second,
+        "of roof": row.share.median if row.share else None,
+    }  # fmt: skip
 
 
 def _cells(row: Row) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rau.cli.bench.timing import Call
 from rau.cli.bench.workload import Size
+from rau.install import command
 from rau.state import AttentionState
 
 EAGER, WRITTEN, COMPILED = "torch eager", "torch eager, as commonly written", "torch.compile"
@@ -21,7 +22,7 @@ class Peers:
         try:
             import torch
         except ImportError as error:
-            raise ImportError("torch is not installed: pip install 'ring-attention-update[torch]'") from error
+            raise ImportError(f"torch is not installed: {command('torch')}") from error
         self._torch, self._compiled = torch, compiled
 
     def tensors(self, state: AttentionState) -> AttentionState:

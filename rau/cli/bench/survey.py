@@ -7,7 +7,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rau.cli.bench.peers import Peers
 from rau.cli.bench.timing import Call, Roof, Spread, device_copy, interleaved, ratio
-from rau.cli.bench.workload import CACHED, HOW, LARGE, SEQUENCES, SMALLEST, Size, lacking, modes, states
+from rau.cli.bench.workload import (
+    CACHED,
+    HOW,
+    LARGE,
+    SEQUENCES,
+    SMALLEST,
+    Size,
+    lacking,
+    modes,
+    states,
+)
 from rau.cli.console import Step
 from rau.errors import RauError
 from rau.state import AttentionState

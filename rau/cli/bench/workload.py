@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rau.cli.bench.timing import Call
 from rau.arrays.memory import aligned
 from rau.arrays.numpy_ import named_dtype
+from rau.cli.bench.timing import Call
 from rau.layouts import shapes
 from rau.state import AttentionState
 from rau.update import ring_attention_update

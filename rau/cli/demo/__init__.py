@@ -30,9 +30,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="merge real partial attention with every backend, timed and checked",
         description="Compute the partial attention that the ranks of a ring would see, merge it with each "
         "backend, and judge the results. Exit status: 0 all right, 1 a merge is wrong, 2 wrong usage.",
+        epilog=session.examples("demo", "demo --backends cython --dtype bfloat16 --causal", "demo --layout TND --ranks 64", "demo --latex"),
     )
     add_problem(parser, 4096, 8, ("float32", "float16", "bfloat16"))
-    session.add_backend(parser)
+    session.add_backends(parser)
+    session.add_tables(parser)
     return parser
 
 
@@ -85,21 +87,22 @@ def run(arguments: argparse.Namespace) -> int:
     # Late, as in all commands: --help does not pay for what a run needs.
     from rau.cli.demo import ring
 
-    options = problem(arguments)
-    backends, not_run = session.choose(arguments.backend)
+    session.check_form(arguments.form)
+    options, told = problem(arguments), not (arguments.json or arguments.form)
+    backends, not_run = session.choose(arguments.backends)
     if not backends:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in not_run.items())
         raise session.UsageError(f"no backend is available: {reasons}")
-    if not arguments.json:
+    if told:
         print(heading(arguments), flush=True)
     results: list[Result] = []
-    with progress(ring.steps_of(arguments.ranks, len(backends)), quiet=arguments.json) as step:
+    with progress(ring.steps_of(arguments.ranks, len(backends)), quiet=not told) as step:
         work = ring.prepare(arguments, step)
         for backend in backends:
             try:
                 results += ring.merge(work, backend, step)
             except RauError as error:
-                if arguments.backend:
+                if arguments.backends:
                     raise session.UsageError(f'backend "{backend.name}" cannot run this: {error}') from error
                 not_run[backend.name] = str(error)
     passed = bool(results) and all(result.passed for result in results)
@@ -108,6 +111,16 @@ def run(arguments: argparse.Namespace) -> int:
             "problem": options | {"actual_seq_qlen": work.call.get("actual_seq_qlen")}, "results": results,
             "partials_error": work.rounding, "same_bits": _agree(results), "not_run": not_run, "passed": passed,
         })  # fmt: skip
+        return 0 if passed else 1
+    if arguments.form:
+        session.print_table(arguments.form, [
+            {
+                "backend": result.backend, "updates": result.updates, "seconds": result.seconds,
+                "GB/s": result.gigabytes_per_second, "attn_out share": result.merge_share, "softmax_sum share": result.sum_share,
+                "attention error": result.attention_error, "partials error": work.rounding,
+            }
+            for result in results
+        ])  # fmt: skip
         return 0 if passed else 1
     numbers = ["time", "GB/s", "merge", "sum", "attention", "partials"]
     rows = [

@@ -16,7 +16,6 @@ from rau.testing.cases.placements import PACKED_PLACEMENTS, Placed, place
 from rau.update import merge_states, ring_attention_update
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One call, described by a few words and numbers; its arrays are made on demand.

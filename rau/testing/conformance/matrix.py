@@ -19,7 +19,13 @@ from rau.backends import PROPERTIES
 from rau.testing.cases import Case
 from rau.testing.conformance.properties import STRIDES, tried
 from rau.testing.reference.oracle import oracle, widen
-from rau.testing.trial import check_case, excluded_by, expected_of, ordinary_case, run_case
+from rau.testing.trial import (
+    check_case,
+    excluded_by,
+    expected_of,
+    ordinary_case,
+    run_case,
+)
 from rau.testing.trial.judge import folds, held_to
 from rau.testing.under_test import described
 

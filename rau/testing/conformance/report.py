@@ -8,7 +8,16 @@ from typing import NamedTuple
 
 from rau.backends import PROPERTIES
 from rau.testing.cases import Case
-from rau.testing.causes import EXCLUDED, FAILED, PASSED, Cause, Grid, by_cause, cause_of, count
+from rau.testing.causes import (
+    EXCLUDED,
+    FAILED,
+    PASSED,
+    Cause,
+    Grid,
+    by_cause,
+    cause_of,
+    count,
+)
 from rau.testing.under_test import described
 
 

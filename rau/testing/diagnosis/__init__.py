@@ -7,17 +7,20 @@ only if it accounts for what is wrong and leaves right what is right.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.arrays.numpy_ import named_dtype
+from rau.layouts import FIELDS
 from rau.state import AttentionState
 from rau.testing.causes import SLIGHT
 from rau.testing.comparison import Comparison, compare, same_bits, shares
 from rau.testing.diagnosis.lse_mistakes import mistakes_with_lse
 from rau.testing.diagnosis.mistakes import MISTAKES, Mistake
 from rau.testing.diagnosis.steps import Steps
+from rau.testing.diagnosis.vendor import vendors_merge
 from rau.testing.differential.record import Record, RecordError
 from rau.testing.reference.log_sum_exp import state_lse
 from rau.testing.reference.oracle import Expected, oracle, widen
@@ -26,6 +29,10 @@ from rau.testing.trial import problem_of
 
 _MISFIT = 0.1  # so much of what is wrong is left to what else may be wrong
 _ALIKE = 0.01  # a difference in misfit that another arithmetic may make
+_VENDORS = (
+    "It is what the vendor's operator computes (rau.testing.VendorArithmetic): rows in float32, nothing guarded, so that 0 / 0 is "
+    "NaN, and element d weighted by lane d mod 8. The backend \"ascend\" repairs that."
+)
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,18 @@ class Diagnosis:
         Mistakes that make no difference on these inputs, so that nothing can be said about them.
     slight : bool
         Whether the output is wrong, but by no more than another arithmetic might be.
+    missing : tuple of str
+        Arrays that were not observed, and so are not judged.
+    vendors : bool
+        Whether a wrong attn_out is that of :class:`rau.testing.VendorArithmetic`, up to rounding.
     """
 
     comparison: Comparison
     candidates: tuple[Candidate, ...]
     invisible: tuple[str, ...]
     slight: bool
+    missing: tuple[str, ...] = ()
+    vendors: bool = False
 
     @property
     def right(self) -> bool:
@@ -112,6 +125,10 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [str(self.comparison)]
+        if self.missing:
+            lines.append(f"not judged, since the file does not have it: {', '.join(self.missing)}")
+        if self.vendors:
+            lines.append(_VENDORS)
         for candidate in self.recognised:
             lines += [f"known mistake: {candidate}", f"  {candidate.mistake.wrong}", f"  {candidate.mistake.change}"]
         if len(self.recognised) > 1:
@@ -161,18 +178,29 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     prev-returned (bit for bit)
     """
     if record.observed is None:
-        raise RecordError('nothing was observed: "attn_out", "softmax_max" and "softmax_sum" are missing')
+        raise RecordError('nothing was observed: there is none of "attn_out", "softmax_max" and "softmax_sum"')
     call, case = record.case.make(record.states), record.case
     problem_of(call)
     kind = {"statistics": "lse", "lse_base": record.lse_base} if record.lse_base else {}
     order, excused = case.softmax_layout, record.unpromised
     expected = oracle(call.states, case.lengths_argument(), case.layout, softmax_layout=order, unpromised=excused, **kind)
-    comparison = compare(record.observed, expected, tolerance=tolerance)
-    wrong = not comparison.passed and _comparable(record.observed, expected)
-    slight = wrong and compare(record.observed, expected, tolerance=SLIGHT).passed
+    missing = tuple(name for name, part in zip(FIELDS, record.observed, strict=True) if part is None)
+    observed = _completed(record.observed, expected)
+    comparison = compare(observed, expected, tolerance=tolerance)
+    comparison = replace(
+        comparison,
+        attn_share=np.nan if "attn_out" in missing else comparison.attn_share,
+        sum_share=np.nan if "softmax_sum" in missing else comparison.sum_share,
+    )
+    wrong = not comparison.passed and _comparable(observed, expected)
+    slight = wrong and compare(observed, expected, tolerance=SLIGHT).passed
     # Another arithmetic may be on top of a mistake: where anything is far off, what is slightly off tells nothing.
-    truth = _truths(record.observed, expected, tolerance if slight else max(tolerance, SLIGHT)) if wrong else []
+    truth = _truths(observed, expected, tolerance if slight else max(tolerance, SLIGHT)) if wrong else []
     rows = Steps(call.states, case.lengths_argument(), case.layout, case.softmax_layout)
+    vendors = False
+    if truth and not slight and "attn_out" not in missing and not record.lse_base and (case.states, case.lanes) == (2, 8):
+        made = _numbers(vendors_merge(rows), False)[0]
+        vendors = bool(truth[0].wrong.any() and _fit(_numbers(observed, False)[0], made, truth[0])[0].all())
     mistakes = MISTAKES
     if record.lse_base:
         with np.errstate(all="ignore"):
@@ -183,10 +211,24 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
         if not results:
             invisible.append(mistake.name)
         elif any(part.wrong.any() for part in truth):
-            candidates.append(min((_judge(mistake, record.observed, r, truth) for r in results), key=_order))
+            results = [_with(result, record.observed, observed) for result in results]
+            candidates.append(min((_judge(mistake, observed, r, truth) for r in results), key=_order))
     candidates = [candidate for candidate in candidates if candidate.same_bits or candidate.misfit < 1]
     candidates.sort(key=_order)
-    return Diagnosis(comparison, tuple(candidates), tuple(invisible), slight)
+    return Diagnosis(comparison, tuple(candidates), tuple(invisible), slight, missing, vendors)
+
+
+def _completed(observed: AttentionState, expected: Expected) -> AttentionState:
+    """Put what is right in the places of what was not observed: nothing then speaks for a mistake there, nor against one."""
+    exact, dtypes = [getattr(expected, name) for name in FIELDS], (expected.dtype, expected.stats_dtype, expected.stats_dtype)
+    with np.errstate(all="ignore"):
+        right = [its.astype(named_dtype(dtype)) for its, dtype in zip(exact, dtypes, strict=True)]
+    return AttentionState(*(its if part is None else part for part, its in zip(observed, right, strict=True)))
+
+
+def _with(result: AttentionState, observed: AttentionState, completed: AttentionState) -> AttentionState:
+    """Put the same into what a mistake makes."""
+    return AttentionState(*(right if seen is None else its for its, seen, right in zip(result, observed, completed, strict=True)))
 
 
 def _order(candidate: Candidate) -> tuple[bool, bool, bool, float]:

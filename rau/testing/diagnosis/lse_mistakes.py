@@ -11,7 +11,13 @@ from functools import partial
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.diagnosis.mistakes import MISTAKES, Mistake, all_products, known, part_of
+from rau.testing.diagnosis.mistakes import (
+    MISTAKES,
+    Mistake,
+    all_products,
+    known,
+    part_of,
+)
 from rau.testing.diagnosis.steps import Array, Steps, summed, to_bfloat16, to_float16
 
 _OWN: dict[str, Mistake] = {}  # one of a name that MISTAKES has replaces that

@@ -12,7 +12,15 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from rau.state import AttentionState
-from rau.testing.diagnosis.steps import Array, Steps, flushed_exp, in_float32_range, summed, to_bfloat16, to_float16
+from rau.testing.diagnosis.steps import (
+    Array,
+    Steps,
+    flushed_exp,
+    in_float32_range,
+    summed,
+    to_bfloat16,
+    to_float16,
+)
 
 Make: TypeAlias = Callable[[Steps], AttentionState | None]
 
@@ -333,7 +341,8 @@ def last_token_zero(rows: Steps) -> AttentionState | None:
 
 
 @known(
-    "What an empty side holds leaks: 0 * NaN, -inf - (-inf) and 0 / 0 are NaN, and -0.0 + 0 has lost its sign.",
+    "What an empty side holds leaks: 0 * NaN, -inf - (-inf) and 0 / 0 are NaN, and -0.0 + 0 has lost its sign. So does the "
+    "vendor's operator, of which two empty sides come as NaN.",
     "A side with sum 0 or max -inf is empty: return the other one as it is, and 0, -inf, 0 where both are. Leave out "
     "products with a weight of 0.",
 )

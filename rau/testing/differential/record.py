@@ -16,11 +16,15 @@ The keys, all optional but the arrays of at least one state:
 ====================================  =====================================================================
 
 bfloat16 has no place in the .npy format: it is stored as uint16 (in an integer dtype or as NumPy's void ``V2``).
+
+Or a file of torch.save, with a dict of the same keys: it is loaded as weights only, and a state may then be one value, an
+AttentionState or a tuple of three tensors, under ``prev``, ``cur`` and ``out``. Of what was observed, parts may be missing.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -30,13 +34,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rau.arrays import kind_of
 from rau.arrays.numpy_ import named_dtype
 from rau.backends import PROPERTIES, Backend, Capabilities
-from rau.constraints.hints import meant
+from rau.constraints.hints import described, meant
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.profiles import PROFILES
 from rau.constraints.rules import Violations
 from rau.errors import RauError, shown
+from rau.install import command
 from rau.layouts import FIELDS, LAYOUTS, OTHER_LAYOUTS
 from rau.lse import statistics
 from rau.problem import Problem
@@ -50,9 +56,10 @@ class Record(NamedTuple):
 
     case: Case
     states: list[AttentionState]  # the inputs, C-contiguous; ``case.make(states)`` lays them out as they were
-    observed: AttentionState | None  # what some implementation returned
+    observed: AttentionState | None  # what some implementation returned; None in the place of what is not there
     lse_base: str = ""  # "e" or "2" where it keeps a log-sum-exp
     unpromised: tuple[str, ...] = ()  # what it does not promise, of PROPERTIES
+    unread: tuple[str, ...] = ()  # keys that mean nothing here
 
 
 class RecordError(RauError, ValueError):
@@ -118,20 +125,18 @@ def read_record(path: str | PathLike[str]) -> Record:
     if Path(path).exists() and not Path(path).is_file():
         raise RecordError(f"{path}: no file")  # a pipe would be waited for
     try:
-        with zipfile.ZipFile(path):  # NumPy takes other files too
-            pass
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in file.files}
-        for name, array in arrays.items():
-            if array.dtype.kind == "S":  # a member that is no .npy comes as its bytes
-                raise ValueError(f"{name} is no array")
+        with zipfile.ZipFile(path) as archive:  # NumPy takes other files too
+            torchs = any(name.endswith("/data.pkl") for name in archive.namelist())
+        arrays = _of_torch(path) if torchs else _of_numpy(path)
+    except RecordError:
+        raise
     except Exception as error:  # of zipfile's, NumPy's, tokenize's and ast's own: whoever wrote the file chooses
         raise RecordError(f"{path}: not a .npz file that can be read without pickle: {error}") from error
     for side, k in (("prev", 0), ("cur", 1)):
         for name in (*FIELDS, "lse"):
             if f"{side}_{name}" in arrays:
                 arrays[f"states.{k}.{name}"] = arrays.pop(f"{side}_{name}")
-    described, lse_base = _text(arrays, "case", ""), _text(arrays, "lse_base", "")
+    words, lse_base = _text(arrays, "case", ""), _text(arrays, "lse_base", "")
     if lse_base not in ("", "e", "2") or (not lse_base and any(name.rpartition(".")[2] == "lse" for name in arrays)):
         raise RecordError(f'{path}: a log-sum-exp to base {lse_base!r}; expected lse_base, "e" or "2"')
     unpromised = tuple(map(str, np.ravel(arrays.get("unpromised", ())).tolist()))
@@ -143,9 +148,57 @@ def read_record(path: str | PathLike[str]) -> Record:
     if not count:
         raise RecordError(f'{path}: no input states; expected keys such as "prev_attn_out" or "states.0.attn_out"')
     states = [_state(path, arrays, f"states.{k}.") for k in range(count)]
-    observed = _state(path, arrays, "") if "attn_out" in arrays else None
-    case = _described_case(path, described, states, arrays) if described else _describe(path, states, arrays)
-    return Record(case, states[:1] if case.aliased else states, observed, lse_base, unpromised)
+    observed = None
+    if any(name in arrays for name in (*FIELDS, "lse")):
+        observed = _state(path, arrays, "", complete=False)
+    own = {f"states.{k}.{name}" for k in range(count) for name in (*FIELDS, "lse")}
+    known = {*own, *FIELDS, "lse", "actual_seq_qlen", "layout", "softmax_layout", "lse_base", "unpromised", "case"}
+    unread = tuple(sorted(arrays.keys() - known))
+    case = _described_case(path, words, states, arrays) if words else _describe(path, states, arrays)
+    return Record(case, states[:1] if case.aliased else states, observed, lse_base, unpromised, unread)
+
+
+def _of_numpy(path: Any) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: np.asarray(file[name]) for name in file.files}
+    for name, array in arrays.items():
+        if array.dtype.kind == "S":  # a member that is no .npy comes as its bytes
+            raise ValueError(f"{name} is no array")
+    return arrays
+
+
+def _of_torch(path: Any) -> dict[str, np.ndarray]:
+    """Read a file of torch.save, as weights only."""
+    try:
+        import torch
+    except ImportError as error:
+        raise RecordError(f"{path}: torch wrote it, and is needed to read it: {command('torch')}") from error
+    try:
+        with torch.serialization.safe_globals([AttentionState]):
+            given = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))  # a class or function that it would have to trust
+        holds = f", since it holds {found[1]}" if found else ""
+        raise RecordError(f"{path}: torch does not read it as weights only{holds}; expected a dict of tensors and words") from error
+    if not isinstance(given, dict):
+        raise RecordError(f"{path}: holds {described(given)}; expected a dict of tensors, with keys such as prev_attn_out")
+    flat: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in ("prev", "cur", "out") and isinstance(value, (tuple, list)) and len(value) == 3:
+            side = "" if key == "out" else f"{key}_"
+            flat |= {f"{side}{name}": part for name, part in zip(FIELDS, value, strict=True)}
+        else:
+            flat[str(key)] = value
+    return {name: _array(value) for name, value in flat.items()}
+
+
+def _array(value: Any) -> np.ndarray:
+    """Make an array of what torch holds: of bfloat16 by its bits."""
+    kind = kind_of(value)
+    if kind is None or kind.name != "torch":
+        return np.asarray(value)
+    value = value.detach().contiguous()
+    return kind.host_view(value)
 
 
 # What the words of a case may be, beyond what the arrays tell.
@@ -156,10 +209,10 @@ _WORDS = {
 }  # fmt: skip
 
 
-def _described_case(path: Any, described: str, states: list[AttentionState], arrays: dict[str, np.ndarray]) -> Case:
+def _described_case(path: Any, told_in: str, states: list[AttentionState], arrays: dict[str, np.ndarray]) -> Case:
     """Read the description of a case, and hold it against the arrays beside it."""
     try:
-        words = json.loads(described)
+        words = json.loads(told_in)
         case = Case(**words | {"lengths": tuple(words.get("lengths", ()))})
         if not all(isinstance(word, str) for word in (case.id, case.statistics, case.outputs)):
             raise TypeError("id, statistics and outputs are words")
@@ -187,8 +240,8 @@ def _text(arrays: dict[str, np.ndarray], key: str, default: str) -> str:
     return str(arrays[key]) if key in arrays else default
 
 
-def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str) -> AttentionState:
-    parts = []
+def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str, complete: bool = True) -> AttentionState:
+    parts: list[Any] = []
     if f"{prefix}lse" in arrays:
         lse, wide = arrays[f"{prefix}lse"], "float64" if arrays.get(f"{prefix}attn_out", np.empty(0)).dtype == "f8" else "float32"
         if lse.dtype.kind != "f" or lse.ndim not in (2, 3):
@@ -198,6 +251,9 @@ def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str) -> AttentionSt
         arrays = arrays | dict(zip((prefix + FIELDS[1], prefix + FIELDS[2]), both, strict=True))
     for name in FIELDS:
         if prefix + name not in arrays:
+            if not complete:
+                parts.append(None)
+                continue
             raise RecordError(f'{path}: "{prefix}{name}" is missing, but other arrays of its state are there')
         array = arrays[prefix + name]
         if array.dtype in (np.uint16, np.dtype("V2")):

@@ -36,7 +36,12 @@ import numpy as np
 
 from rau.testing.reference import doubledouble as dd
 from rau.testing.reference.log_sum_exp import log_sum_exp_rows
-from rau.testing.reference.row_weights import FORMATS, RowWeights, half_ulp, exact_weights
+from rau.testing.reference.row_weights import (
+    FORMATS,
+    RowWeights,
+    exact_weights,
+    half_ulp,
+)
 
 _SLAB = 2**17  # elements: a handful of float64 temporaries of this size stay in the cache
 

@@ -16,7 +16,7 @@ from rau.constraints import Options, bind
 from rau.layouts import FIELDS
 from rau.problem import Problem
 from rau.state import AttentionState
-from rau.testing.cases import CaseCall, Case
+from rau.testing.cases import Case, CaseCall
 from rau.testing.comparison import Comparison, same_bits
 from rau.testing.reference.oracle import Expected, oracle
 from rau.testing.trial.judge import held_to, judge_values
