@@ -301,7 +301,7 @@ WORDS = {
     ),
     "a mask": (
         lambda: flashinfer.merge_state_in_place(OUT, LSE, OUT, LSE, np.ones(5)),
-        "merge_state_in_place: [tokens] mask is a mask of 5 bools, for T = 6 tokens; expected one for each token.",
+        "merge_state_in_place: [shape-match] mask has shape (5,); expected (T) = (6,), as v has.",
     ),
     "a swapped pair of any number a row": (
         lambda: flashinfer.variable_length_merge_states(LSE, OUT, [0, 3, 6]),
@@ -309,20 +309,19 @@ WORDS = {
     ),
     "splits and their log-sum-exps": (
         lambda: flash_attn.flash_attn_combine([OUT], [LSE, LSE]),
-        "flash_attn_combine: [states] out_partial holds 1 of them and lse_partial 2; expected as many, at least one.",
+        "flash_attn_combine: [states] out_partial is of 1 parts and lse_partial of 2; expected as many.",
     ),
     "no splits": (
         lambda: xformers.merge_attentions(3, [LSE]),
-        "merge_attentions: [array] attn_split is of type int; expected an array of K of them, or a list of K arrays.",
+        "merge_attentions: [array] attn_split is of type int; expected an array, or a list of arrays, one for each part of the keys.",
     ),
     "the first block": (
         lambda: ring_flash_attention.update_out_and_lse(None, None, OUT, LSE),
-        "update_out_and_lse: [shape-stats] block_lse.swapaxes(-1, -2) has shape (2, 6); for block_out of shape (6, 2, 8), expected "
-        "(T, N) = (6, 2). It looks like (N, T).",
+        "update_out_and_lse: [shape-match] block_lse has shape (6, 2); expected (N, T) = (2, 6), as block_out has.",
     ),
     "the running block": (
         lambda: ring_flash_attention.update_out_and_lse(OUT, LSE, OUT, LSE.T),
-        "update_out_and_lse: [rank] lse[..., 0] has shape (6,); expected (T, N).",
+        "update_out_and_lse: [rank] lse has shape (6, 2); expected (B, S, N, 1) or (T, N, 1).",
     ),
     "steps": (
         lambda: transformer_engine.flash_attn_fwd_second_half_softmax_lse_correction(np.ones((1, 2, 2, 3), "f4"), LSE),
@@ -337,7 +336,7 @@ WORDS = {
     ),
     "torch's own": (
         lambda: torch_._SDPAMerger(True, 2).step(LSE[None, None], LSE[None], partial=False),
-        "_SDPAMerger.step: [shape-stats] lse has shape (1, 6, 2); for out of shape (1, 1, 6, 2), expected (B, N, S) = (1, 1, 6).",
+        "_SDPAMerger.step: [shape-match] lse has shape (1, 6, 2); expected (B, N, S) = (1, 1, 6), as out has.",
     ),
 }
 

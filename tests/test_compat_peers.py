@@ -348,7 +348,7 @@ def test_vllm_writes_no_output_whose_log_sum_exp_it_cannot_write(way):
     v, s, output = way(np.ones((2, 1, 8))), way(np.zeros((1, 2))), way(np.ones((2, 1, 8)), "float8_e5m2")
     before = way.bits(output)
     for wrong in (way(np.zeros((2, 2))), way(np.zeros((1, 2)), "float16"), [1.0]):
-        with pytest.raises(rau.RauError, match=r"out\[1\]"):
+        with pytest.raises(rau.RauError, match="output_lse (has|is)"):
             vllm.merge_attn_states(output, v, s, v, s, wrong, 1, way([2.0]))
     assert way.bits(output) == before
 

@@ -63,11 +63,12 @@ def check(call: str, given: Mapping[str, tuple[Any, str]]) -> None:
         if letters is None:
             report.add("rank", f"{name} has shape {shape}; expected {forms}.")
             continue
-        for letter, size in zip(letters, shape):
-            own, first = sizes.setdefault(letter, (size, name)) if letter.isalpha() else (int(letter), name)
-            if own != size:
-                whose = "" if first == name else f" with {letter} = {own}, as {first} has"
-                report.add("shape-match", f"{name} has shape {shape}; expected ({', '.join(letters)}){whose}.")
+        theirs = [sizes.setdefault(letter, (size, "")) if letter.isalpha() else (int(letter), "") for letter, size in zip(letters, shape)]
+        expected = tuple(size for size, _ in theirs)
+        if expected != shape:
+            whose = " and ".join(dict.fromkeys(other for size, other in theirs if other))
+            report.add("shape-match", f"{name} has shape {shape}; expected ({', '.join(letters)}) = {expected}{f', as {whose} has' * bool(whose)}.")
+        sizes |= {letter: (size, name) for letter, (size, other) in zip(letters, theirs) if not other}
     report.raise_if_broken()
 
 
