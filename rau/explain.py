@@ -134,12 +134,13 @@ actual_seq_qlen, layout, softmax_layout, out, backend, check
     if isinstance(prev_attn_out, StreamingMerge):
         problem, backend = prev_attn_out.next_update()
         return _explained(problem, backend)
-    if isinstance(prev_attn_out, (tuple, list)):
+    others = prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum
+    if isinstance(prev_attn_out, (tuple, list)) and all([other is None for other in others]):
         states, call = as_states(prev_attn_out, layout), "merge_states"
     else:
-        prev = prev_attn_out, prev_softmax_max, prev_softmax_sum
-        states, call = (prev, (cur_attn_out, cur_softmax_max, cur_softmax_sum)), "ring_attention_update"
-    profile = profile or {"merge_states": "portable", "ring_attention_update": "mindspore"}[call]
+        states, call = ((prev_attn_out, *others[:2]), others[2:]), "ring_attention_update"
+    if profile is None:
+        profile = {"merge_states": "portable", "ring_attention_update": "mindspore"}[call]
     options = Options(layout, softmax_layout, profile, check)
     problem, _ = bind("explain", states, NAMES[call], actual_seq_qlen, options, out)
     return _explained(problem, backend)
