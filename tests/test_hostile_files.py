@@ -189,7 +189,7 @@ def test_a_report_that_cannot_be_written(tmp_path):
     words = ["difftest", "--backends", "numpy", "--select", "smallest/one-token-one-head", "--report", str(tmp_path)]
     code = f"import resource; from rau.__main__ import main; resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1)); exit(main({words}))"
     done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.endswith("python -m rau difftest: error: [Errno 27] File too large\n")
+    assert done.returncode == 2 and done.stderr.endswith("the page could not be written: [Errno 27] File too large\n")
     assert "Traceback" not in done.stderr
 
 

@@ -45,9 +45,10 @@ def _breaks_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(self: StreamingMerge, *arguments: Any, **options: Any) -> Any:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
-            from rau.streaming.compiled import eagerly
+            from rau.streaming.compiled import compiling, eagerly
 
-            return eagerly(method, self, *arguments, **options)
+            if compiling():
+                return eagerly(method, self, *arguments, **options)
         return method(self, *arguments, **options)
 
     return call

@@ -21,5 +21,14 @@ def _run(method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     return method(*arguments, **options)
 
 
+def compiling() -> bool:
+    """Whether a frame is being compiled, or would be: else a method runs as it is, and nothing is left to do behind it.
+
+    What an interrupt met there would come after the merge.
+    """
+    return torch.compiler.is_compiling() or _callback() is not None
+
+
+_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 _takes_reason = "reason" in signature(torch.compiler.disable).parameters  # not in torch 2.6
 eagerly = torch.compiler.disable(_run, **({"reason": _REASON} if _takes_reason else {}))
