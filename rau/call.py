@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rau import registry
-from rau.arrays import kind_of
+from rau.arrays import Kind, kind_of
 from rau.arrays.foreign import ForeignKind
 from rau.constraints import Options, checked
 from rau.errors import RauError, UnsupportedError
@@ -112,16 +112,21 @@ def _contiguous(
     for array in out or ():
         if array is not None and id(array) not in copies and not kind.contiguous(array):
             copies[id(array)] = kind.full(array, tuple(array.shape), kind.dtype(array), 0.0)
-    if not copies or problem.half is not None or problem.runs is not None:  # which are places within larger arrays
+    if not copies:
         return problem, states, out
     registry.log_copies(call, backend, len(copies))
     states = [AttentionState(*(copies.get(id(array), array) for array in state)) for state in states]
     target = None if out is None else AttentionState(*(copies.get(id(array), array) for array in out))
     described = Problem.of(
         states, target, problem.actual_seq_qlen, problem.layout, problem.softmax_layout, problem.profile,
-        in_place=problem.in_place, statistics=problem.statistics,
+        in_place=problem.in_place and any(_same(kind, own, part) for own, *parts in zip(target or (), *states) for part in parts),
+        statistics=problem.statistics,
     )  # fmt: skip
     return described, states, target
+
+
+def _same(kind: Kind, one: Any, other: Any) -> bool:
+    return one is other or (one is not None and kind.memory(one).same_view(kind.memory(other)))
 
 
 def _with_statistics(

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from states import bits, sbh
+from states import bits, sbh, tnd
 
 import rau
 from rau.backends.numpy_ import NumPyBackend
@@ -63,6 +63,28 @@ def test_what_is_contiguous_is_not(caplog):
         out = rau.ring_attention_update(*prev, *cur, out=sbh(seed=3), backend=backend)
     assert all(seen is given for seen, given in zip(backend.seen, [*prev, *cur, *out], strict=True))
     assert "contiguous" not in caplog.text
+
+
+def test_parts_of_larger_arrays_and_other_objects_of_one_view():
+    """Whatever else it declares: neither runs nor halves reach it, and in place is what stands on one array."""
+    backend = Strict()
+    backend.capabilities = replace(NumPyBackend.capabilities, contiguous=True)
+    assert not backend.capabilities.runs and not backend.capabilities.halves
+    states = [tnd(6, 2, 16, seed=seed) for seed in (1, 2)]
+    wide = [state._replace(attn_out=state.attn_out[..., ::2][..., :8]) for state in states]
+    expected = rau.merge_states(wide, layout="TND", tokens=[0, 1, 4], backend="numpy")
+    assert bits(rau.merge_states(wide, layout="TND", tokens=[0, 1, 4], backend=backend)) == bits(expected)
+
+    class Reads(Strict):
+        def update(self, problem, prev, cur, out):
+            assert not problem.in_place or any(np.shares_memory(one, other) for one in out for other in (*prev, *cur))
+            return super().update(problem, prev, cur, out)
+
+    expected = rau.merge_states(states, layout="TND", backend="numpy")
+    rows = np.concatenate([states[0].attn_out, states[0].attn_out], -1)
+    prev = states[0]._replace(attn_out=rows[..., :16])
+    out = states[0]._replace(attn_out=rows[..., :16])
+    assert bits(rau.ring_attention_update(*prev, *states[1], [0, 6], "TND", out=out, profile="portable", backend=Reads())) == bits(expected)
 
 
 def test_streams_of_parts():

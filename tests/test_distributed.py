@@ -45,7 +45,7 @@ def test_four_ranks(tmp_path):
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, -signal.SIGKILL, 0, 0], errors  # that of rank 1 is one of the checks
     names = re.findall(r"^@check\ndef (\w+)", CHECKS.read_text(encoding="utf-8"), re.M)
-    assert len(names) == 13
+    assert len(names) == 14
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     wrong = [f"rank {rank}, {name}: {text}" for rank, each in enumerate(found) for name, text in each.items() if text]
     assert not wrong, "\n".join(wrong)

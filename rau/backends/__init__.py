@@ -113,7 +113,8 @@ class Capabilities:
         places. Any other writes them to arrays that are dropped.
     contiguous : bool
         Whether its kernel takes contiguous arrays only, as one does that is given nothing but pointers. Others are copied
-        before it is called, and the results of a call into others after it; the logger "rau" tells of each such call.
+        before it is called, and the results of a call into others after it; the logger "rau" tells of each such call. `halves`
+        and `runs`, which are places within larger arrays, are False then.
     """
 
     array_types: tuple[str, ...]
@@ -172,6 +173,9 @@ class Capabilities:
         if wrong:
             lines = [f"Capabilities: {name} = {shown(getattr(self, name))}; expected {expected}." for name, expected in wrong]
             raise TypeError("\n".join(lines))
+        if self.contiguous:  # of a place within larger arrays there is no contiguous copy that is also the place
+            object.__setattr__(self, "halves", False)
+            object.__setattr__(self, "runs", False)
 
     def unknown_names(self) -> list[str]:
         """List what is declared and does not exist in this version, which may be an older one than it was written for.

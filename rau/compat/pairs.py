@@ -25,14 +25,14 @@ def merged(
     `how` is what :func:`rau.merge_lse` is told of the pairs, `dtype` and `asked` what it is asked of the result, which has
     None for what was not wanted.
     """
-    if dtype is not None and dtype == pairs[0][0].dtype:
+    if dtype is not None and pairs and dtype == pairs[0][0].dtype:
         dtype = None  # which can be traced
     asked["dtype"] = dtype
     if not with_lse:
         axes, inf_is_empty = how["lse_layout"], how.get("inf_is_empty", False)
         states = states_of(pairs, names_of(pairs), Violations("merge_lse"), how["base"], how["layout"], axes, inf_is_empty, None, 1)
         return merge_states(states, layout=how["layout"], statistics=False, out=out, **asked), None
-    if out is not None or lse is not None:
+    if pairs and (out is not None or lse is not None):
         asked["out"] = [library(like).empty_like(like) if array is None else array for array, like in zip((out, lse), pairs[0])]
     return merge_lse(pairs, **how, **asked)
 
