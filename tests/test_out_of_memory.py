@@ -65,6 +65,10 @@ EACH = """
 @pytest.mark.skipif(
     sysconfig.get_config_var("Py_GIL_DISABLED") == 1, reason="PyList_New frees a list that it has not set up (cpython gh-152125)"
 )
+@pytest.mark.xfail(
+    sys.version_info[:2] == (3, 12), strict=False,
+    reason="on Python 3.12.1 the process ends by SIGSEGV in Python's own frames, in another place each time; not understood yet",
+)  # fmt: skip
 def test_each_allocation_of_pythons():
     """Of a call that is known, of one that is new, and of an update of a running state."""
     pytest.importorskip("_testcapi")

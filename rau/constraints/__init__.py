@@ -211,9 +211,9 @@ def _check_shapes(
     None where the ranks of the first state do not even allow that.
     """
     axes = LAYOUTS[layout]
-    ranks = axes.attn.count(",") + 1, axes.stats.count(",") + 1
+    ranks = _ranks(layout)
     shapes: list[list[Any]] = [[tuple(array.shape) for array in state] for state in states]
-    others = _fitting(shapes, layout)
+    others = _fitting(shapes) if (len(shapes[0][0]), len(shapes[0][1])) != ranks else []
     if others:
         first, its = shapes[0][:2]
         fit = " or ".join(f'layout="{other}"' for other in others)
@@ -268,19 +268,20 @@ def _check_shapes(
     return [attn_shape, (*rows, lanes), (*rows, lanes)]
 
 
-def _fitting(shapes: Sequence[Sequence[tuple[int, ...]]], layout: str) -> list[str]:
+def _ranks(layout: str) -> tuple[int, int]:
+    axes = LAYOUTS[layout]
+    return axes.attn.count(",") + 1, axes.stats.count(",") + 1
+
+
+def _fitting(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[str]:
     """Find the layouts that states fit whose ranks are not those of the layout that was named."""
-
-    def ranks(name: str) -> tuple[int, int]:
-        return LAYOUTS[name].attn.count(",") + 1, LAYOUTS[name].stats.count(",") + 1
-
     attn, stats = shapes[0][:2]
     found = len(attn), len(stats)
-    if found == ranks(layout) or any((len(state[0]), len(state[1]), len(state[2])) != (*found, found[1]) for state in shapes):
+    if any((len(state[0]), len(state[1]), len(state[2])) != (*found, found[1]) for state in shapes):
         return []
     fitting = []
     for name, axes in LAYOUTS.items():
-        if found == ranks(name):
+        if found == _ranks(name):
             B, tokens, _, N, _ = dimensions(name, attn, stats)
             if stats[:-1] == ((tokens, N) if axes.attn_batch is None else (B, N, tokens)):
                 fitting.append(name)
