@@ -67,7 +67,7 @@ EACH = """
 )
 @pytest.mark.xfail(
     sys.version_info[:2] == (3, 12), strict=False,
-    reason="on Python 3.12.1 the process ends by SIGSEGV in Python's own frames, in another place each time; not understood yet",
+    reason="Python 3.12.1 itself ends by SIGSEGV where an allocation fails in a comprehension: with nothing of rau or NumPy, too",
 )  # fmt: skip
 def test_each_allocation_of_pythons():
     """Of a call that is known, of one that is new, and of an update of a running state."""
