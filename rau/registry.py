@@ -36,7 +36,7 @@ from rau.problem import Problem
 foreign_types.append(array_types)
 
 __all__ = [
-    "Status", "array_types", "blocked", "capabilities", "get", "known", "names", "provisionally", "refresh", "register",
+    "Status", "array_types", "blocked", "capabilities", "get", "keeps_lse", "known", "names", "provisionally", "refresh", "register",
     "select", "standings", "status", "use_backend",
 ]  # fmt: skip
 
@@ -196,6 +196,13 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
             f"All backends:\n{reasons_of_all(problem)}"
         )
     return instance, origin
+
+
+def keeps_lse(backend: Any = None) -> bool:
+    """Tell whether the backend that is asked for returns a log-sum-exp in the place of the maximum, as none does unasked."""
+    choice, _ = requested(backend)
+    takes = capabilities(choice) if isinstance(choice, str) else getattr(choice, "capabilities", None)
+    return takes is not None and bool(takes.statistics == "lse")
 
 
 def automatic(problem: Problem) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from rau import registry
 from rau.arithmetic import merge_rows, weigh
 from rau.arrays.torch_ import tensor_inside
 from rau.backends.torch_ import Geometry
@@ -181,10 +182,13 @@ def _blank_merge(*arguments: Any) -> Triple:
     return _blank("merge_states", list(zip(*arguments[:3], strict=True)), *arguments[3:-1])
 
 
-def _keep(ctx: Any, states: Sequence[Sequence[Tensor]], actual_seq_qlen: Tensor | None, layout: str, softmax_layout: str) -> None:
+def _keep(
+    ctx: Any, states: Sequence[Sequence[Tensor]], actual_seq_qlen: Tensor | None, layout: str, softmax_layout: str, backend: str | None
+) -> None:
     """Save the inputs themselves: weights are cheap to compute again, and take no memory until then."""
     ctx.save_for_backward(*[part for state in states for part in state], actual_seq_qlen)
     ctx.layout, ctx.softmax_layout = layout, softmax_layout
+    ctx.keeps_lse = registry.keeps_lse(backend)
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Sequence[Tensor | None]]:
@@ -199,6 +203,9 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Sequence[Te
         grad(l_i) = e_i / l * s_i + e_i grad(l)
         grad(m_i) = w_i s_i + (l_i e_i - l t_i) grad(l) + t_i grad(m)
 
+    A backend that keeps a log-sum-exp returns m + log(l) in the place of m, and 1 in that of l: then grad(l) is grad(m) / l,
+    and what came for the 1 goes nowhere.
+
     The lanes' gradients are summed, and an input's goes to its lane 0. An empty side gets zeros; where a weight is 0,
     s_i counts as 0 and o_i is not read.
     """
@@ -206,7 +213,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Sequence[Te
     states = [saved[k : k + 3] for k in range(0, len(saved), 3)]
     geometry = Geometry.of(states[0], actual_seq_qlen, ctx.layout, ctx.softmax_layout)
     if torch.is_grad_enabled():  # create_graph: they are to be differentiated in their turn
-        return _gradients_in_a_graph(states, geometry, grads)
+        return _gradients_in_a_graph(states, geometry, grads, ctx.keeps_lse)
     maxima, sums = ([geometry.rows(state[field]) for state in states] for field in (1, 2))
     weighed = weigh(maxima, sums)
     wide = weighed.weights[0].dtype
@@ -216,6 +223,8 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Sequence[Te
         torch.zeros_like(weighed.total) if grad is None else geometry.rows(grad.double().sum(-1, keepdim=True))
         for grad in grads[1:]
     )
+    if ctx.keeps_lse:
+        g_sum = g_max / weighed.total.masked_fill(weighed.total == 0, 1.0)
     merged = merge_rows(weighed.weights, rows)
     ties = torch.stack(
         [alive & (part.double() == weighed.maximum) for alive, part in zip(weighed.live, maxima, strict=True)]
@@ -247,14 +256,14 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Sequence[Te
 
 
 def _gradients_in_a_graph(
-    states: Sequence[Sequence[Tensor]], geometry: Geometry, grads: Sequence[Tensor | None]
+    states: Sequence[Sequence[Tensor]], geometry: Geometry, grads: Sequence[Tensor | None], keeps_lse: bool
 ) -> Sequence[Sequence[Tensor | None]]:
     """The same by torch's own differentiation: slower and in more memory, and to be differentiated in their turn."""
     # Each input anew, with its graph behind it: where one tensor stands in two places, each has a gradient of its own.
     seen = [[part.view_as(part) for part in state] for state in states]
     through = [
         (part, torch.zeros_like(part) if grad is None else grad.double())
-        for part, grad in zip(_merged(seen, geometry), grads, strict=True)
+        for part, grad in zip(_merged(seen, geometry, keeps_lse), grads, strict=True)
         if part.requires_grad
     ]
     outputs, upstream = zip(*through, strict=True)
@@ -263,7 +272,7 @@ def _gradients_in_a_graph(
     return [[next(found) if part.requires_grad else None for part in state] for state in seen]
 
 
-def _merged(states: Sequence[Sequence[Tensor]], geometry: Geometry) -> Triple:
+def _merged(states: Sequence[Sequence[Tensor]], geometry: Geometry, keeps_lse: bool) -> Triple:
     """The merge as torch can differentiate it, any number of times: out of place, all of it in float64.
 
     Notes
@@ -287,12 +296,15 @@ def _merged(states: Sequence[Sequence[Tensor]], geometry: Geometry) -> Triple:
     weights = torch.where(shared, part / whole, read.double()).unsqueeze(-1)
     rows = torch.stack([geometry.heads(state[0]).double() for state in states])
     attn_out = (weights * torch.where(read.unsqueeze(-1), rows, 0.0)).sum(0)
-    maximum, total = (geometry.statistics(row).expand_as(states[0][1]) for row in (maximum, a.sum(0)))
+    total = a.sum(0)
+    if keeps_lse:
+        maximum, total = maximum + torch.where(total == 0, 1.0, total).log(), torch.ones_like(total)
+    maximum, total = (geometry.statistics(row).expand_as(states[0][1]) for row in (maximum, total))
     return attn_out.reshape(states[0][0].shape), maximum, total
 
 
 def _keep_update(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
-    _keep(ctx, (inputs[:3], inputs[3:6]), *inputs[6:9])
+    _keep(ctx, (inputs[:3], inputs[3:6]), *inputs[6:9], inputs[-1])
 
 
 def _update_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -301,7 +313,7 @@ def _update_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 def _keep_merge(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
-    _keep(ctx, list(zip(*inputs[:3], strict=True)), *inputs[3:6])
+    _keep(ctx, list(zip(*inputs[:3], strict=True)), *inputs[3:6], inputs[-1])
     ctx.statistics = inputs[8]
 
 

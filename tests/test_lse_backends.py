@@ -381,6 +381,40 @@ def test_what_was_found_is_told_where_the_page_cannot_be_written(tmp_path, capsy
 
 
 @needs_torch
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_gradients_of_a_kernel_that_keeps_a_log_sum_exp(again):
+    """Its result has the log-sum-exp where others have the maximum; through both, the log-sum-exp has one gradient."""
+    import torch
+
+    def state(seed):
+        generator = torch.Generator().manual_seed(seed)
+        parts = (torch.randn(3, 2, n, generator=generator, dtype=torch.float64) for n in (4, 1, 1))
+        return [part.abs() + 1 if k == 2 else part for k, part in enumerate(parts)]
+
+    leaves = [part.requires_grad_() for seed in (0, 1) for part in state(seed)]
+    weights = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def loss(merge):
+        out, maximum, total = merge([leaves[:3], leaves[3:]])
+        value = (out * weights).sum() + (maximum + total.log()).square().sum()
+        grads = torch.autograd.grad(value, leaves, create_graph=again)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves) if again else grads
+
+    def plainly(states):
+        lses = torch.stack([(maximum + total.log()) for _, maximum, total in states])
+        outs = torch.stack([out for out, *_ in states])
+        return (lses.softmax(0) * outs).sum(0), lses.logsumexp(0), torch.ones_like(lses[0])
+
+    with rau.registry.provisionally(TorchWeights()):
+        found = loss(lambda states: rau.merge_states(states, layout="TND", backend="torch-weights"))
+        with rau.use_backend("torch-weights"):
+            unnamed = loss(lambda states: rau.merge_states(states, layout="TND"))
+    for one, other, expected in zip(found, unnamed, loss(plainly), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(one, other)
+
+
+@needs_torch
 def test_the_matrix_tells_gradients(capsys):
     assert main(["matrix", "--backends", "lse_kernels:TorchWeights", "lse_kernels:Strideless", "--json"]) == 0
     kernels = json.loads(capsys.readouterr().out)["kernels"]

@@ -12,7 +12,7 @@ def test_the_conformance_kit(any_backend):
     assert report.passed, str(report)
     assert len(report.succeeded) > 600, "the kit has shrunk"
     if rau.registry.get(any_backend).capabilities.tolerance == 1:
-        without_torch = [] if find_spec("torch") else ["autograd/learns-of-writes"]
+        without_torch = [] if find_spec("torch") else ["autograd/learns-of-writes", "autograd/rows-and-sinks"]
         assert [excluded.id for excluded in report.excluded] == without_torch, str(report)
 
 

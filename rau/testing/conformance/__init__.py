@@ -20,7 +20,7 @@ from rau.testing.apart import LONG, PATIENCE, Apart, Here, NoAnswer
 from rau.testing.cases import Case, generated, named
 from rau.testing.cases.placements import PACKED_PLACEMENTS
 from rau.testing.comparison import same_bits
-from rau.testing.conformance.autograd import writes
+from rau.testing.conformance.autograd import autograd
 from rau.testing.conformance.laws import laws
 from rau.testing.conformance.properties import STRIDES, tried
 from rau.testing.conformance.report import Check, Report
@@ -130,7 +130,7 @@ def checks(backend: Any, cases: Iterable[Case] | None = None, select: str = "*")
         case = _fitting(backend, case)
         if fnmatchcase(case.id, select):
             every.append(Check(case.id, partial(_case, backend, case), excluded_by(backend, case), case))
-    every += [*laws(backend), *streams(backend), *writes(backend)]
+    every += [*laws(backend), *streams(backend), *autograd(backend)]
     every.append(Check("calls/wrong-call-writes-nothing", partial(_wrong_call, backend), []))
     several = [ordinary_case(backend, f"calls/threads-{i}", 40 + i) for i in range(4)]
     together = partial(_several_threads, backend, several)
