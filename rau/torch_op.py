@@ -183,7 +183,7 @@ def _blank_merge(*arguments: Any) -> Triple:
 
 
 def _keep(
-    ctx: Any, states: Sequence[Sequence[Tensor]], actual_seq_qlen: Tensor | None, layout: str, softmax_layout: str, backend: str | None
+    ctx: Any, states: Sequence[Sequence[Tensor]], backend: str | None, actual_seq_qlen: Tensor | None, layout: str, softmax_layout: str
 ) -> None:
     """Save the inputs themselves: weights are cheap to compute again, and take no memory until then."""
     ctx.save_for_backward(*[part for state in states for part in state], actual_seq_qlen)
@@ -304,7 +304,7 @@ def _merged(states: Sequence[Sequence[Tensor]], geometry: Geometry, keeps_lse: b
 
 
 def _keep_update(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
-    _keep(ctx, (inputs[:3], inputs[3:6]), *inputs[6:9], inputs[-1])
+    _keep(ctx, (inputs[:3], inputs[3:6]), inputs[-1], *inputs[6:9])
 
 
 def _update_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -313,7 +313,7 @@ def _update_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 def _keep_merge(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
-    _keep(ctx, list(zip(*inputs[:3], strict=True)), *inputs[3:6], inputs[-1])
+    _keep(ctx, list(zip(*inputs[:3], strict=True)), inputs[-1], *inputs[3:6])
     ctx.statistics = inputs[8]
 
 
@@ -362,6 +362,10 @@ class AttentionToParts(torch.autograd.Function):
             if len(of_part) != len(part):
                 raise ShapeError(f"merge_attention: [states] backward returned {1 + len(of_part)} gradients for q and a part of "
                                  f"{len(part)} items; expected {1 + len(part)}, None where there is none.", ("states",))  # fmt: skip
+            for name, item, gradient in zip(("q", "k", "v"), (q, *part), (of_q, *of_part), strict=False):
+                if gradient is not None and gradient.shape != item.shape:  # else it might be broadcast
+                    raise ShapeError(f"merge_attention: [states] backward returned a gradient of {name} of shape {tuple(gradient.shape)}; "
+                                     f"expected {tuple(item.shape)}, that of {name}.", ("states",))  # fmt: skip
             if of_q is not None:
                 grad_q += of_q
             grads += of_part

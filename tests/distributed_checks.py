@@ -25,7 +25,7 @@ from ring_cost import Ring, merge_received, sent_bytes
 
 import rau
 from rau.distributed import LostRankError, merge, merge_scatter, ring_attention
-from rau.distributed.attention import attend, attend_backward
+from rau.distributed.attention import _products, attend, attend_backward
 from rau.distributed.ring import _Plan
 from rau.testing import oracle
 
@@ -407,7 +407,8 @@ def any_attention_function_will_do():
     q = torch.randn(1, 2, 4, 8, requires_grad=True)
     for kernel, kind, said in [
         ([lambda *given: [each.detach() for each in attend(*given)]], rau.UnsupportedError, "the kernel's own gradient as backward="),
-        ([attend, lambda *given: attend_backward(*given)[:2]], rau.OptionError, "backward returned 2 gradients; expected 3, of q,"),
+        ([attend, lambda *given: attend_backward(*given)[:2]], rau.OptionError, "expected those of q, k and v, [(1, 2, 4, 8), (1"),
+        ([attend, lambda *given: [each[:, :, :1] for each in attend_backward(*given)]], rau.OptionError, "shapes [(1, 2, 1, 8), (1"),
     ]:
         with broken_group() as group:
             out, _ = ring_attention(q, q, q, group, **dict(zip(("forward", "backward"), kernel)))
@@ -494,6 +495,10 @@ def ranks_that_disagree_are_told_before_anything_is_sent():
             assert message.startswith("merge: [ranks] rank 0 refused its part of the call: ShapeError: merge: [states] state is of")
         else:
             assert "state is of type torch.Tensor; expected an AttentionState of torch tensors, or a list of them" in message
+        found_dtypes = {0: "bfloat16", 2: "float16"}
+        mixed = one._replace(attn_out=one.attn_out.to(getattr(torch, found_dtypes.get(RANK, "bfloat16"))))
+        message = raised(rau.ConstraintError, mixed, method="tree")
+        assert "attn_out is float16 on rank 2, and the first state's is bfloat16; expected bfloat16." in message
         message = raised(rau.ConstraintError, [])
         assert "state is an empty list on every rank" in message
         q = torch.randn(1, 2, 4, 8)
@@ -529,6 +534,9 @@ def wrong_arguments():
     for timeout in (0, -1.0, "60", True, float("nan"), float("inf")):
         assert "expected a positive number of seconds" in raised(rau.OptionError, one, timeout=timeout)
     assert "group is of type str" in raised(rau.OptionError, one, "world")
+    with torch.autocast("cpu", torch.bfloat16):  # products of 16 bits would be off by as much as these are long
+        inputs = [torch.randn(1, 2, 6, 8, generator=seeded(k)) for k in range(3)]
+        torch.testing.assert_close(_products(*inputs, True, None)[1], attend(*inputs, True)[1], rtol=2**-20, atol=2**-20)
     q, k, odd = torch.randn(1, 4, 6, 8), torch.randn(1, 3, 6, 8), torch.randn(1, 4, 5, 8)
     for arguments, options, kind, said in [
         ((q, k, k), {}, rau.ShapeError, "q has 4 heads and k has 3"),

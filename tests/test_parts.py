@@ -117,6 +117,15 @@ def test_a_backward_that_returns_too_few_gradients_is_named():
         torch.autograd.grad(out, q, upstream)
 
 
+def test_a_backward_whose_gradient_would_be_broadcast_is_named():
+    (q, k, v), mask, upstream = inputs()
+    kernel = Kernel()
+    narrow = lambda *given: (kernel.backward(*given)[0][..., :1], *kernel.backward(*given)[1:])  # noqa: E731
+    out, _ = rau.merge_attention(q, [(k, v, mask)], kernel.forward, narrow, "BNSD", base="e", inf_is_empty=True)
+    with pytest.raises(rau.ShapeError, match=r"backward returned a gradient of q of shape \(.*1\); expected \("):
+        torch.autograd.grad(out, q, upstream)
+
+
 def test_no_gradient_is_wrong_in_silence():
     leaves, mask, _ = inputs()
     out, lse = merged(*leaves, mask, Kernel())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,11 +42,11 @@ def names_of(pairs: Sequence[Any]) -> list[tuple[str, str]]:
     return [(f"pairs[{k}][0]", f"pairs[{k}][1]") for k in range(len(pairs))]
 
 
-def check(call: str, given: Mapping[str, tuple[Any, str]]) -> None:
+def check(call: str, given: Mapping[str, tuple[Any, str]], written: Collection[str] = ()) -> None:
     """Check that arguments are arrays of the shapes that a peer's call has, before anything is asked of them.
 
-    Each comes with its shape, such as "(T, K, N, D)", or with several, "(T, N, D) or (B, S, N, D)". What has the same letter
-    has the same size. All else is the operator's to say.
+    Each comes with its shape, such as "(T, K, N, D)", or with several, "(T, N, D) or (B, S, N, D)", or "any shape". What has the same letter
+    has the same size. Those of `written` are to be writable. All else is the operator's to say.
 
     Raises
     ------
@@ -54,8 +54,14 @@ def check(call: str, given: Mapping[str, tuple[Any, str]]) -> None:
     """
     report, sizes = Violations(call), dict[str, tuple[int, str]]()
     for name, (array, forms) in given.items():
-        if kind_of(plain(array)) is None:
+        array = plain(array)
+        kind = kind_of(array)
+        if kind is None:
             report.add("array", not_an_array(name, array))
+            continue
+        if name in written and not kind.writable(array):
+            report.add("out-writable", f"{name} is read-only; expected an array that may be written to.")
+        if forms == "any shape":
             continue
         shape = tuple(array.shape)
         named = [[letter for letter in form.strip("()").split(", ") if letter] for form in forms.split(" or ")]
@@ -95,8 +101,8 @@ def zipped(call: str, outs: tuple[str, Any, str], lses: tuple[str, Any, str]) ->
 def starts_of(call: str, cu_seqlens: Any, factor: int = 1, **rows: tuple[Any, bool]) -> np.ndarray:
     """Return cumulative sequence lengths, an array, on the host; each is to be a multiple of a factor.
 
-    Each of `rows` has the tokens on its last axis: those of all sequences, where it is said to be packed, else padded, and the
-    sequences on its first.
+    Each of `rows` is said to be packed or not. Packed, it has the tokens of all sequences on the last of two axes, or on the
+    first of three; else padded on its last, and the sequences on its first.
 
     Raises
     ------
@@ -110,7 +116,7 @@ def starts_of(call: str, cu_seqlens: Any, factor: int = 1, **rows: tuple[Any, bo
         report.add("qlen-padded", f"cu_seqlens holds {odd[0]}; expected multiples of {factor}.")
     for name, (array, packed) in rows.items():
         longest, shape = int(starts[-1] if packed else np.diff(starts).max(initial=0)), tuple(array.shape)
-        if shape[-1] < longest:
+        if shape[0 if packed and len(shape) == 3 else -1] < longest:
             report.add("shape-stats", f"{name} has shape {shape}; expected room for {longest} tokens, as cu_seqlens has.")
         elif not packed and shape[0] != len(starts) - 1:
             report.add("shape-stats", f"{name} has shape {shape}; expected {len(starts) - 1} sequences, as cu_seqlens has.")

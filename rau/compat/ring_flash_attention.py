@@ -13,6 +13,7 @@ from rau.arrays import kind_of
 from rau.compat.pairs import check, starts_of
 from rau.compat.words import worded
 from rau.constraints.rules import Violations
+from rau.errors import shown
 from rau.update import merge_lse
 
 __all__ = ["flatten_varlen_lse", "unflatten_varlen_lse", "update_out_and_lse"]
@@ -44,7 +45,7 @@ def update_out_and_lse(out: Any, lse: Any, block_out: Any, block_lse: Any, slice
     Raises
     ------
     ConstraintError, UnsupportedError
-        As :func:`rau.merge_lse`; ShapeError also for a slice of what is not there.
+        As :func:`rau.merge_lse`; ShapeError also for a slice of what is not there. Neither array is written to then.
 
     Examples
     --------
@@ -58,13 +59,18 @@ def update_out_and_lse(out: Any, lse: Any, block_out: Any, block_lse: Any, slice
     outs, rows = "(B, S, N, D) or (T, N, D)", "(B, S, N, 1) or (T, N, 1)"
     check("update_out_and_lse", {"block_out": (block_out, outs), "block_lse": (block_lse, "(B, N, S) or (N, T)")})
     if out is not None:
-        check("update_out_and_lse", {"out": (out, outs), "lse": (lse, rows)})
+        check("update_out_and_lse", {"out": (out, outs), "lse": (lse, rows)}, ("out", "lse") if slice_ is not None else ())
     if slice_ is not None:
+        report = Violations("update_out_and_lse")
         if out is None:
-            report = Violations("update_out_and_lse")
             report.add("first-update", "slice_ is given, and out is None; expected a first block of all rows.")
             raise report.error()
-        out[slice_], lse[slice_] = update_out_and_lse(out[slice_], lse[slice_], block_out, block_lse)
+        try:
+            running = out[slice_], lse[slice_]
+        except (IndexError, TypeError, ValueError) as error:
+            report.add("shape-match", f"slice_ is {shown(slice_)}, and out, of shape {tuple(out.shape)}, has no such rows: {error}")
+            raise report.error() from error
+        out[slice_], lse[slice_] = update_out_and_lse(*running, block_out, block_lse)
         return out, lse
     block = block_out, block_lse.swapaxes(-1, -2)
     return _first(*block) if out is None else _merged((out, lse[..., 0]), block)
@@ -94,6 +100,10 @@ def flatten_varlen_lse(lse: Any, cu_seqlens: Any) -> Any:
     -------
     array, shape (N, T)
 
+    Raises
+    ------
+    ConstraintError
+
     Examples
     --------
     >>> import numpy as np
@@ -114,10 +124,15 @@ def unflatten_varlen_lse(lse: Any, cu_seqlens: Any, max_seqlen: int) -> Any:
     cu_seqlens : array of int, shape (sequences + 1,)
         Cumulative sequence lengths.
     max_seqlen : int
+        At least as many tokens as the longest has.
 
     Returns
     -------
     array, float32, shape (sequences, N, max_seqlen)
+
+    Raises
+    ------
+    ConstraintError
 
     Examples
     --------
@@ -127,10 +142,14 @@ def unflatten_varlen_lse(lse: Any, cu_seqlens: Any, max_seqlen: int) -> Any:
            [[  3., -inf, -inf]]], dtype=float32)
     """
     check("unflatten_varlen_lse", {"lse": (lse, "(T, N, 1)"), "cu_seqlens": (cu_seqlens, "(C)")})
-    bounds, kind = starts_of("unflatten_varlen_lse", cu_seqlens, lse=(lse[..., 0].swapaxes(0, 1), True)).tolist(), kind_of(lse)
+    bounds, kind = starts_of("unflatten_varlen_lse", cu_seqlens, lse=(lse, True)).tolist(), kind_of(lse)
     assert kind is not None  # as was checked
-    padded = kind.full(lse, (len(bounds) - 1, lse.shape[-2], max_seqlen), "float32", -math.inf)
-    starts_of("unflatten_varlen_lse", cu_seqlens, max_seqlen=(padded, False))
+    longest = max(end - start for start, end in pairwise([0, *bounds]))
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, np.integer)) or max_seqlen < longest:
+        report = Violations("unflatten_varlen_lse")
+        report.add("shape-stats", f"max_seqlen is {shown(max_seqlen)}; expected an int, at least {longest}, the longest in cu_seqlens.")
+        raise report.error()
+    padded = kind.full(lse, (len(bounds) - 1, lse.shape[-2], int(max_seqlen)), "float32", -math.inf)
     for i, (start, end) in enumerate(pairwise(bounds)):
         padded[i, :, : end - start] = lse[start:end, :, 0].swapaxes(0, 1)
     return padded

@@ -16,6 +16,7 @@ from rau.compat.pairs import check, names_of, starts_of
 from rau.compat.words import worded
 from rau.constraints.rows import rows_of_sequences
 from rau.constraints.rules import Violations
+from rau.errors import shown
 from rau.layouts import numbered
 from rau.state import states_of
 from rau.update import merge_lse, merge_states
@@ -57,6 +58,7 @@ def flash_attn_fwd_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step
     >>> float(lse[0, 0, 0])
     1.0
     """
+    check("flash_attn_fwd_softmax_lse_correction", {"softmax_lse": (softmax_lse, "any shape")}, ("softmax_lse",))
     softmax_lse[...] = merge_lse([(None, softmax_lse), (None, softmax_lse_per_step)], base="e")[1]
 
 
@@ -141,11 +143,11 @@ def flash_attn_fwd_out_correction(
     >>> float(out[0, 0, 0, 0].round(5))
     7.0
     """
-    its = "(S, B, N, D)" if seq_dim == 0 else "(B, S, N, D)"
+    its = _by_axis("flash_attn_fwd_out_correction", seq_dim, "(S, B, N, D)", "(B, S, N, D)")
     check("flash_attn_fwd_out_correction", {
         "out": (out, its), "out_per_step": (out_per_step, its), "softmax_lse": (softmax_lse, "(B, N, S)"),
         "softmax_lse_per_step": (softmax_lse_per_step, "(B, N, S)"),
-    })  # fmt: skip
+    }, ("out",))  # fmt: skip
     if seq_dim == 0:
         out, out_per_step = out.swapaxes(0, 1), out_per_step.swapaxes(0, 1)
     _add(out, out_per_step, softmax_lse, softmax_lse_per_step, "BSND", "BNS")
@@ -173,9 +175,8 @@ def flash_attn_fwd_second_half_out_correction(
     ConstraintError, UnsupportedError
         As :func:`flash_attn_fwd_out_correction`.
     """
-    check("flash_attn_fwd_second_half_out_correction", {
-        "out": (out, "(2, S, B, N, D)" if seq_dim == 0 else "(B, 2, S, N, D)"), "softmax_lse": (softmax_lse, "(B, N, L)"),
-    })  # fmt: skip
+    its = _by_axis("flash_attn_fwd_second_half_out_correction", seq_dim, "(2, S, B, N, D)", "(B, 2, S, N, D)")
+    check("flash_attn_fwd_second_half_out_correction", {"out": (out, its), "softmax_lse": (softmax_lse, "(B, N, L)")})
     half = out[1] if seq_dim == 0 else out[:, 1]
     lse = softmax_lse[..., softmax_lse.shape[-1] // 2 :]
     flash_attn_fwd_out_correction(half, out_per_step, lse, softmax_lse_per_step, seq_dim)
@@ -203,7 +204,7 @@ def thd_second_half_lse_correction(lse: Any, lse_per_step: Any, cu_seqlens: Any,
     its = form.replace("T", "H").replace("L", "H")  # half of them
     check("thd_second_half_lse_correction", {
         "lse": (lse, form), "lse_per_step": (lse_per_step, its), "cu_seqlens": (cu_seqlens, "(M)"),
-    })  # fmt: skip
+    }, ("lse",))  # fmt: skip
     _, _, rows, its_rows = _places("thd_second_half_lse_correction", cu_seqlens, True, lse_packed, lse, lse_per_step)
     half = lse[rows]
     flash_attn_fwd_softmax_lse_correction(half, lse_per_step[its_rows])
@@ -239,12 +240,23 @@ def thd_out_correction(
     check("thd_out_correction", {
         "out": (out, "(T, N, D)"), "out_per_step": (out_per_step, "(H, N, D)" if only_second_half else "(T, N, D)"),
         "lse": (lse, form), "lse_per_step": (lse_per_step, its), "cu_seqlens": (cu_seqlens, "(E)"),
-    })  # fmt: skip
+    }, ("out",))  # fmt: skip
+    starts = starts_of("thd_out_correction", cu_seqlens, 2 if only_second_half else 1, out=(out, True))
+    starts_of("thd_out_correction", starts // 2 if only_second_half else starts, 1, out_per_step=(out_per_step, True))
     tokens, its_tokens, rows, its_rows = _places("thd_out_correction", cu_seqlens, only_second_half, lse_packed, lse, lse_per_step)
     mine = out[tokens]
     _add(mine, out_per_step[its_tokens], lse[rows], lse_per_step[its_rows], "TND", "NT" if lse_packed else "TN")
     if not isinstance(tokens, slice):  # else a view
         out[tokens] = mine
+
+
+def _by_axis(call: str, seq_dim: Any, *forms: str) -> str:
+    """Return which of two shapes an output has, from the axis of its tokens."""
+    if isinstance(seq_dim, int) and seq_dim in (0, 1):
+        return forms[seq_dim]
+    report = Violations(call)
+    report.add("layout", f"seq_dim = {shown(seq_dim)}; expected 0 for {forms[0]}, or 1 for {forms[1]}.")
+    raise report.error()
 
 
 def _add(out: Any, part: Any, lse: Any, its_lse: Any, layout: str, lse_layout: str) -> None:

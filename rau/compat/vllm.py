@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from rau.arithmetic import library
 from rau.compat.pairs import check, merged
 from rau.compat.words import worded
@@ -66,7 +68,7 @@ def merge_attn_states(
     check("merge_attn_states", given | ({} if output_scale is None else {"output_scale": (output_scale, "(1) or ()")}))
     asked = {} if output_scale is None else {"dtype": output.dtype, "scale": 1 / output_scale}
     if n is not None:
-        if not isinstance(n, int) or not 0 <= n <= output.shape[0]:
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n <= output.shape[0]:
             report = Violations("merge_attn_states")
             report.add("tokens", f"prefill_tokens_with_context is {shown(n)}; expected a number of tokens, from 0 to T = {output.shape[0]}.")
             raise report.error()

@@ -83,6 +83,11 @@ def _has_flash(q: Tensor) -> bool:
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):  # whose products would be of 16 bits
+        return _wide_products(q, k, v, causal, scale)
+
+
+def _wide_products(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     qs, ks, vs = q.to(wide), _repeated(k, q).to(wide), _repeated(v, q).to(wide)
     scores = qs @ ks.mT * (q.shape[3] ** -0.5 if scale is None else scale)

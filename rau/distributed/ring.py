@@ -277,9 +277,10 @@ class _Ring(torch.autograd.Function):
             for its_dout, its_q, its_out, its_lse, its_k, its_v in sequences:
                 there = its_q.numel() and its_k.numel()
                 terms.append(plan.backward(its_dout, its_q, its_k, its_v, its_out, its_lse, triangle) if there else ())
-                if there and len(terms[-1]) != 3:
+                found, expected = ([tuple(each.shape) for each in some] for some in (terms[-1], (its_q, its_k, its_v)))
+                if there and found != expected:  # else one might be broadcast
                     report = Violations(ranks.call)
-                    report.add("attention", f"backward returned {len(terms[-1])} gradients; expected 3, of q, k and v.")
+                    report.add("attention", f"backward returned gradients of shapes {found}; expected those of q, k and v, {expected}.")
                     raise report.error()
             ranks.wait(works, doing)  # for what the ranks before have added up
             if works:

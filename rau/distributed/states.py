@@ -230,6 +230,12 @@ def _introduced(
     report = Violations(ranks.call)
     if agreed["device"] is None:
         report.add("states", "state is an empty list on every rank; expected a state on one of them at least.")
+    dtypes = [(rank, dtype) for rank, its in enumerate(kinds) for dtype, _ in its]
+    _, first = dtypes[0] if dtypes else (0, "")
+    taken = (first, "float16", "bfloat16") if first == "float32" else (first,)
+    for rank, dtype in dtypes:
+        if dtype not in taken:
+            report.add("ranks", f"attn_out is {dtype} on rank {rank}, and the first state's is {first}; expected {' or '.join(taken)}.")
     report.raise_if_broken()
     device = checked[0].attn_out.device if checked else torch.device(agreed["device"])
     shapes = tuple(agreed["attn_out.shape"]), tuple(agreed["softmax_max.shape"])
