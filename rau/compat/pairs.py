@@ -72,6 +72,21 @@ def check(call: str, given: Mapping[str, tuple[Any, str]]) -> None:
     report.raise_if_broken()
 
 
+def check_written(call: str, **given: Any) -> None:
+    """Check that arrays may be written to, which a peer's call does by itself, not through the operator.
+
+    Raises
+    ------
+    ConstraintError
+    """
+    report = Violations(call)
+    for name, array in given.items():
+        kind = kind_of(array)
+        if kind is not None and not kind.writable(array):
+            report.add("out-writable", f"{name} is read-only; expected an array that may be written to.")
+    report.raise_if_broken()
+
+
 def zipped(call: str, outs: tuple[str, Any, str], lses: tuple[str, Any, str]) -> list[tuple[Any, Any]]:
     """Return the pairs of stacked outputs and log-sum-exps, arrays or lists of them, each with its name and what it stacks.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from rau.arithmetic import cast, library
 from rau.arrays import kind_of
-from rau.compat.pairs import check, starts_of
+from rau.compat.pairs import check, check_written, starts_of
 from rau.compat.words import worded
 from rau.constraints.rules import Violations
 from rau.update import merge_lse
@@ -64,6 +64,7 @@ def update_out_and_lse(out: Any, lse: Any, block_out: Any, block_lse: Any, slice
             report = Violations("update_out_and_lse")
             report.add("first-update", "slice_ is given, and out is None; expected a first block of all rows.")
             raise report.error()
+        check_written("update_out_and_lse", out=out, lse=lse)
         out[slice_], lse[slice_] = update_out_and_lse(out[slice_], lse[slice_], block_out, block_lse)
         return out, lse
     block = block_out, block_lse.swapaxes(-1, -2)

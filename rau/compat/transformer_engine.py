@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rau.arithmetic import library
-from rau.compat.pairs import check, names_of, starts_of
+from rau.compat.pairs import check, check_written, names_of, starts_of
 from rau.compat.words import worded
 from rau.constraints.rows import rows_of_sequences
 from rau.constraints.rules import Violations
@@ -57,6 +57,7 @@ def flash_attn_fwd_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step
     >>> float(lse[0, 0, 0])
     1.0
     """
+    check_written("flash_attn_fwd_softmax_lse_correction", softmax_lse=softmax_lse)
     softmax_lse[...] = merge_lse([(None, softmax_lse), (None, softmax_lse_per_step)], base="e")[1]
 
 
@@ -205,6 +206,7 @@ def thd_second_half_lse_correction(lse: Any, lse_per_step: Any, cu_seqlens: Any,
         "lse": (lse, form), "lse_per_step": (lse_per_step, its), "cu_seqlens": (cu_seqlens, "(M)"),
     })  # fmt: skip
     _, _, rows, its_rows = _places("thd_second_half_lse_correction", cu_seqlens, True, lse_packed, lse, lse_per_step)
+    check_written("thd_second_half_lse_correction", lse=lse)
     half = lse[rows]
     flash_attn_fwd_softmax_lse_correction(half, lse_per_step[its_rows])
     lse[rows] = half
@@ -241,6 +243,7 @@ def thd_out_correction(
         "lse": (lse, form), "lse_per_step": (lse_per_step, its), "cu_seqlens": (cu_seqlens, "(E)"),
     })  # fmt: skip
     tokens, its_tokens, rows, its_rows = _places("thd_out_correction", cu_seqlens, only_second_half, lse_packed, lse, lse_per_step)
+    check_written("thd_out_correction", out=out)
     mine = out[tokens]
     _add(mine, out_per_step[its_tokens], lse[rows], lse_per_step[its_rows], "TND", "NT" if lse_packed else "TN")
     if not isinstance(tokens, slice):  # else a view
