@@ -50,6 +50,7 @@ class Asked(NamedTuple):
     cu_seqlens_padded: Any = None
     dtype: Any = None
     scale: Any = None
+    found: tuple[Rows | None, Any] | None = None  # what _find() has said of it
 
 
 def asked_of(call: str, *what: Any) -> Asked | None:
@@ -116,15 +117,15 @@ def merge_rows(
 
     where_they_lie = dtype == problem.dtype and not in_graph and options.check == "metadata"
     if rows is not None and where_they_lie and (into is None or padded or on_first or not problem.in_place):
-        described = problem.actual_seq_qlen, options.layout, options.softmax_layout, options.profile
-        chosen, origin = registry.select(Problem.of(regular, None, *described, in_place=False), backend)
+        how = problem.actual_seq_qlen, options.layout, options.softmax_layout, options.profile
+        chosen, origin = registry.select(Problem.of(regular, None, *how, in_place=False), backend)
         if chosen.capabilities.runs and (chosen.capabilities.in_place or not problem.in_place):
             registry.log_call(call, chosen, origin)
             if into is not None:
                 kind.will_write(as_state(into))
             target = as_state(new() if into is None else into)
             problem = Problem.of(
-                regular, target, *described, in_place=problem.in_place, statistics=options.statistics, runs=runs_of(rows)
+                regular, target, *how, in_place=problem.in_place, statistics=options.statistics, runs=runs_of(rows)
             )
             hand_over(call, chosen, problem, regular, target)
             _put(kind, target, rest, kept)
@@ -168,7 +169,8 @@ def merge_pair_rows(
     `call` makes a call of states, options, out and what is asked; `axes` are those of the log-sum-exps, `how` what
     AttentionState.lse takes. The log-sum-exps first, as :func:`rau.merge_lse` has them.
     """
-    rows, _ = _find(Violations("merge_lse"), asked, states[0][0], lengths, options)
+    found = _find(Violations("merge_lse"), asked, states[0][0], lengths, options)
+    asked, rows = asked._replace(found=found), found[0]
     kind = _settled("merge_lse", states[0])
     if rows is None and out is None:
         both = call(states, options, None, asked)
@@ -230,6 +232,8 @@ def merge_counts(
 
 def _find(report: Violations, asked: Asked, attn_out: Any, lengths: Any, options: Options) -> tuple[Rows | None, Any]:
     """Find the rows that are asked for, None for all of them; and lengths by which the whole can be checked."""
+    if asked.found is not None:
+        return asked.found
     tokens, padded = asked.tokens, asked.cu_seqlens_padded
     if tokens is None and padded is None:
         return None, lengths
@@ -239,14 +243,14 @@ def _find(report: Violations, asked: Asked, attn_out: Any, lengths: Any, options
     report.raise_if_broken()
     check_token_major(report, "tokens" if padded is None else PADDED, options)
     report.raise_if_broken()
-    count = next(iter(getattr(attn_out, "shape", ())), None)
+    length = next(iter(getattr(attn_out, "shape", ())), None)
     rows: Rows | None = None
     if padded is not None:
-        bound = bind_padded(report, lengths, padded, count)
+        bound = bind_padded(report, lengths, padded, length)
         if bound is not None:
             rows, lengths = rows_of_sequences(bound[1][:-1], np.diff(bound[0])), bound[1]
-    elif count is not None:  # else it is no array, of which the validator has something to say
-        rows = bind_tokens(report, tokens, count)
+    elif length is not None:  # else it is no array, of which the validator has something to say
+        rows = bind_tokens(report, tokens, length)
     report.raise_if_broken()
     return rows, lengths
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rau.arithmetic import library
+from rau.arrays import kind_of
 from rau.arrays.numpy_ import ITEMSIZE
 from rau.call import NAMES
 from rau.constraints import Options, bind
@@ -13,6 +14,7 @@ from rau.constraints.lengths import bind_lengths
 from rau.constraints.lse_arguments import check_alike, check_array, check_lengths_here
 from rau.constraints.options import check_layout, check_softmax_layout
 from rau.constraints.rules import Violations
+from rau.constraints.values import check_maxima
 from rau.errors import ConstraintError
 from rau.layouts import LAYOUTS
 from rau.lse import reordered
@@ -112,4 +114,8 @@ def add_sink(
         return dispatch("add_sink", [state, added], lengths, options, None, backend)
     except ConstraintError:  # what does not fit to the state may be the state's own fault, which is said alone then
         bind("add_sink", [state], NAMES["add_sink"], lengths, options, None)
+        kind = kind_of(sink)
+        if check != "metadata" and kind is not None:
+            check_maxima(report, "sink", kind.to_numpy(sink), check)  # by its own index, and not by that of a row
+            report.raise_if_broken()
         raise

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+from rau import registry
 from rau.arrays import kind_of
 from rau.call import NAMES, run
-from rau.constraints import Options, bind
+from rau.constraints import Options, bind, checked
 from rau.constraints.lse_arguments import (
     check_base,
     check_layouts,
@@ -378,10 +379,13 @@ def merge_lse(
         return merged.attn_out, merged.lse(**how)
     _refuse_graph(states)  # before anything is asked of the arrays
     check_pair_out(report, out, pairs, names, states[0], layout, axes)
+    # What is wrong is said of the arrays as they are, before anything is made of them.
+    alone = options._replace(statistics=False)
+    registry.select(checked("merge_lse", states, NAMES["merge_lse"], None, alone, out[:1])[0], backend)
     # The log-sum-exp first, as the merge of outputs without an element: once an output is written, nothing may fail.
     rows = [state._replace(attn_out=state.attn_out[..., :0]) for state in states]
     lse = dispatch("merge_lse", rows, None, options, None, backend).lse(**how)
-    dispatch("merge_lse", states, None, options._replace(statistics=False), out[:1], backend)
+    dispatch("merge_lse", states, None, alone, out[:1], backend)
     kind = kind_of(out[1])
     assert kind is not None  # as was just checked
     kind.assign(out[1], lse)

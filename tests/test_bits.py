@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -97,9 +98,9 @@ def test_the_groups_that_differ_are_named(monkeypatch, capsys, wrong, groups):
 
     Wrong.wrong = staticmethod(wrong)
     monkeypatch.setattr("rau.testing.under_test.load", lambda name: Wrong())
-    assert main(["bits", "--backends", "mine"]) == 1
+    assert main(["bits", "--backends", "mine", "--in-process"]) == 1
     told = capsys.readouterr().out
-    assert "mine: NOT the published bits in" in told and "Next: python -m rau check mine" in told
+    assert "mine: NOT the published bits in" in told and "Next: python -m rau check " in told
     found = {line.strip().partition(": ")[0] for line in told.splitlines() if line.startswith("    float32")}
     assert found >= groups and len(found) <= 3, told
     assert ("ValueError: no memory" in told) == (wrong is raises)
@@ -111,13 +112,20 @@ def test_what_is_not_taken_or_not_promised_is_said(monkeypatch, capsys):
         wrong = staticmethod(last_bit)
 
     monkeypatch.setattr("rau.testing.under_test.load", lambda name: Mine())
-    assert main(["bits", "--backends", "mine", "--json"]) == 0
+    assert main(["bits", "--backends", "mine", "--in-process", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["backends"]["mine"]
     assert {name.split(",")[0] for name in row["same"]} >= {"float32", "ring of float32"} and row["differ"] == []
     assert len(row["same"]) + len(row["not_taken"]) == len(bits.published())
     monkeypatch.setattr("rau.testing.under_test.load", lambda name: Fast())
-    assert main(["bits", "--backends", "mine"]) == 0
+    assert main(["bits", "--backends", "mine", "--in-process"]) == 0
     assert "Its capabilities do not promise them." in capsys.readouterr().out
+
+
+def test_what_needs_ml_dtypes_is_not_taken_without(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert main(["bits", "--backends", "numpy", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["backends"]["numpy"]
+    assert {"float8_e5m2", "float8_e4m3fn", "bfloat16, SBH"} < {*row["not_taken"]} and "float16, SBH" in row["same"]
 
 
 def test_a_maximum_of_zero_has_no_sign_and_all_nan_are_one():

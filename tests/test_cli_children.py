@@ -15,14 +15,17 @@ import pytest
 from rau import registry
 from rau.__main__ import main
 from rau.errors import BackendUnavailableError
+from rau.testing import bits
 from rau.testing.apart import PATIENCE, Apart, Here, NoAnswer
 from rau.testing.cases import named
 from rau.testing.causes import cause_of
 from rau.testing.conformance import check_backend
+from rau.testing.conformance.matrix import matrix
+from rau.testing.conformance.properties import with_capabilities
 from rau.testing.differential import run_differential
 
 KERNELS = '''
-import ctypes, dataclasses, os, subprocess, sys, time
+import ctypes, dataclasses, os, subprocess, sys, threading, time
 from pathlib import Path
 import numpy as np
 from rau.backends import Backend, Capabilities
@@ -92,6 +95,33 @@ class LastBit(NumPyBackend):
         small = np.abs(attn) < 0.1 * np.minimum(*(np.abs(state.attn_out) for state in (prev, cur)))
         attn[small] = np.nextafter(attn[small], np.float32(0))
         return result
+
+class Half(NumPyBackend):
+    """Crashes in some calls of float16."""
+    name = "half"
+
+    def update(self, problem, prev, cur, out):
+        return self.merge(problem, [prev, cur], out)
+
+    def merge(self, problem, states, out):
+        if problem.dtype == "float16" and problem.D >= 64 and (problem.layout == "SBH" or problem.T == 48):
+            ctypes.string_at(0)
+        return super().merge(problem, states, out)
+
+class Loud(NumPyBackend):
+    """Where all of its threads are when it crashes is more than a pipe holds."""
+    name = "loud"
+
+    def update(self, problem, prev, cur, out):
+        def deep(n):
+            return deep(n - 1) if n else started.append(threading.current_thread()) or time.sleep(600)
+
+        started = []
+        for _ in range(80):
+            threading.Thread(target=deep, args=(90,), daemon=True).start()
+        while len(started) < 80:
+            time.sleep(0.01)
+        ctypes.string_at(0)
 
 class Talks(NumPyBackend):
     name = "talks"
@@ -186,6 +216,75 @@ def test_a_crash_before_anything_runs_is_told_in_a_line(folder, monkeypatch, cap
     captured = capsys.readouterr()
     told = r"python -m rau check: error: 'kernels:Talks': while it was loaded: crashed: SIGSEGV \(Segmentation fault\) \(.*\)\n"
     assert re.fullmatch(told, captured.err) and captured.out == ""
+
+
+CRASHED = r"crashed: SIGSEGV \(Segmentation fault\) \(kernels\.py:\d+, in merge\)"
+
+
+def asked(capsys, *arguments):
+    status = main([*arguments, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_a_page_of_answers_survives_a_crash(folder, capsys):
+    status, found = asked(capsys, "matrix", "--backends", "kernels:Half,numpy")
+    half, other = found["kernels"].values()
+    crashed = {question for question, answer in half.items() if re.fullmatch(CRASHED, answer["found"])}
+    assert status == 1 and crashed == {"error, float16", "rounded right"} and len(found["broken"]) == 2
+    assert all(answer["good"] for question, answer in half.items() if question not in crashed) and len(half) == len(other)
+    assert all(answer["good"] for answer in other.values())
+
+
+def test_digests_survive_a_crash(folder, capsys):
+    status, found = asked(capsys, "bits", "--backends", "kernels:Half")
+    (row,), (digests,) = found["backends"].values(), found["digests"].values()
+    assert status == 1 and row["differ"] == ["float16, SBH"] and re.fullmatch(CRASHED, digests["float16, SBH"])
+    assert len(row["same"]) + len(row["not_taken"]) == len(digests) + len(row["not_taken"]) - 1 > 50
+
+
+def test_the_next_command_names_a_class_as_it_was_named(folder, monkeypatch, capsys):
+    group = "float32, SBH, 1 lane"
+    monkeypatch.setattr(bits, "cases", lambda cases=bits.cases(): {group: cases[group]})
+    monkeypatch.setattr(bits, "rings", lambda backend: iter([]))
+    assert main(["bits", "--backends", "kernels:Shifted", "--in-process"]) == 1
+    assert "    Next: python -m rau check kernels:Shifted says what is wrong.\n" in capsys.readouterr().out
+
+
+def test_what_is_not_promised_may_crash(folder):
+    backend = with_capabilities(registry.get("numpy"), unpromised=("nan",), contiguous=True)
+    row = matrix([backend], place=Dead())[backend.name]
+    assert not any(answer.good for answer in row.values())
+    assert {question for question, answer in row.items() if not answer.promised} == {"nan", "strides"}
+    assert [answer.found for answer in row.values()].count("not run after so many crashes in a row") == len(row) - PATIENCE
+
+
+def test_measuring_survives_a_crash(folder, capsys):
+    status, found = asked(capsys, "bench", "--quick", "--backends", "kernels:Half,numpy")
+    large, small = found["groups"]
+    assert status == 1 and re.fullmatch(CRASHED, large["lost"].pop("half")) and not large["lost"] and not small["lost"]
+    measured = [{(row["name"], row["how"]) for row in group["rows"]} for group in (large, small)]
+    three = {"out=", "fresh", "in place"}
+    assert measured == [{("numpy", how) for how in three}, {(name, how) for name in ("half", "numpy") for how in three}]
+    assert main(["bench", "--quick", "--backends", "kernels:Half"]) == 1
+    assert re.search(rf"^WRONG: half: {CRASHED}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_demonstration_survives_a_crash(folder, capsys):
+    small = "demo", "--tokens", "64", "--heads", "2", "--dtype", "float16", "--backends", "kernels:Half,numpy"
+    status, found = asked(capsys, *small)
+    assert status == 1 and not found["passed"] and re.fullmatch(CRASHED, found["lost"].pop("half")) and not found["lost"]
+    assert [(result["backend"], result["passed"]) for result in found["results"]] == [("numpy", True)] * 2
+    assert main([*small]) == 1
+    assert re.search(rf"^WRONG: half did not come to its end: {CRASHED}$", capsys.readouterr().out, re.MULTILINE)
+    status, found = asked(capsys, *small[:-1], "kernels:Half", "--head-dim", "8")  # which it can do
+    assert status == 0 and {result["backend"] for result in found["results"]} == {"half"}
+    assert main([*small[:-1], "kernels:Shifted"]) == 2  # which does not take it
+    assert 'error: backend "shifted" cannot run this: ' in capsys.readouterr().err
+
+
+def test_a_crash_with_many_words_is_no_hang(folder, capsys):
+    _, found = asked(capsys, "check", "kernels:Loud", "--select", "lanes/8-SBH", "--timeout", "15")
+    assert re.fullmatch(CRASHED.replace("merge", "update"), found["failures"][0]["message"])
 
 
 def test_in_process_a_crash_is_the_debuggers(folder):

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from rau import AttentionState
 from rau.backends.numpy_ import NumPyBackend
 from rau.compat import flash_attn, flashinfer, ring_flash_attention, sglang, torch_, transformer_engine, vllm, xformers
 from rau.compat import npu_ring_attention_update, ring_attention_update
+from rau.compat.words import worded
 
 DOCS = Path(__file__).parent.parent / "docs" / "ascend.md"
 LENGTHS = [0, 3, 3, 8]
@@ -236,6 +238,15 @@ def test_the_script_of_the_documentation():
 
 OUT, LSE = np.ones((6, 2, 8), "f4"), np.ones((6, 2), "f4")
 STATE = AttentionState(*tnd(T=6, N=2))
+
+
+def fixed(array):
+    """A copy that may not be written to."""
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
 WORDS = {
     "a forgotten layout, torch_npu's": (
         lambda: npu_ring_attention_update(*STATE, *STATE),
@@ -334,6 +345,59 @@ WORDS = {
         "Compute it in float32; or pass lse_per_step.astype(numpy.float32), at the price of 11 significant bits: weights are off "
         "by up to abs(lse_per_step) * 2**-12.",
     ),
+    "an output that may not be written to": (
+        lambda: flashinfer.merge_state_in_place(fixed(OUT), LSE.copy(), OUT, LSE),
+        "merge_state_in_place: [out-writable] v is read-only; expected an array that may be written to.",
+    ),
+    "an output with a name of its own that may not be written to": (
+        lambda: sglang.merge_state(OUT, LSE, OUT, LSE, fixed(OUT)),
+        "merge_state: [out-writable] output is read-only; expected an array that may be written to.",
+    ),
+    "an output alone that may not be written to": (
+        lambda: vllm.merge_attn_states(fixed(OUT), OUT, LSE.T, OUT, LSE.T),
+        "merge_attn_states: [out-writable] output is read-only; expected an array that may be written to.",
+    ),
+    "a scale without eight bits": (
+        lambda: vllm.merge_attn_states(OUT.copy(), OUT, LSE.T, OUT, LSE.T, output_scale=np.ones(1, "f4")),
+        "merge_attn_states: [scale] output_scale is given, and output has dtype float32; expected float8_e4m3fn or float8_e5m2, "
+        "whose range it serves.",
+    ),
+    "a scale of another dtype": (
+        lambda: vllm.merge_attn_states(OUT.astype(pytest.importorskip("ml_dtypes").float8_e5m2), OUT, LSE.T, OUT, LSE.T, output_scale=np.ones(1)),
+        "merge_attn_states: [scale] output_scale is a numpy array of float64; expected a numpy array of float32.",
+    ),
+    "a dtype": (
+        lambda: xformers.merge_attentions(OUT[None, None], LSE.T[None, None], output_dtype="int8"),
+        "merge_attentions: [dtype-attn] output_dtype = 'int8', for outputs of float32; expected one of float32, float16, bfloat16, "
+        "float8_e4m3fn, float8_e5m2.",
+    ),
+    "axes that no layout here has": (
+        lambda: npu_ring_attention_update(*STATE, *STATE, input_layout="BSH"),
+        "npu_ring_attention_update: [layout] input_layout = 'BSH'; expected one of \"SBH\", \"TND\".",
+    ),
+    "a running log-sum-exp that may not be written to": (
+        lambda: transformer_engine.flash_attn_fwd_softmax_lse_correction(fixed(LSE), LSE),
+        "flash_attn_fwd_softmax_lse_correction: [out-writable] softmax_lse is read-only; expected an array that may be written to.",
+    ),
+    "running sequences that may not be written to": (
+        lambda: transformer_engine.thd_second_half_lse_correction(
+            fixed(LSE.T), LSE.T[:, :3], np.array([0, 6]), True),
+        "thd_second_half_lse_correction: [out-writable] lse is read-only; expected an array that may be written to.",
+    ),
+    "a running sum that may not be written to": (
+        lambda: transformer_engine.thd_out_correction(
+            fixed(OUT), OUT, LSE.T, LSE.T, np.array([0, 6]), False, True),
+        "thd_out_correction: [out-writable] out is read-only; expected an array that may be written to.",
+    ),
+    "a slice of what may not be written to": (
+        lambda: ring_flash_attention.update_out_and_lse(
+            fixed(OUT), LSE[..., None].copy(), OUT[:2], LSE[:2].T, slice(2)),
+        "update_out_and_lse: [out-writable] out is read-only; expected an array that may be written to.",
+    ),
+    "a half first": (
+        lambda: torch_._SDPAMerger(True, 2).step(OUT[None], LSE[None], partial=True),
+        "_SDPAMerger.step: [first-update] partial is True in the first step; expected False, since that one covers all tokens.",
+    ),
     "torch's own": (
         lambda: torch_._SDPAMerger(True, 2).step(LSE[None, None], LSE[None], partial=False),
         "_SDPAMerger.step: [shape-match] lse has shape (1, 6, 2); expected (B, N, S) = (1, 1, 6), as out has.",
@@ -348,6 +412,46 @@ def test_errors_are_in_the_words_of_the_function_that_was_called(wrong):
         call()
     assert str(caught.value).startswith(says) if says.count("\n") else str(caught.value) == says
     assert caught.value.rules
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("f: out is given; leave it out, and take what comes out of it", "call: output is given; leave it out, and take what comes out of it"),
+        ("f: [out] out has 2 items; rows that nobody takes out is what this is", "call: [out] output has 2 items; rows that nobody takes out is what this is"),
+        ("f: whose rows nobody takes out and puts back here", "call: whose rows nobody takes out and puts back here"),
+        ("f: [scale] the scale is one of several. Leave scale=None, or give less.", "call: [scale] the scale is one of several. Leave factor=None, or give less."),
+        ("f: no place for it. Leave out=None, or call under torch.no_grad().", "call: no place for it. Call under torch.no_grad()."),
+        ("f: no place. Pass x.float(), or profile=\"portable\" for it.", "call: no place. Pass x.float()."),
+        ("f: no place. Give lanes=1; or pass x.float(): it is exact.", "call: no place. Pass x.float(): it is exact."),
+        ("f: out[0] has dtype x, as pairs[1][0] and out[1] have", "call: output has dtype x, as cur and out_lse have"),
+    ],
+)  # fmt: skip
+def test_names_are_replaced_and_prose_is_not(text, says):
+    @worded(("prev", "prev_lse"), ("cur", "cur_lse"), out="output", out_0="output", out_1="out_lse", scale="factor")
+    def call(output, factor=None):
+        raise rau.UnsupportedError(text)
+
+    call.__qualname__ = "call"
+    with pytest.raises(rau.UnsupportedError) as caught:
+        call(1)
+    assert str(caught.value).partition(": ")[2] == says.partition(": ")[2]
+
+
+@pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        (lambda out, lse: vllm.merge_attn_states(out.detach(), out, lse.T, out, lse.T), "Call under torch.no_grad()."),
+        (lambda out, lse: sglang.merge_state(out, lse, out, lse, out.detach()), "Leave output=None, or call under torch.no_grad()."),
+        (lambda out, lse: flashinfer.merge_state_in_place(out, lse, out, lse), "Call under torch.no_grad()."),
+    ],
+)
+def test_only_what_may_be_left_out_is_advised_to_be(call, advice):
+    torch = torch_or_skip()
+    out, lse = torch.tensor(OUT, requires_grad=True), torch.tensor(LSE)
+    with pytest.raises(rau.UnsupportedError) as caught:
+        call(out, lse)
+    assert re.search(": (output|v) is given, and an input requires grad;", str(caught.value)) and str(caught.value).endswith(f" {advice}")
 
 
 def test_a_backend_that_cannot_is_named_as_before():

@@ -356,7 +356,7 @@ def test_vllm_writes_no_output_whose_log_sum_exp_it_cannot_write(way):
 def test_vllm_refuses_a_scale_without_eight_bits(way):
     v, s = way(np.ones((2, 1, 8))), way(np.zeros((1, 2)))
     before = way.bits(v, s)
-    with pytest.raises(rau.OptionError, match="scale is given for an output of float32"):
+    with pytest.raises(rau.OptionError, match="output_scale is given, and output has dtype float32"):
         vllm.merge_attn_states(v, v, s, v, s, s, output_scale=way([1.0]))
     assert way.bits(v, s) == before
 

@@ -87,7 +87,7 @@ def test_a_wrong_backend_is_noticed(capsys):
 
     rau.registry.register(Wrong)
     try:
-        assert main([*SMALL, "--json"]) == 1
+        assert main([*SMALL, "--in-process", "--json"]) == 1
     finally:
         rau.registry.refresh()
     document = json.loads(capsys.readouterr().out)

@@ -397,6 +397,10 @@ def broken(folder):
     write(*good)
     (folder / "cut.npz").write_bytes((folder / "good.npz").read_bytes()[:3000])
     write(folder / "unobserved.npz", numbers, None)
+    whole = dict(np.load(folder / "good.npz"))
+    del whole["cur_softmax_sum"]
+    np.savez(folder / "part.npz", **whole)
+    np.savez(folder / "states.npz", **{name.replace("cur_", "states.1."): part for name, part in whole.items()})
     write(folder / "layout.npz", numbers, observed, layout="BSH")
     write(folder / "rank.npz", numbers, observed, layout="TND")
     write(folder / "order.npz", tnd, seen, layout="TND", softmax_layout="packed")
@@ -405,7 +409,9 @@ def broken(folder):
     write(folder / "no-lengths.npz", tnd, seen, layout="TND", softmax_layout="SBH")
     write(folder / "integers.npz", [tnd[0]._replace(softmax_sum=np.ones((40, 3, 8), int)), tnd[1]], seen, layout="TND")
     return {
-        "missing": "No such file", "text": "not a .npz file", "objects": "allow_pickle", "cut": "not a .npz file",
+        "missing": f"missing.npz: no such file in {folder}\n", "god": "; did you mean good.npz?\n", "objects": "allow_pickle",
+        "text": "no whole .npz file, and none of torch.save; ", "cut": "no whole .npz file, and none of torch.save; ",
+        "part": '"cur_softmax_sum" is missing, but', "states": '"states.1.softmax_sum" is missing, but',
         "empty": "no input states", "unobserved": "nothing was observed", "layout": "'BSH' is not one of",
         "rank": "do not fit layout 'TND'", "order": "softmax_layout = 'packed'", "lengths": "it starts at 2",
         "floats": "float64", "no-lengths": "packed statistics expect the cumulative", "integers": "int64",

@@ -1,10 +1,13 @@
 """merge_lse: pairs (attn_out, lse) merged as FlashInfer's and vLLM's users have them, in place too."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from running import on_host, same
 
 import rau
+from rau.backends.numpy_ import NumPyBackend
 from rau.state import AttentionState
 
 FORMS = {  # shapes of an output and of its log-sum-exp; S = T = 5, N = 4
@@ -110,7 +113,9 @@ GOOD = {"layout": "TND", "lse_layout": "TN", "base": "e"}
         ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.zeros((4, 5), "f4"))}, ("shape-stats",), "out[1] has shape (4, 5)"),
         ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.zeros((5, 4), "f8"))}, ("out-dtype",), "out[1] has dtype float64; expected float32"),
         ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.zeros(4, "f4"))}, ("rank",), "out[1] has shape (4,); lse_layout"),
-        ("two", {"out": (np.zeros((5, 4, 7), "f4"), np.zeros((5, 4), "f4"))}, ("out-shape",), "out has shape (5, 4, 7)"),
+        ("two", {"out": (np.zeros((5, 4, 7), "f4"), np.zeros((5, 4), "f4"))}, ("out-shape",), "out[0] has shape (5, 4, 7)"),
+        ("two", {"out": (np.frombuffer(bytes(480), "f4").reshape(5, 4, 6), np.zeros((5, 4), "f4"))}, ("out-writable",),
+         "out[0] is read-only"),
         ("two", {"out": (np.zeros((5, 4, 6), "f4"), np.broadcast_to(np.zeros((), "f4"), (5, 4)))}, ("out-writable",),
          "out[1] is read-only"),
         ("two", {"backend": "nobody"}, None, "nobody"),
@@ -132,6 +137,18 @@ def test_what_is_refused(given, changed, rules, says):
     assert says in str(caught.value)
     if before:
         same(out, before)
+
+
+def test_what_a_backend_does_not_take_is_described_as_it_was_given():
+    """Not as the outputs without elements by which the log-sum-exps are merged first."""
+    class Small(NumPyBackend):
+        name, capabilities = "small", replace(NumPyBackend.capabilities, max_heads=1)
+
+    given = pairs(("TND", "TN"), 2)
+    before = [part.copy() for part in given[0]]
+    with pytest.raises(rau.UnsupportedError, match=r"N=4, D=6,.* N = 4 > 1"):
+        rau.merge_lse(given, **GOOD, out=given[0], backend=Small())
+    same(given[0], before)
 
 
 @pytest.mark.parametrize("base", ["e", "2"])

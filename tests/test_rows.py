@@ -8,6 +8,7 @@ from running import on_host, same
 from states import tnd
 
 import rau
+from rau import rows
 from rau.state import AttentionState
 from rau.testing.reference.eight_bits import EXPONENTS as EIGHT_BITS
 from rau.testing.reference.eight_bits import nearest_codes, numbers_of
@@ -422,3 +423,16 @@ def test_a_backend_that_refuses_leaves_out_as_it_was():
     with pytest.raises(rau.UnsupportedError, match="not today"):
         rau.merge_states(states(), layout="TND", tokens=[1, 4], out=out, backend=refusing)
     same(out, tnd(T, 2, 8, lanes=1, seed=9))
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_the_tokens_of_pairs_are_looked_for_once(into, monkeypatch):
+    """A mask on a device is waited for each time."""
+    seen = []
+    bind_tokens = rows.bind_tokens
+    monkeypatch.setattr(rows, "bind_tokens", lambda *given: seen.append(given[1]) or bind_tokens(*given))
+    pair = np.ones((4, 2, 8), "f4"), np.zeros((4, 2), "f4")
+    mask = np.array([True, False, True, True])
+    out = [part.copy() for part in pair] if into else None
+    rau.merge_lse([pair, pair], "TND", base="e", lse_layout="TN", tokens=mask, out=out)
+    assert len(seen) == 1 and seen[0] is mask

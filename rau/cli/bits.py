@@ -23,6 +23,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         + session.examples("bits", "bits --backends mykernel:Mine"),
     )
     session.add_backends(parser)
+    session.add_apart(parser, "a group of merges")
     return parser
 
 
@@ -32,13 +33,18 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.config import collect
     from rau.testing import bits
     from rau.testing.trial.judge import keeps_lse
+    from rau.testing.under_test import spelled
 
-    backends, not_run = session.choose(arguments.backends)
-    configuration, published = collect(), bits.published()
-    found = {}
-    with progress(len(backends), quiet=arguments.json) as step:
-        for backend in backends:
-            found[backend.name] = bits.digests(backend, progress=lambda group, share: step(f"{backend.name}: {group}", share))  # noqa: B023
+    found: dict[str, dict[str, str]] = {}
+    with session.under_test(arguments.backends, arguments) as (backends, not_run, place):
+        configuration, published = collect(), bits.published()
+        with progress(len(backends), quiet=arguments.json) as step:
+            for backend in backends:
+
+                def show(group: str, share: float, name: str = backend.name) -> None:
+                    step(f"{name}: {group}", share)
+
+                found[backend.name] = bits.digests(backend, show, place)
     rows = {}
     for backend in backends:
         its, takes = found[backend.name], backend.capabilities
@@ -55,8 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
         })  # fmt: skip
         return 1 if bad else 0
     print(session.heading(configuration), end="\n\n")
-    for name, row in rows.items():
+    for backend, (name, row) in zip(backends, rows.items(), strict=True):
         print(_verdict(name, row, found[name], len(published)))
+        if name in bad:
+            print(f"    Next: python -m rau check {spelled([backend]) or name} says what is wrong.")
     for name, reason in not_run.items():
         print(f"not run: {name} ({reason})")
     return 1 if bad else 0
@@ -73,6 +81,4 @@ def _verdict(name: str, row: dict[str, Any], found: dict[str, str], groups: int)
     lines += [f"    {group}: {found[group]}" for group in row["differ"][:_SHOWN]]
     if len(row["differ"]) > _SHOWN:
         lines.append(f"    and {len(row['differ']) - _SHOWN} more; --json lists all of them")
-    if row["promised"]:
-        lines.append(f"    Next: python -m rau check {name} says what is wrong.")
     return "\n".join(lines)

@@ -32,6 +32,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "backend is missing.",
     )
     session.add_backends(parser)
+    session.add_apart(parser, "a question")
     text = "write an HTML page, too, DIR/index.html; needs rich"
     parser.add_argument("--report", metavar="DIR", help=text)
     return parser
@@ -44,10 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     from rau.testing.conformance.matrix import QUESTIONS, matrix
 
     folder = None if arguments.report is None else session.report_folder(arguments.report)
-    backends, not_run = session.choose(arguments.backends)
-    configuration = collect()
-    with progress(len(backends) * len(QUESTIONS), quiet=arguments.json) as step:
-        rows = matrix(backends, progress=step)
+    with session.under_test(arguments.backends, arguments) as (backends, not_run, place):
+        configuration = collect()
+        with progress(len(backends) * len(QUESTIONS), quiet=arguments.json) as step:
+            rows = matrix(backends, progress=step, place=place)
     not_done = [
         (answer.promised, f"{name}: {question}: {answer.found}")
         for name, row in rows.items()

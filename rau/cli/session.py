@@ -129,10 +129,10 @@ def examples(*commands: str) -> str:
     return "\n".join(["Examples:", *(f"  python -m rau {command}" for command in commands)])
 
 
-def add_apart(parser: argparse.ArgumentParser) -> None:
+def add_apart(parser: argparse.ArgumentParser, what: str = "a case", timeout: float = 60.0) -> None:
     """Declare where backends run that are not rau's own."""
-    text = "seconds after which a case counts as hanging, where it runs in a process of its own (default: 60)"
-    parser.add_argument("--timeout", type=positive, default=60.0, metavar="S", help=text)
+    text = f"seconds after which {what} counts as hanging, where it runs in a process of its own (default: {timeout:g})"
+    parser.add_argument("--timeout", type=positive, default=timeout, metavar="S", help=text)
     text = "run a backend that is not rau's own in this process too, for a debugger: a crash then ends the run"
     parser.add_argument("--in-process", action="store_true", help=text)
 

@@ -10,7 +10,7 @@ from rau.compat.words import worded
 __all__ = ["flash_attn_combine"]
 
 
-@worded(("out_partial[{k}]", "lse_partial[{k}]"), out_0="out", **{"dtype(?= ?=)": "out_dtype"})
+@worded(("out_partial[{k}]", "lse_partial[{k}]"), out_0="out", dtype="out_dtype")
 def flash_attn_combine(
     out_partial: Any, lse_partial: Any, out: Any = None, out_dtype: Any = None, *, return_lse: bool = True
 ) -> tuple[Any, Any]:

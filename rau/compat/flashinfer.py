@@ -50,7 +50,7 @@ def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any) -> tuple[Any, Any]:
     return merge_lse([(v_a, s_a), (v_b, s_b)], **_HOW)
 
 
-@worded(("v", "s"), ("v_other", "s_other"), out_0="v", out_1="s", **{"tokens(?= (is|=))": "mask"})
+@worded(("v", "s"), ("v_other", "s_other"), out="v", out_0="v", out_1="s", tokens="mask")
 def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any = None) -> None:
     """Merge another attention state into (v, s), which are written to.
 
@@ -113,7 +113,7 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
     return merge_lse([(v[:, k], s[:, k]) for k in range(v.shape[1])], **_HOW)
 
 
-@worded(attn_out="v", lse="s", **{"states\\.attn_out": "v"})
+@worded(attn_out="v", lse="s", **{"states.attn_out": "v"})
 def variable_length_merge_states(v: Any, s: Any, indptr: Any) -> tuple[Any, Any]:
     """Merge as many attention states in each row as it has, with one rounding.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,11 +42,11 @@ def names_of(pairs: Sequence[Any]) -> list[tuple[str, str]]:
     return [(f"pairs[{k}][0]", f"pairs[{k}][1]") for k in range(len(pairs))]
 
 
-def check(call: str, given: Mapping[str, tuple[Any, str]], written: Collection[str] = ()) -> None:
+def check(call: str, given: Mapping[str, tuple[Any, str]]) -> None:
     """Check that arguments are arrays of the shapes that a peer's call has, before anything is asked of them.
 
-    Each comes with its shape, such as "(T, K, N, D)", or with several, "(T, N, D) or (B, S, N, D)", or "any shape". What has the same letter
-    has the same size. Those of `written` are to be writable. All else is the operator's to say.
+    Each comes with its shape, such as "(T, K, N, D)", or with several, "(T, N, D) or (B, S, N, D)". What has the same letter
+    has the same size. All else is the operator's to say.
 
     Raises
     ------
@@ -54,14 +54,8 @@ def check(call: str, given: Mapping[str, tuple[Any, str]], written: Collection[s
     """
     report, sizes = Violations(call), dict[str, tuple[int, str]]()
     for name, (array, forms) in given.items():
-        array = plain(array)
-        kind = kind_of(array)
-        if kind is None:
+        if kind_of(plain(array)) is None:
             report.add("array", not_an_array(name, array))
-            continue
-        if name in written and not kind.writable(array):
-            report.add("out-writable", f"{name} is read-only; expected an array that may be written to.")
-        if forms == "any shape":
             continue
         shape = tuple(array.shape)
         named = [[letter for letter in form.strip("()").split(", ") if letter] for form in forms.split(" or ")]
@@ -75,6 +69,21 @@ def check(call: str, given: Mapping[str, tuple[Any, str]], written: Collection[s
             whose = " and ".join(dict.fromkeys(other for size, other in theirs if other))
             report.add("shape-match", f"{name} has shape {shape}; expected ({', '.join(letters)}) = {expected}{f', as {whose} has' * bool(whose)}.")
         sizes |= {letter: (size, name) for letter, (size, other) in zip(letters, theirs) if not other}
+    report.raise_if_broken()
+
+
+def check_written(call: str, **given: Any) -> None:
+    """Check that arrays may be written to, which a peer's call does by itself, not through the operator.
+
+    Raises
+    ------
+    ConstraintError
+    """
+    report = Violations(call)
+    for name, array in given.items():
+        kind = kind_of(array)
+        if kind is not None and not kind.writable(array):
+            report.add("out-writable", f"{name} is read-only; expected an array that may be written to.")
     report.raise_if_broken()
 
 

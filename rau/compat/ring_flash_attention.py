@@ -10,7 +10,7 @@ import numpy as np
 
 from rau.arithmetic import cast, library
 from rau.arrays import kind_of
-from rau.compat.pairs import check, starts_of
+from rau.compat.pairs import check, check_written, starts_of
 from rau.compat.words import worded
 from rau.constraints.rules import Violations
 from rau.errors import shown
@@ -59,12 +59,13 @@ def update_out_and_lse(out: Any, lse: Any, block_out: Any, block_lse: Any, slice
     outs, rows = "(B, S, N, D) or (T, N, D)", "(B, S, N, 1) or (T, N, 1)"
     check("update_out_and_lse", {"block_out": (block_out, outs), "block_lse": (block_lse, "(B, N, S) or (N, T)")})
     if out is not None:
-        check("update_out_and_lse", {"out": (out, outs), "lse": (lse, rows)}, ("out", "lse") if slice_ is not None else ())
+        check("update_out_and_lse", {"out": (out, outs), "lse": (lse, rows)})
     if slice_ is not None:
         report = Violations("update_out_and_lse")
         if out is None:
             report.add("first-update", "slice_ is given, and out is None; expected a first block of all rows.")
             raise report.error()
+        check_written("update_out_and_lse", out=out, lse=lse)
         try:
             running = out[slice_], lse[slice_]
         except (IndexError, TypeError, ValueError) as error:

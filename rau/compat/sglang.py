@@ -15,7 +15,7 @@ __all__ = ["merge_state", "merge_state_v2"]
 _HOW = {"base": "e", "layout": "TND", "lse_layout": "TN", "inf_is_empty": True}
 
 
-@worded(("prefix_output", "prefix_lse"), ("suffix_output", "suffix_lse"), out_0="output", out_1="output_lse")
+@worded(("prefix_output", "prefix_lse"), ("suffix_output", "suffix_lse"), out="output", out_0="output", out_1="output_lse")
 def merge_state(
     prefix_output: Any,
     prefix_lse: Any,
@@ -57,7 +57,7 @@ def merge_state(
     return merged([(prefix_output, prefix_lse), (suffix_output, suffix_lse)], _HOW, output, output_lse)
 
 
-@worded(("v_a", "s_a"), ("v_b", "s_b"), out_0="v_merged", out_1="s_merged")
+@worded(("v_a", "s_a"), ("v_b", "s_b"), out="v_merged", out_0="v_merged", out_1="s_merged")
 def merge_state_v2(
     v_a: Any, s_a: Any, v_b: Any, s_b: Any, v_merged: Any = None, s_merged: Any = None
 ) -> tuple[Any, Any]:

@@ -72,6 +72,10 @@ class _SDPAMerger:
         """
         check("_SDPAMerger.step", {"out": (out, "(B, N, S, D)"), "lse": (lse, "(B, N, S) or (B, N, S, 1)")} if self._how["layout"] == "BNSD"
               else {"out": (out, "(B, S, N, D)"), "lse": (lse, "(B, S, N) or (B, S, N, 1)")})  # fmt: skip
+        if partial and self._dtype is None:
+            report = Violations("_SDPAMerger.step")
+            report.add("first-update", "partial is True in the first step; expected False, since that one covers all tokens.")
+            raise report.error()
         keeps_axis = lse.ndim == out.ndim
         rows = lse[..., 0] if keeps_axis else lse
         self._merge.update(*AttentionState.from_lse(out, rows, **self._how), tokens="back" if partial else None)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rau.arithmetic import library
-from rau.compat.pairs import check, names_of, starts_of
+from rau.compat.pairs import check, check_written, names_of, starts_of
 from rau.compat.words import worded
 from rau.constraints.rows import rows_of_sequences
 from rau.constraints.rules import Violations
@@ -58,7 +58,7 @@ def flash_attn_fwd_softmax_lse_correction(softmax_lse: Any, softmax_lse_per_step
     >>> float(lse[0, 0, 0])
     1.0
     """
-    check("flash_attn_fwd_softmax_lse_correction", {"softmax_lse": (softmax_lse, "any shape")}, ("softmax_lse",))
+    check_written("flash_attn_fwd_softmax_lse_correction", softmax_lse=softmax_lse)
     softmax_lse[...] = merge_lse([(None, softmax_lse), (None, softmax_lse_per_step)], base="e")[1]
 
 
@@ -147,7 +147,7 @@ def flash_attn_fwd_out_correction(
     check("flash_attn_fwd_out_correction", {
         "out": (out, its), "out_per_step": (out_per_step, its), "softmax_lse": (softmax_lse, "(B, N, S)"),
         "softmax_lse_per_step": (softmax_lse_per_step, "(B, N, S)"),
-    }, ("out",))  # fmt: skip
+    })  # fmt: skip
     if seq_dim == 0:
         out, out_per_step = out.swapaxes(0, 1), out_per_step.swapaxes(0, 1)
     _add(out, out_per_step, softmax_lse, softmax_lse_per_step, "BSND", "BNS")
@@ -204,8 +204,9 @@ def thd_second_half_lse_correction(lse: Any, lse_per_step: Any, cu_seqlens: Any,
     its = form.replace("T", "H").replace("L", "H")  # half of them
     check("thd_second_half_lse_correction", {
         "lse": (lse, form), "lse_per_step": (lse_per_step, its), "cu_seqlens": (cu_seqlens, "(M)"),
-    }, ("lse",))  # fmt: skip
+    })  # fmt: skip
     _, _, rows, its_rows = _places("thd_second_half_lse_correction", cu_seqlens, True, lse_packed, lse, lse_per_step)
+    check_written("thd_second_half_lse_correction", lse=lse)
     half = lse[rows]
     flash_attn_fwd_softmax_lse_correction(half, lse_per_step[its_rows])
     lse[rows] = half
@@ -240,10 +241,11 @@ def thd_out_correction(
     check("thd_out_correction", {
         "out": (out, "(T, N, D)"), "out_per_step": (out_per_step, "(H, N, D)" if only_second_half else "(T, N, D)"),
         "lse": (lse, form), "lse_per_step": (lse_per_step, its), "cu_seqlens": (cu_seqlens, "(E)"),
-    }, ("out",))  # fmt: skip
+    })  # fmt: skip
     starts = starts_of("thd_out_correction", cu_seqlens, 2 if only_second_half else 1, out=(out, True))
     starts_of("thd_out_correction", starts // 2 if only_second_half else starts, 1, out_per_step=(out_per_step, True))
     tokens, its_tokens, rows, its_rows = _places("thd_out_correction", cu_seqlens, only_second_half, lse_packed, lse, lse_per_step)
+    check_written("thd_out_correction", out=out)
     mine = out[tokens]
     _add(mine, out_per_step[its_tokens], lse[rows], lse_per_step[its_rows], "TND", "NT" if lse_packed else "TN")
     if not isinstance(tokens, slice):  # else a view

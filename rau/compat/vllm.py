@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from rau.arithmetic import library
+from rau.arrays import kind_of, plain
+from rau.arrays.numpy_ import EIGHT_BITS
 from rau.compat.pairs import check, merged
 from rau.compat.words import worded
 from rau.constraints.rules import Violations
@@ -66,12 +68,22 @@ def merge_attn_states(
     given = {"output": (output, outputs), "prefix_output": (prefix_output, outputs), "prefix_lse": (prefix_lse, rows),
              "suffix_output": (suffix_output, outputs), "suffix_lse": (suffix_lse, rows)}  # fmt: skip
     check("merge_attn_states", given | ({} if output_scale is None else {"output_scale": (output_scale, "(1) or ()")}))
-    asked = {} if output_scale is None else {"dtype": output.dtype, "scale": 1 / output_scale}
+    if output_scale is not None:
+        report, (kind, its) = Violations("merge_attn_states"), [kind_of(plain(array)) for array in (output, output_scale)]
+        assert kind is not None and its is not None  # as was checked
+        if kind.dtype(output) not in EIGHT_BITS:
+            report.add("scale", f"output_scale is given, and output has dtype {kind.dtype(output)}; expected {' or '.join(EIGHT_BITS)}, "
+                       "whose range it serves.")  # fmt: skip
+        elif (its.name, its.dtype(output_scale)) != (kind.name, "float32"):
+            report.add("scale", f"output_scale is a {its.name} array of {its.dtype(output_scale)}; expected a {kind.name} array of "
+                       "float32.")  # fmt: skip
+        report.raise_if_broken()
     if n is not None:
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n <= output.shape[0]:
             report = Violations("merge_attn_states")
             report.add("tokens", f"prefill_tokens_with_context is {shown(n)}; expected a number of tokens, from 0 to T = {output.shape[0]}.")
             raise report.error()
         prefix_lse = library(prefix_lse).concatenate([prefix_lse[:, :n], library(prefix_lse).full_like(prefix_lse[:, n:], -math.inf)], 1)
+    asked = {} if output_scale is None else {"dtype": output.dtype, "scale": 1 / output_scale}
     pairs = [(prefix_output, prefix_lse), (suffix_output, suffix_lse)]
     merged(pairs, _HOW, output, output_lse, with_lse=output_lse is not None, **asked)

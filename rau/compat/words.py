@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import signature
 from typing import Any, TypeVar
@@ -13,10 +13,10 @@ from rau.errors import RauError
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _CALL = re.compile(r"^[\w.]+(?=: )")
 _SIDE = re.compile(r"\b(?:pairs\[([\d., ]+)\]\[([01])\]|states\[([\d., ]+)\]\.(?:(attn_out)|softmax_max|softmax_sum))")
-_OPTION = re.compile(r"\b([a-z_]+)=(?=[\w\"'.\[{])")
+_OPTION = re.compile(r"\b([a-z_]+)=(None)?(?=[\w\"'.\[{]|(?<=None))")
 _IN_A_CALL = re.compile(r"\w\([^()]*\)")  # what another function takes
 _SENTENCES = re.compile(r"(?<=[^.])\. ")
-_CLAUSES = re.compile(r"(: |; |, and )")
+_CLAUSES = re.compile(r"(: |; |, and |, or )")
 _NOUN = re.compile(r'\b(\w*layout) "\w+" expects')
 
 
@@ -24,12 +24,13 @@ def worded(*sides: tuple[str, str], call: str = "", **names: str) -> Callable[[_
     """Have a function word the errors of what it calls in its own names.
 
     `sides` are what it calls the output and the log-sum-exp of each pair or state, or once for all of them, with a "{k}" in it.
-    `names` has what it calls something else, by patterns of what that is called: ``out_0`` and ``out_1`` are those of a pair to
-    write into. `call` is its own name, where it does a part of another function's work.
+    `names` has what it calls something else, by what that is called: ``out_0`` and ``out_1`` are those of a pair to write into.
+    `call` is its own name, where it does a part of another function's work.
     """
+    patterns = [(_pattern(name), word) for name, word in names.items()]
 
     def decorate(function: _Function) -> _Function:
-        own = set(signature(function).parameters)
+        own = {name: parameter.default for name, parameter in signature(function).parameters.items()}
 
         @wraps(function)
         def wrapped(*arguments: Any, **options: Any) -> Any:
@@ -38,15 +39,22 @@ def worded(*sides: tuple[str, str], call: str = "", **names: str) -> Callable[[_
             except RauError as error:
                 text = _CALL.sub(call or function.__qualname__, str(error))
                 text = _SIDE.sub(lambda found: _side(found, sides), text)
-                for name, word in names.items():
-                    name = re.sub(r"_([01])$", r"\\[\1\\]", name)
-                    text = re.sub(rf"(?<![\w.\[]){name}(?![\w\[-])", word, text)
+                for pattern, word in patterns:
+                    text = pattern.sub(word, text)
                 error.args = (_followed(text, own), *error.args[1:])
                 raise
 
         return wrapped  # type: ignore[return-value]
 
     return decorate
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """Match an argument's name: a word that is one of the language's too, such as "out", only where it can be no other."""
+    escaped = re.escape(re.sub(r"_([01])$", r"[\1]", name))
+    if not name.isalpha():
+        return re.compile(rf"(?<![\w.\[]){escaped}(?![\w\[-])")
+    return re.compile(rf"(?:(?<=\] )|(?<=\w: )){name}(?= (?:is|has|and|shares|overlaps|requires) )|(?<![\w.\[]){name}(?= ?=)")
 
 
 def _side(found: re.Match[str], sides: tuple[tuple[str, str], ...]) -> str:
@@ -61,11 +69,12 @@ def _side(found: re.Match[str], sides: tuple[tuple[str, str], ...]) -> str:
     return " and ".join(sides[k][role] for k in numbers)
 
 
-def _followed(text: str, options: set[str]) -> str:
-    """Leave out the clauses that name an option which the function does not have."""
+def _followed(text: str, options: Mapping[str, Any]) -> str:
+    """Leave out the clauses that name an option which the function does not have, or None for one that it has to be given."""
 
     def takes(clause: str) -> bool:
-        return all(name in options for name in _OPTION.findall(_IN_A_CALL.sub("", clause)))
+        named = _OPTION.findall(_IN_A_CALL.sub("", clause))
+        return all(name in options and (not none or options[name] is None) for name, none in named)
 
     text = _NOUN.sub(lambda found: found[0] if found[1] in options else "expected", text)
     lines = []
@@ -75,7 +84,14 @@ def _followed(text: str, options: set[str]) -> str:
             first, *rest = _CLAUSES.split(sentence.removesuffix("."))
             kept = first if takes(first) else ""
             for mark, clause in zip(rest[::2], rest[1::2], strict=True):
-                kept += (mark * bool(kept) + clause) if takes(clause) else ""
+                if takes(clause):
+                    kept += mark + clause if kept else _begun(clause)
             sentences += [kept] * bool(kept)
         lines.append(". ".join(sentences) + "." * line.endswith("."))
     return "\n".join(lines)
+
+
+def _begun(clause: str) -> str:
+    """Begin a sentence with what was a later clause of it."""
+    clause = clause.removeprefix("or ")
+    return clause[:1].upper() + clause[1:]

@@ -13,7 +13,7 @@ __all__ = ["merge_attentions"]
 _HOW = {"base": "e", "layout": "BSND", "lse_layout": "BNS"}
 
 
-@worded(("attn_split[{k}]", "lse_split[{k}]"), **{"dtype(?= ?=)": "output_dtype"})
+@worded(("attn_split[{k}]", "lse_split[{k}]"), dtype="output_dtype")
 def merge_attentions(
     attn_split: Any, lse_split: Any, write_lse: bool = True, output_dtype: Any = None
 ) -> tuple[Any, Any]:

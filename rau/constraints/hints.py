@@ -81,4 +81,6 @@ def meant(name: str, known: Collection[str], others: Mapping[str, tuple[str, str
     """
     name = name.upper()
     ours, how = (name, "") if name in known else others.get(name, ("", ""))
-    return f' Did you mean "{ours}"?{how}' if ours in known else how
+    if ours in known:
+        return f' Did you mean "{ours}"?{how}'
+    return "" if ours else how

@@ -10,6 +10,7 @@ from rau.constraints.hints import described, not_an_array
 from rau.constraints.rules import Violations
 from rau.layouts import FIELDS, packed_row_stride
 
+_ALONE = {"merge_lse": "out[0]"}  # what an output that is written without statistics is called, if not "out"
 Names = Callable[[int, int], str]  # (state, field) -> the name that the caller knows it by
 
 
@@ -40,7 +41,7 @@ def check_out(
     device = kind.device(states[0][0])
     views = []
     for field, array in enumerate(out):
-        name = f"out.{FIELDS[field]}" if len(out) > 1 else "out"
+        name = f"out.{FIELDS[field]}" if len(out) > 1 else _ALONE.get(report.call, "out")
         its = kind_of(array)
         if its is None:
             report.add("array", not_an_array(name, array))
@@ -139,7 +140,7 @@ def _check_overlap(
                 if mine.same_view(its) and (role == 0) == (field == 0):
                     in_place = True
                 else:
-                    name = f"out.{FIELDS[field]}" if len(out) > 1 else "out"
+                    name = f"out.{FIELDS[field]}" if len(out) > 1 else _ALONE.get(report.call, "out")
                     report.add("out-overlap", f"{name} shares memory with {names(k, role)}; expected "
                                f"separate memory or, to work in place, exactly an input's {FIELDS[field]}: the same "
                                "address, shape and strides.")  # fmt: skip

@@ -32,12 +32,17 @@ def check_values(
             lane = stats[..., :1]
             note("value-lanes", name, stats, (stats != lane) & ~(np.isnan(stats) & np.isnan(lane)),
                   "that of lane 0: the lanes of one token and head are equal")  # fmt: skip
-        note("value-max", names(k, 1), maximum, np.isnan(maximum) | (maximum == np.inf),
-              "a finite number, or -inf for a row without keys")  # fmt: skip
-        if check == "document":
-            note("document-max-positive", names(k, 1), maximum, ~(maximum > 0),
-                  'a positive number, as the reference page says (real maxima are often negative: check="values")')
+        check_maxima(report, names(k, 1), maximum, check, tokens)
         note("value-sum", names(k, 2), total, ~(total >= 0), "a number that is not negative")
+
+
+def check_maxima(report: Violations, name: str, maximum: np.ndarray, check: str, tokens: np.ndarray | None = None) -> None:
+    """Note maxima that no attention kernel would have written, as :func:`check_values` does."""
+    expected = "a finite number, or -inf for a row without keys"
+    _note(report, tokens, "value-max", name, maximum, np.isnan(maximum) | (maximum == np.inf), expected)
+    if check == "document":
+        expected = 'a positive number, as the reference page says (real maxima are often negative: check="values")'
+        _note(report, tokens, "document-max-positive", name, maximum, ~(maximum > 0), expected)
 
 
 def check_memory(

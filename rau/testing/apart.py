@@ -14,6 +14,7 @@ import pickle
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -47,6 +48,30 @@ class Here:
         return function(*arguments)
 
 
+class Patience:
+    """Asks one thing after another in a place, until too many answers in a row have failed to come."""
+
+    def __init__(self, place: Here | Apart) -> None:
+        self._place, self._lost = place, 0
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing more is asked."""
+        return self._lost >= PATIENCE
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function there; NoAnswer if it does not return, or is not called any more."""
+        if self.gone:
+            raise NoAnswer("not run after so many crashes in a row")
+        try:
+            answer = self._place.call(function, *arguments)
+        except NoAnswer as lost:
+            self._lost += lost.weight
+            raise
+        self._lost = 0
+        return answer
+
+
 class Apart:
     """A process in which backends are loaded, and loaded again when it has died; a context that ends it.
 
@@ -72,8 +97,7 @@ class Apart:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.join()
+            self._kill()
 
     def call(self, function: Callable[..., T], *arguments: Any, seconds: float = 0.0) -> T:
         """Call a function over there, and return what it returns; NoAnswer if it does not, in `seconds` or the timeout."""
@@ -94,7 +118,8 @@ class Apart:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._words, their_words = context.Pipe(duplex=False)
+        self._words = tempfile.TemporaryFile()  # no pipe: who fills one that nobody reads from waits, and does not die
+        their_words = Connection(os.dup(self._words.fileno()), readable=False)
         self._process = context.Process(target=_serve, args=(theirs, their_words, self._names))
         # Ctrl-C at a terminal reaches all of its processes; this one hears it, and ends the other.
         resource_tracker.ensure_running()  # else it is started on the way, and unblocks the signal
@@ -122,10 +147,15 @@ class Apart:
         except (EOFError, OSError) as error:
             raise self._ended() from error
         except KeyboardInterrupt:
-            self._process.kill()  # it would answer what nobody asks any more
-            self._process.join()
-            self._process = None
+            self._kill()  # it would answer what nobody asks any more
             raise
+
+    def _kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.join()
+        self._process = None
+        self._words.close()
 
     def _ended(self, hung: str = "") -> NoAnswer:
         """Word how the process ended, or end it where it hangs, with the kernel's line; the next call starts another one."""
@@ -143,11 +173,9 @@ class Apart:
 
     def _where(self) -> str:
         """Find the kernel's line in what the process wrote when it died."""
-        written = b""
-        while self._words.poll() and (more := os.read(self._words.fileno(), 1 << 16)):
-            written += more
-        self._words.close()
-        text = written.decode(errors="replace")
+        with self._words:
+            self._words.seek(0)
+            text = self._words.read().decode(errors="replace")
         text = text.partition("Current thread")[2].partition("\n\n")[0] or text
         frames = re.findall(r'File "(.*)", line (\d+) in (.*)', text)
         theirs = {getattr(sys.modules.get(type(backend).__module__), "__file__", "") for backend in self.backends}

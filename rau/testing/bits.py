@@ -10,14 +10,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rau.arrays.numpy_ import named_dtype
+from rau.arrays.numpy_ import EIGHT_BITS, named_dtype
 from rau.state import AttentionState
 from rau.streaming import StreamingMerge
+from rau.testing.apart import Apart, Here, NoAnswer, Patience
 from rau.testing.cases import Case
 from rau.testing.trial import excluded_by
 from rau.testing.under_test import described, host_state, own_state
@@ -92,6 +94,7 @@ def fill(case: Case, seed: int) -> list[AttentionState]:
     return states
 
 
+@cache
 def cases() -> dict[str, list[Case]]:
     """List the merges, by group; what a backend's capabilities exclude, they exclude by groups."""
     groups: dict[str, list[Case]] = {}
@@ -129,7 +132,11 @@ def rings(backend: Any) -> Iterator[tuple[str, Case, Callable[[list[AttentionSta
     yield "output alone", base, lambda states: states[0]._replace(
         attn_out=merge_states(states, layout="TND", statistics=False, backend=backend)
     )
-    for dtype in ("float8_e4m3fn", "float8_e5m2"):
+    for dtype in EIGHT_BITS:
+        try:
+            named_dtype(dtype)
+        except ImportError:  # of ml_dtypes: not taken here, as what excluded_by says of bfloat16
+            continue
         how = {"dtype": dtype, "scale": 100.0, "layout": "TND", "backend": backend}
         yield dtype, base, lambda states, how=how: merge_states(states, **how)  # type: ignore[misc]
 
@@ -150,7 +157,9 @@ def digest(states: list[AttentionState], results: list[AttentionState]) -> str:
     return found.hexdigest()[:_DIGITS]
 
 
-def digests(backend: Any, progress: Callable[[str, float], None] = lambda name, share: None) -> dict[str, str]:
+def digests(
+    backend: Any, progress: Callable[[str, float], None] = lambda name, share: None, place: Here | Apart = Here()
+) -> dict[str, str]:
     """Run all groups on a backend.
 
     Parameters
@@ -158,29 +167,42 @@ def digests(backend: Any, progress: Callable[[str, float], None] = lambda name, 
     backend : Backend
     progress : callable, optional
         Called after each group with its name and its share of the work.
+    place : Here or Apart, optional
+        Where the backend runs, as :func:`rau.testing.check_backend` takes it.
 
     Returns
     -------
     dict of str
-        The digest of each group that the backend takes; of one that it fails in, the exception.
+        The digest of each group that the backend takes; of one that it fails in, the exception, or how it crashed.
     """
-    found = {}
-    groups = cases()
-    others = {name: (case, merge) for name, case, merge in rings(backend)}
-    for name in (*groups, *others):
-        merges = groups.get(name) or [others[name][0]]
-        if not any(excluded_by(backend, case) for case in merges):
-            numbers = [fill(case, number) for number, case in enumerate(merges)]
-            try:
-                if name in groups:
-                    results = [_merged(backend, case, states) for case, states in zip(merges, numbers, strict=True)]
-                else:
-                    results = [host_state(backend, others[name][1]([own_state(backend, state) for state in numbers[0]]))]
-                found[name] = digest([state for states in numbers for state in states], results)
-            except Exception as error:
-                found[name] = described(error)
-        progress(name, 1 / (len(groups) + len(others)))
+    found, patience = {}, Patience(place)
+    names = [*cases(), *(name for name, _, _ in rings(backend))]
+    for name in names:
+        try:
+            its = patience.call(_digest, backend, name)
+        except NoAnswer as lost:
+            its = str(lost)
+        if its:
+            found[name] = its
+        progress(name, 1 / len(names))
     return found
+
+
+def _digest(backend: Any, name: str) -> str:
+    """Run a group: its digest or the exception, nothing if the backend does not take it."""
+    others = {name: (case, merge) for name, case, merge in rings(backend)}
+    merges = cases().get(name) or [others[name][0]]
+    if any(excluded_by(backend, case) for case in merges):
+        return ""
+    numbers = [fill(case, number) for number, case in enumerate(merges)]
+    try:
+        if name in others:
+            results = [host_state(backend, others[name][1]([own_state(backend, state) for state in numbers[0]]))]
+        else:
+            results = [_merged(backend, case, states) for case, states in zip(merges, numbers, strict=True)]
+        return digest([state for states in numbers for state in states], results)
+    except Exception as error:
+        return described(error)
 
 
 def _merged(backend: Any, case: Case, states: list[AttentionState]) -> AttentionState:

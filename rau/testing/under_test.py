@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rau import registry
-from rau.errors import BackendUnavailableError, UnknownBackendError
+from rau.errors import BackendUnavailableError, RauError, UnknownBackendError
 from rau.state import AttentionState
 
 _NOT_THEIRS = str(Path(__file__).parents[1]), "<string>"  # as dataclasses call their __init__
@@ -77,6 +77,23 @@ def _no_such_class(module: ModuleType, name: str) -> str:
     if meant:
         return f"{text}. Did you mean {module.__name__}:{meant[0]}?"
     return f"{text}. It has {', '.join(f'{module.__name__}:{each}' for each in classes) or 'none'}."
+
+
+def spelled(instances: Sequence[Any]) -> str:
+    """Name backends as the command line takes them; empty where the registry knows all of them."""
+    known = [_is_registered(instance) for instance in instances]
+    classes = [type(instance) for instance in instances]
+    return "" if all(known) else ",".join(
+        instance.name if registered else f"{cls.__module__}:{cls.__qualname__}"
+        for instance, cls, registered in zip(instances, classes, known, strict=True)
+    )  # fmt: skip
+
+
+def _is_registered(instance: Any) -> bool:
+    try:
+        return registry.get(instance.name) is instance
+    except RauError:
+        return False
 
 
 def own_state(backend: Any, state: Sequence[Any]) -> AttentionState:

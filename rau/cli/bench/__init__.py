@@ -29,13 +29,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "bench",
         help="time, bandwidth and share of the roof of every backend on this machine",
         description="Measure how fast this machine copies and adds arrays, and how fast each backend is in comparison, in "
-        "about ten seconds. Speed never counts as a failure: the exit status is 0 whatever was measured, 2 for wrong usage "
-        "or a named backend that is missing, 130 if stopped by Ctrl-C, which shows what there is.",
+        "about ten seconds. Speed never counts as a failure: the exit status is 0 whatever was measured, 1 where a backend crashed "
+        "or hung, 2 for wrong usage or a named backend that is missing, 130 if stopped by Ctrl-C, which shows what there is.",
         epilog=session.examples("bench", "bench --backends cython --threads 1", "bench --peers --json", "bench --markdown"),
     )
     session.add_backends(parser)
     add_scale(parser)
     session.add_tables(parser)
+    session.add_apart(parser, "a backend in one size", 300.0)
     text = "also measure torch composites, eager and compiled, where torch is installed; takes a minute more"
     parser.add_argument("--peers", action="store_true", help=text)
     return parser
@@ -49,7 +50,7 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and return 0; 130 if interrupted, with what there is."""
+    """Measure, and return 0; 1 if a backend crashed or hung; 130 if interrupted, with what there is."""
     # Late, as in all commands: --help does not pay for what a run needs.
     from rau.cli.bench import survey
     from rau.cli.bench.timing import thread_count
@@ -57,39 +58,41 @@ def run(arguments: argparse.Namespace) -> int:
 
     session.check_form(arguments.form)
     told = not (arguments.json or arguments.form)
-    backends, not_run = session.choose(arguments.backends)
-    peers = _peers(arguments, not_run)
     plan = survey.QUICK if arguments.quick else survey.PLAN
-    with thread_count(arguments.threads) as threads:
+    lacking: dict[str, str] = {}
+    peers = _peers(arguments, lacking)
+    with session.under_test(arguments.backends, arguments) as (backends, not_run, place), thread_count(arguments.threads) as threads:
+        not_run |= lacking
         configuration, load = collect(), system_load()
         if told:
             print(session.heading(configuration), *busy(load), sep="\n", flush=True)
         started, groups, interrupted = time.monotonic(), [], False
         with progress(len(plan), quiet=not told) as step:
             try:
-                for group in survey.survey(plan, backends, peers, not_run, step):
+                for group in survey.survey(plan, backends, peers, not_run, step, place):
                     groups.append(group)
                     if told:
                         _print_group(group)
             except KeyboardInterrupt:
                 interrupted = True
     seconds = time.monotonic() - started
+    status = session.INTERRUPTED if interrupted else int(any(group.lost for group in groups))
     if arguments.json:
         session.print_json({
             "quick": arguments.quick, "groups": groups, "not_run": not_run, "threads": threads, "load": load,
             "seconds": seconds, "interrupted": interrupted, "configuration": configuration,
         })  # fmt: skip
-        return session.INTERRUPTED if interrupted else 0
+        return status
     if arguments.form:
         rows = [(group, row) for group in groups for row in (*group.roof.values(), *group.rows, *group.peers)]
         session.print_table(arguments.form, [_record(*row) for row in rows])
-        return session.INTERRUPTED if interrupted else 0
+        return status
     print(_LEGEND)
     for name, reason in not_run.items():
         print(f"not run: {name} ({reason})")
     ended = f"INTERRUPTED: {len(groups)} of {session.counted(len(plan), 'size')} measured, in " * interrupted
     print(f"\n{ended}{seconds:.0f} s")
-    return session.INTERRUPTED if interrupted else 0
+    return status
 
 
 def system_load() -> float | None:
@@ -135,6 +138,8 @@ def _print_group(group: Group) -> None:
         print("", *table(["", "", *columns], rows, right=columns), "", sep="\n")
     for name, reason in group.not_run.items():
         print(f"not run: {name} ({reason})")
+    for name, told in group.lost.items():
+        print(f"WRONG: {name}: {told}")
 
 
 def _record(group: Group, row: Row) -> dict[str, Any]:

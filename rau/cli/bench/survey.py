@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 from rau.cli.bench.peers import Peers
@@ -21,6 +22,7 @@ from rau.cli.bench.workload import (
 from rau.cli.console import Step
 from rau.errors import RauError
 from rau.state import AttentionState
+from rau.testing.apart import Apart, Here, NoAnswer
 
 Plan: TypeAlias = Sequence[tuple[Size, str, float]]  # size, dtype, seconds
 Key: TypeAlias = tuple[str, str]  # who, and how
@@ -63,26 +65,50 @@ class Group(NamedTuple):
     peers: list[Row]
     reference: str  # the backend that peers are compared with
     not_run: dict[str, str]  # backends and peers that do not take this, and why
+    lost: dict[str, str]  # backends that crash or hang, and where
 
 
 def survey(
-    plan: Plan, backends: Sequence[Any], peers: Peers | None, not_run: dict[str, str], step: Step
+    plan: Plan, backends: Sequence[Any], peers: Peers | None, not_run: dict[str, str], step: Step, place: Here | Apart = Here()
 ) -> Iterator[Group]:
-    """Measure one size and dtype after another; `not_run` takes those that cannot be had here."""
+    """Measure one size and dtype after another; `not_run` takes those that cannot be had here.
+
+    All calls are measured in one process, in turn. What could end it is tried in its own `place` first.
+    """
     for size, dtype, seconds in plan:
         reason = lacking(dtype)
         if reason:
             not_run[f"{size}, {dtype}"] = reason
         else:  # with peers there are more calls to share the time among
-            yield measure(size, dtype, 4 * seconds if peers else seconds, backends, peers, step)
+            step(f"{size}, {dtype}")
+            lost = {} if isinstance(place, Here) else _lost(place, size, dtype, backends)
+            sound = [backend for backend in backends if backend.name not in lost]
+            group = measure(size, dtype, 4 * seconds if peers else seconds, sound, peers)
+            yield group._replace(lost=lost)
+
+
+def _lost(place: Apart, size: Size, dtype: str, backends: Sequence[Any]) -> dict[str, str]:
+    """Find the backends that crash or hang."""
+    lost = {}
+    for backend in backends:
+        try:
+            place.call(_tried, size, dtype, backend)
+        except NoAnswer as error:
+            lost[backend.name] = str(error)
+    return lost
+
+
+def _tried(size: Size, dtype: str, backend: Any) -> None:
+    arrays = [AttentionState(*map(backend.asarray, state)) for state in states(size, dtype, 3)]
+    for call in modes(size, backend, arrays).values():
+        with suppress(RauError):  # which measure() tells
+            call()
 
 
 def measure(
-    size: Size, dtype: str, seconds: float, backends: Sequence[Any], peers: Peers | None = None,
-    step: Step = lambda what: None,
-) -> Group:  # fmt: skip
+    size: Size, dtype: str, seconds: float, backends: Sequence[Any], peers: Peers | None = None
+) -> Group:
     """Measure one size and dtype, for about so many seconds."""
-    step(f"{size}, {dtype}")
     host, bytes_ = states(size, dtype, 3), size.state_bytes(dtype)
     roof = Roof(bytes_) if bytes_ >= _LEAST_BYTES else None
     calls: dict[Key, Call] = {(name, ""): call for name, call in roof.calls.items()} if roof else {}
@@ -128,6 +154,7 @@ def measure(
         peers=[row(key, 3 * bytes_)._replace(slower=slower(key)) for key in others],
         reference=reference,
         not_run=not_run,
+        lost={},
     )
 
 

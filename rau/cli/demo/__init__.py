@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rau.cli import session
 from rau.cli.console import progress, table
-from rau.errors import RauError
 
 if TYPE_CHECKING:
     from rau.cli.demo.ring import Result, Work
@@ -35,6 +34,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add_problem(parser, 4096, 8, ("float32", "float16", "bfloat16"))
     session.add_backends(parser)
     session.add_tables(parser)
+    session.add_apart(parser, "all that a backend has to do", 600.0)
     return parser
 
 
@@ -86,30 +86,39 @@ def run(arguments: argparse.Namespace) -> int:
     """Merge, time and judge: 0 all right, 1 a merge is wrong."""
     # Late, as in all commands: --help does not pay for what a run needs.
     from rau.cli.demo import ring
+    from rau.testing.apart import NoAnswer
 
     session.check_form(arguments.form)
     options, told = problem(arguments), not (arguments.json or arguments.form)
-    backends, not_run = session.choose(arguments.backends)
-    if not backends:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in not_run.items())
-        raise session.UsageError(f"no backend is available: {reasons}")
-    if told:
-        print(heading(arguments), flush=True)
     results: list[Result] = []
-    with progress(ring.steps_of(arguments.ranks, len(backends)), quiet=not told) as step:
-        work = ring.prepare(arguments, step)
-        for backend in backends:
-            try:
-                results += ring.merge(work, backend, step)
-            except RauError as error:
-                if arguments.backends:
-                    raise session.UsageError(f'backend "{backend.name}" cannot run this: {error}') from error
-                not_run[backend.name] = str(error)
-    passed = bool(results) and all(result.passed for result in results)
+    lost: dict[str, str] = {}
+    with session.under_test(arguments.backends, arguments) as (backends, not_run, place):
+        if not backends:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in not_run.items())
+            raise session.UsageError(f"no backend is available: {reasons}")
+        if told:
+            print(heading(arguments), flush=True)
+        with progress(ring.steps_of(arguments.ranks, len(backends)), quiet=not told) as step:
+            work = ring.prepare(arguments, step)
+            for backend in backends:
+                step(f"{backend.name}: all the partials at once, and {arguments.ranks - 1} updates", arguments.ranks + 1)
+                try:
+                    found = place.call(ring.merge, work, backend)
+                except NoAnswer as error:
+                    lost[backend.name] = str(error)
+                    continue
+                if not isinstance(found, str):
+                    results += found
+                elif arguments.backends:
+                    raise session.UsageError(f'backend "{backend.name}" cannot run this: {found}')
+                else:
+                    not_run[backend.name] = found
+    passed = bool(results) and all(result.passed for result in results) and not lost
     if arguments.json:
         session.print_json({
             "problem": options | {"actual_seq_qlen": work.call.get("actual_seq_qlen")}, "results": results,
-            "partials_error": work.rounding, "same_bits": _agree(results), "not_run": not_run, "passed": passed,
+            "partials_error": work.rounding, "same_bits": _agree(results), "not_run": not_run, "lost": lost,
+            "passed": passed,
         })  # fmt: skip
         return 0 if passed else 1
     if arguments.form:
@@ -134,12 +143,14 @@ def run(arguments: argparse.Namespace) -> int:
     print("", *table(["backend", "how", *numbers], rows, right=numbers), "", _LEGEND, sep="\n")
     for name, reason in not_run.items():
         print(f"not run: {name} ({reason})")
-    print(_verdict(work, results))
+    print(_verdict(work, results, lost))
     return 0 if passed else 1
 
 
-def _verdict(work: Work, results: list[Result]) -> str:
+def _verdict(work: Work, results: list[Result], lost: dict[str, str]) -> str:
     """Say in a sentence or two what it all means."""
+    if lost:
+        return "\n".join(f"WRONG: {name} did not come to its end: {told}" for name, told in lost.items())
     wrong = [result for result in results if not result.passed]
     if wrong:
         names = " and ".join(dict.fromkeys(result.backend for result in wrong))

@@ -11,6 +11,7 @@ import numpy as np
 
 from rau.cli.bench.timing import interleaved
 from rau.cli.console import Step
+from rau.errors import RauError
 from rau.state import AttentionState
 from rau.testing import compare, exact_attention, oracle, partial_attention
 from rau.testing.comparison import Comparison
@@ -81,8 +82,18 @@ def prepare(options: argparse.Namespace, step: Step) -> Work:
     return Work(partials, call, expected, exact, float(np.abs(expected.attn_out - exact).max()))
 
 
-def merge(work: Work, backend: Any, step: Step) -> list[Result]:
-    """Merge the partials at once, and in a ring if they are several; time both in turn, and judge each call's result."""
+def merge(work: Work, backend: Any) -> list[Result] | str:
+    """Merge the partials at once, and in a ring if they are several; time both in turn, and judge each call's result.
+
+    Where the backend cannot run this, the reason comes instead.
+    """
+    try:
+        return _merged(work, backend)
+    except RauError as error:
+        return str(error)
+
+
+def _merged(work: Work, backend: Any) -> list[Result]:
     states = [_owned(backend, state) for state in work.partials]
     options = work.call | {"backend": backend}
     merged = merge_states(states, **options)
@@ -103,7 +114,6 @@ def merge(work: Work, backend: Any, step: Step) -> list[Result]:
         return _owned(backend, AttentionState(*(array.copy() for array in work.partials[0])))
 
     running, updates, tolerance = start(), len(states) - 1, backend.capabilities.tolerance
-    step(f"{backend.name}: all the partials at once, and {updates} updates", 2)
     times = interleaved({"at once": at_once} | ({"ring": ring} if updates else {}), _SECONDS, least=1)
     traffic = sum(map(_bytes, [*work.partials, work.partials[0]]))
     result = _on_host(backend, merged)
@@ -112,7 +122,6 @@ def merge(work: Work, backend: Any, step: Step) -> list[Result]:
     if updates:
         running, comparisons = start(), []  # the timed one has merged the same partials again and again
         for number, partial in enumerate(work.partials[1:], 1):
-            step(f"{backend.name}: judging update {number}")
             before = AttentionState(*(array.copy() for array in _on_host(backend, running)))
             update(states[number])
             expected = oracle([before, partial], **work.call)

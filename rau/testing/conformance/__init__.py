@@ -16,7 +16,7 @@ import numpy as np
 
 from rau import registry
 from rau.errors import BackendUnavailableError, ShapeError
-from rau.testing.apart import LONG, PATIENCE, Apart, Here, NoAnswer
+from rau.testing.apart import LONG, Apart, Here, NoAnswer, Patience
 from rau.testing.cases import Case, generated, named
 from rau.testing.cases.placements import PACKED_PLACEMENTS
 from rau.testing.comparison import same_bits
@@ -94,22 +94,20 @@ def check_backend(
         every = [*place.call(checks, backend, cases, select, seconds=LONG), *tries]
     except NoAnswer as lost:
         raise BackendUnavailableError(f"{backend.name}: while its checks were listed: {lost}") from lost
-    lost_in_a_row = 0
+    patience = Patience(place)
     for done, check in enumerate(every):
         if progress is not None:
             progress(check.id, done, len(every))
         if check.excluded:
             report.exclude(check.id, check.excluded, check.case)
             continue
-        if lost_in_a_row >= PATIENCE:
+        if patience.gone:
             report.not_run.append(check.id)
             continue
         try:
-            problems = place.call(_problems, backend, check)
-            lost_in_a_row = 0
+            problems = patience.call(_problems, backend, check)
         except NoAnswer as lost:
             problems = [str(lost)]
-            lost_in_a_row += lost.weight
         if check.id in aside:
             report.unpromised[aside[check.id]] = problems
         else:

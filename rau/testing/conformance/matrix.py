@@ -16,6 +16,7 @@ from rau import registry
 from rau.arrays import kind_of
 from rau.arrays.numpy_ import ITEMSIZE, NARROW, named_dtype
 from rau.backends import PROPERTIES
+from rau.testing.apart import Apart, Here, NoAnswer, Patience
 from rau.testing.cases import Case
 from rau.testing.conformance.properties import STRIDES, tried
 from rau.testing.reference.oracle import oracle, widen
@@ -45,7 +46,9 @@ class Answer(NamedTuple):
 Question = Callable[[Any], Answer]
 
 
-def matrix(backends: Iterable[Any], progress: Callable[[str], None] | None = None) -> dict[str, dict[str, Answer]]:
+def matrix(
+    backends: Iterable[Any], progress: Callable[[str], None] | None = None, place: Here | Apart = Here()
+) -> dict[str, dict[str, Answer]]:
     """Ask every backend everything.
 
     Parameters
@@ -54,6 +57,8 @@ def matrix(backends: Iterable[Any], progress: Callable[[str], None] | None = Non
         Instances.
     progress : callable, optional
         Called with "BACKEND: QUESTION" before each question.
+    place : Here or Apart, optional
+        Where the backends run, as :func:`rau.testing.check_backend` takes it.
 
     Returns
     -------
@@ -62,16 +67,27 @@ def matrix(backends: Iterable[Any], progress: Callable[[str], None] | None = Non
     """
     rows: dict[str, dict[str, Answer]] = {}
     for backend in backends:
-        row = rows.setdefault(backend.name, {})
-        for name, question in QUESTIONS.items():
+        row, patience = rows.setdefault(backend.name, {}), Patience(place)
+        for name in QUESTIONS:
             if progress is not None:
                 progress(f"{backend.name}: {name}")
-            with registry.provisionally(backend):
-                try:
-                    row[name] = question(backend)
-                except Exception as error:  # of the backend's
-                    row[name] = Answer(NO, False, True, described(error))
+            try:
+                row[name] = patience.call(_answer, backend, name)
+            except NoAnswer as lost:
+                row[name] = Answer(NO, False, _promised(name, backend), str(lost))
     return rows
+
+
+def _answer(backend: Any, name: str) -> Answer:
+    with registry.provisionally(backend):
+        try:
+            return QUESTIONS[name](backend)
+        except Exception as error:  # of the backend's
+            return Answer(NO, False, _promised(name, backend), described(error))
+
+
+def _promised(name: str, backend: Any) -> bool:
+    return name not in backend.capabilities.unpromised and not (name == STRIDES and backend.capabilities.contiguous)
 
 
 def _keeps(backend: Any) -> Answer:
@@ -80,10 +96,8 @@ def _keeps(backend: Any) -> Answer:
 
 
 def _property(name: str, backend: Any) -> Answer:
-    takes = backend.capabilities
     problems = tried(backend, name)
-    promised = not takes.contiguous if name == STRIDES else name not in takes.unpromised
-    return Answer(NO if problems else YES, not problems, promised, problems[0] if problems else "")
+    return Answer(NO if problems else YES, not problems, _promised(name, backend), problems[0] if problems else "")
 
 
 def _error(dtype: str, backend: Any) -> Answer:

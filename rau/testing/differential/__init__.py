@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from rau import registry
-from rau.errors import ConstraintError, RauError, UnknownBackendError
+from rau.errors import ConstraintError, UnknownBackendError
 from rau.plugins import OURS
 from rau.state import AttentionState
 from rau.testing.apart import PATIENCE, Apart, Here, NoAnswer
@@ -29,7 +29,7 @@ from rau.testing.differential.shrink import shrink
 from rau.testing.reference.oracle import Expected, widen
 from rau.testing.trial import excluded_by, expected_of, problem_of, run_case
 from rau.testing.trial.judge import held_to, judge_values, keeps_lse, promises_bits
-from rau.testing.under_test import load
+from rau.testing.under_test import load, spelled
 
 BINS = 20  # of the histogram of shares, over [0, 1]; one more holds what is beyond
 CAUSES = 8  # for each backend or pair, of which a smallest case is looked for: it takes seconds
@@ -282,7 +282,7 @@ def run_differential(
                 same.ids.append(case.id)
             elif len(known) < CAUSES:
                 finding = Finding(case, who, message, cause, [case.id])
-                finding.backends = _spelled(_involved(finding, instances))
+                finding.backends = spelled(_involved(finding, instances))
                 report.findings.append(finding)
                 _make_small(place, finding, instances, folder)
         if progress is not None:
@@ -497,23 +497,6 @@ def _write(place: Here | Apart, finding: Finding, first: Any, folder: Path) -> N
         finding.message += f" (and the case could not be written: {error})"
     else:
         finding.file = str(path)
-
-
-def _spelled(instances: Sequence[Any]) -> str:
-    """Name backends as the command line takes them; empty where the registry knows all of them."""
-    known = [_is_registered(instance) for instance in instances]
-    classes = [type(instance) for instance in instances]
-    return "" if all(known) else ",".join(
-        instance.name if registered else f"{cls.__module__}:{cls.__qualname__}"
-        for instance, cls, registered in zip(instances, classes, known, strict=True)
-    )  # fmt: skip
-
-
-def _is_registered(instance: Any) -> bool:
-    try:
-        return registry.get(instance.name) is instance
-    except RauError:
-        return False
 
 
 def _involved(finding: Finding, instances: Sequence[Any]) -> list[Any]:

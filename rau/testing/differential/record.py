@@ -23,10 +23,11 @@ AttentionState or a tuple of three tensors, under ``prev``, ``cur`` and ``out``.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
@@ -122,20 +123,31 @@ def read_record(path: str | PathLike[str]) -> Record:
 
     RecordError if the file is none or its parts do not fit together, ConstraintError if its cumulative lengths are none.
     """
-    if Path(path).exists() and not Path(path).is_file():
-        raise RecordError(f"{path}: no file")  # a pipe would be waited for
+    if not Path(path).exists():
+        here = Path(path).absolute().parent
+        others = [other.name for other in here.glob("*")] if here.is_dir() else []
+        close = difflib.get_close_matches(Path(path).name, others, n=1, cutoff=0.8)
+        raise RecordError(f"{path}: no such file in {here}{f'; did you mean {close[0]}?' if close else ''}")
+    if not Path(path).is_file():
+        raise RecordError(f"{path}: {'a folder' if Path(path).is_dir() else 'no file'}; expected a file")  # a pipe would be waited for
     try:
         with zipfile.ZipFile(path) as archive:  # NumPy takes other files too
             torchs = any(name.endswith("/data.pkl") for name in archive.namelist())
         arrays = _of_torch(path) if torchs else _of_numpy(path)
     except RecordError:
         raise
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except zipfile.BadZipFile as error:
+        raise RecordError(f"{path}: no whole .npz file, and none of torch.save; python -m rau diagnose --help says what is read") from error
     except Exception as error:  # of zipfile's, NumPy's, tokenize's and ast's own: whoever wrote the file chooses
         raise RecordError(f"{path}: not a .npz file that can be read without pickle: {error}") from error
+    spelt: dict[str, str] = {}  # how the file begins the keys of a state, where it has names of its own for it
     for side, k in (("prev", 0), ("cur", 1)):
         for name in (*FIELDS, "lse"):
             if f"{side}_{name}" in arrays:
                 arrays[f"states.{k}.{name}"] = arrays.pop(f"{side}_{name}")
+                spelt[f"states.{k}."] = f"{side}_"
     words, lse_base = _text(arrays, "case", ""), _text(arrays, "lse_base", "")
     if lse_base not in ("", "e", "2") or (not lse_base and any(name.rpartition(".")[2] == "lse" for name in arrays)):
         raise RecordError(f'{path}: a log-sum-exp to base {lse_base!r}; expected lse_base, "e" or "2"')
@@ -147,7 +159,7 @@ def read_record(path: str | PathLike[str]) -> Record:
         count += 1
     if not count:
         raise RecordError(f'{path}: no input states; expected keys such as "prev_attn_out" or "states.0.attn_out"')
-    states = [_state(path, arrays, f"states.{k}.") for k in range(count)]
+    states = [_state(path, arrays, f"states.{k}.", spelt=spelt) for k in range(count)]
     observed = None
     if any(name in arrays for name in (*FIELDS, "lse")):
         observed = _state(path, arrays, "", complete=False)
@@ -240,7 +252,7 @@ def _text(arrays: dict[str, np.ndarray], key: str, default: str) -> str:
     return str(arrays[key]) if key in arrays else default
 
 
-def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str, complete: bool = True) -> AttentionState:
+def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str, complete: bool = True, spelt: Mapping[str, str] = {}) -> AttentionState:
     parts: list[Any] = []
     if f"{prefix}lse" in arrays:
         lse, wide = arrays[f"{prefix}lse"], "float64" if arrays.get(f"{prefix}attn_out", np.empty(0)).dtype == "f8" else "float32"
@@ -254,7 +266,7 @@ def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str, complete: bool
             if not complete:
                 parts.append(None)
                 continue
-            raise RecordError(f'{path}: "{prefix}{name}" is missing, but other arrays of its state are there')
+            raise RecordError(f'{path}: "{spelt.get(prefix, prefix)}{name}" is missing, but other arrays of its state are there')
         array = arrays[prefix + name]
         if array.dtype in (np.uint16, np.dtype("V2")):
             array = array.view(named_dtype("bfloat16"))
