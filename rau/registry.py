@@ -1,4 +1,4 @@
-"""The backends: names, status and selection. How they are found and loaded is in :mod:`rau.plugins`."""
+"""The backends: names, status and selection. How they are found and loaded is in `rau.plugins`."""
 
 from __future__ import annotations
 
