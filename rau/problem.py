@@ -24,7 +24,7 @@ def _strides(kind: Kind, array: Any) -> tuple[int, ...]:
 _Value = TypeVar("_Value")
 
 
-class _once(Generic[_Value]):  # noqa: N801 - used like a function
+class _once(Generic[_Value]):
     """A property that is computed once.
 
     functools.cached_property takes a lock up to Python 3.11, one for all Problems: a child that is forked while another

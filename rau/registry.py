@@ -58,7 +58,7 @@ _AUTOMATIC = {
 }
 
 
-class use_backend(ContextDecorator):  # noqa: N801 - used like a function
+class use_backend(ContextDecorator):
     """Choose the backend of every call inside a ``with`` block or a decorated function.
 
     Parameters

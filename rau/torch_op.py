@@ -279,7 +279,7 @@ def _merged(states: Sequence[Sequence[Tensor]], geometry: Geometry) -> Triple:
         live = torch.stack(weighed.live)
         scale = torch.where(weighed.total.isinf(), 2.0**-64, 1.0)  # as in `weigh`
     m = torch.where(live, torch.stack(maxima).double(), -torch.inf)
-    l = torch.where(live, torch.stack(sums).double(), 0.0)  # noqa: E741
+    l = torch.where(live, torch.stack(sums).double(), 0.0)
     maximum = m.amax(0)  # equal ones share its gradient
     a = l * torch.where(live, m - maximum, -torch.inf).exp()
     part = torch.where(shared, a * scale, 0.0)
@@ -349,7 +349,8 @@ class AttentionToParts(torch.autograd.Function):
             of_q, *of_part = ctx.backward_of_a_part(grad_out, q, *part, out, lse)
             if len(of_part) != len(part):
                 raise ShapeError(f"merge_attention: [states] backward returned {1 + len(of_part)} gradients for q and a part of "
-                                 f"{len(part)} items; expected {1 + len(part)}, None where there is none.", ("states",))  # fmt: skip
+                                 f"{len(part)} items; expected {1 + len(part)}, None where there is none.",
+                                 ("states",))  # fmt: skip
             if of_q is not None:
                 grad_q += of_q
             grads += of_part

@@ -79,7 +79,9 @@ def test_the_code_of_a_page_runs_and_is_right(page, capsys, monkeypatch):
 
 
 def test_all_python_of_the_pages_is_run():
-    with_code = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if "```python" in path.read_text(encoding="utf-8")}
+    with_code = {
+        path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if "```python" in path.read_text(encoding="utf-8")
+    }
     assert with_code == {*PAGES, *RUN_BY}
     for page, test in RUN_BY.items():
         assert page in Path(__file__).with_name(test).read_text(encoding="utf-8")

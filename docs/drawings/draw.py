@@ -32,7 +32,9 @@ class Picture:
         place = {"x": f"{x:g}", "y": f"{y:g}", "width": f"{width:g}", "height": f"{height:g}", "rx": f"{radius}"}
         ET.SubElement(self.root, "rect", {**place, "fill": fill, "stroke": EDGE})
 
-    def text(self, x: float, y: float, words: str, size: int = 15, fill: str = INK, anchor: str = "start", weight: str = "400") -> None:
+    def text(
+        self, x: float, y: float, words: str, size: int = 15, fill: str = INK, anchor: str = "start", weight: str = "400"
+    ) -> None:
         look = {"font-size": f"{size}", "fill": fill, "text-anchor": anchor, "font-weight": weight}
         ET.SubElement(self.root, "text", {"x": f"{x:g}", "y": f"{y:g}", **look}).text = words
 

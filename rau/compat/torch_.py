@@ -70,8 +70,8 @@ class _SDPAMerger:
         ConstraintError, UnsupportedError
             As :meth:`rau.AttentionState.from_lse` and :meth:`rau.StreamingMerge.update`.
         """
-        check("_SDPAMerger.step", {"out": (out, "(B, N, S, D)"), "lse": (lse, "(B, N, S) or (B, N, S, 1)")} if self._how["layout"] == "BNSD"
-              else {"out": (out, "(B, S, N, D)"), "lse": (lse, "(B, S, N) or (B, S, N, 1)")})  # fmt: skip
+        rows = "B, N, S" if self._how["layout"] == "BNSD" else "B, S, N"
+        check("_SDPAMerger.step", {"out": (out, f"({rows}, D)"), "lse": (lse, f"({rows}) or ({rows}, 1)")})
         keeps_axis = lse.ndim == out.ndim
         rows = lse[..., 0] if keeps_axis else lse
         self._merge.update(*AttentionState.from_lse(out, rows, **self._how), tokens="back" if partial else None)

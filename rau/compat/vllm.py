@@ -68,8 +68,13 @@ def merge_attn_states(
     if n is not None:
         if not isinstance(n, int) or not 0 <= n <= output.shape[0]:
             report = Violations("merge_attn_states")
-            report.add("tokens", f"prefill_tokens_with_context is {shown(n)}; expected a number of tokens, from 0 to T = {output.shape[0]}.")
+            report.add(
+                "tokens",
+                f"prefill_tokens_with_context is {shown(n)}; expected a number of tokens, from 0 to T = {output.shape[0]}.",
+            )
             raise report.error()
-        prefix_lse = library(prefix_lse).concatenate([prefix_lse[:, :n], library(prefix_lse).full_like(prefix_lse[:, n:], -math.inf)], 1)
+        prefix_lse = library(prefix_lse).concatenate(
+            [prefix_lse[:, :n], library(prefix_lse).full_like(prefix_lse[:, n:], -math.inf)], 1
+        )
     pairs = [(prefix_output, prefix_lse), (suffix_output, suffix_lse)]
     merged(pairs, _HOW, output, output_lse, with_lse=output_lse is not None, **asked)
