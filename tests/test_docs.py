@@ -188,3 +188,9 @@ def test_a_stub_of_the_site_is_a_link():
     for stub in (DOCS / "site").iterdir():
         (target,) = re.findall(r"\A\[.*\]\((.*)\)\n\Z", stub.read_text(encoding="utf-8"))
         assert (stub.parent / target).is_file()
+
+
+def test_the_citation_is_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    version, name = (re.search(rf'^{key} = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1] for key in ("version", "license"))
+    assert f"\nversion: {version}\n" in citation and f"\nlicense: {name}\n" in citation
