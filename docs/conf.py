@@ -58,6 +58,7 @@ def _from_the_repository(app, docname, source):
     page = next((path for path, own in _SHOWN.items() if own == f"{docname}.md" and path != "README.md"), f"docs/{docname}.md")
     if not page.startswith("docs/"):
         source[0] = (ROOT / page).read_text(encoding="utf-8")
+        app.env.note_dependency(ROOT / page)
 
     def place(match):
         text, target, anchor = match.groups()
