@@ -35,6 +35,7 @@ class Picture:
     def text(
         self, x: float, y: float, words: str, size: int = 15, fill: str = INK, anchor: str = "start", weight: str = "400"
     ) -> None:
+        assert len(words) * size * 0.56 < WIDTH - 20, f"too long to be drawn: {words}"  # of the wider fonts that stand in
         look = {"font-size": f"{size}", "fill": fill, "text-anchor": anchor, "font-weight": weight}
         ET.SubElement(self.root, "text", {"x": f"{x:g}", "y": f"{y:g}", **look}).text = words
 
@@ -119,7 +120,7 @@ def layouts() -> Picture:
     picture.text(10, 274, "attn_out (T, N, D): each box D numbers")
     tokens = [(f"t{i}", f"n{k}", int(i >= 2), int(k)) for i, k in np.ndindex(6, 2)]
     ribbon(picture, 282, tokens)
-    picture.text(10, 350, "max and sum (T, N, lanes), if token-major: the same")
+    picture.text(10, 350, "max and sum (T, N, lanes), token-major: the same")
     picture.text(10, 370, "if packed: see below")
     picture.text(10, 402, "blue: sequence 0 (t0, t1), orange: 1; darker: head 1", 14, SOFT)
     return picture
@@ -142,7 +143,7 @@ def orders() -> Picture:
     picture.text(10, 164, 'packed per sequence, softmax_layout="SBH"')
     ribbon(picture, 172, rows(packed))
     picture.text(10, 234, "each head of a sequence has its tokens side by side", 14, SOFT)
-    picture.text(10, 268, "The shape is (6, 2, lanes) in both: nothing tells which.", 15, weight="600")
+    picture.text(10, 268, "Both have the shape (6, 2, lanes).", 15, weight="600")
     return picture
 
 
