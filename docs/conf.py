@@ -68,6 +68,8 @@ def _from_the_repository(app, docname, source):
             if not (ROOT / path).exists():
                 raise ValueError(f"{page}: {match[0]} leads nowhere")
             return text if path in text else f"{text} (`{path}`)"
+        if text.endswith(".md"):  # the name of the file: here it is the page's, or the section's, title
+            text = ""
         return f"[{text}]({os.path.relpath(inside, os.path.dirname(docname) or '.')}{anchor or ''})"
 
     if page.endswith(".md"):

@@ -182,6 +182,7 @@ def test_every_link_leads_somewhere(page):
         path = (page.parent / target) if target else page
         assert path.exists(), f"{target} leads nowhere"
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}: no such heading"
+    assert not re.search(r"^\s*\+ ", text, re.M), "a line that begins with + is a list's"
 
 
 def test_a_stub_of_the_site_is_a_link():
