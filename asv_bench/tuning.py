@@ -131,7 +131,9 @@ def tried(size: Size, dtype: str, how: str, seconds: float) -> list[list[str]]:
         _core.tune(**own)
         for value in list(calls)[1:]:
             spread = ratio(times[value], times["own"])
-            lines.append([str(size), dtype, how, name, str(value), f"{spread.median:.2f}", f"{spread.low:.2f} to {spread.high:.2f}"])
+            lines.append(
+                [str(size), dtype, how, name, str(value), f"{spread.median:.2f}", f"{spread.low:.2f} to {spread.high:.2f}"]
+            )
     return lines
 
 

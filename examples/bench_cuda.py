@@ -86,7 +86,9 @@ class Bench:
             print(f"vLLM's kernel is NOT MEASURED: {error}")
         else:
             # Its log-sum-exps are (heads, tokens); these are random, so that the same memory will do.
-            lse = lambda state: state[1].view(*reversed(state[1].shape))
+            def lse(state):
+                return state[1].view(*reversed(state[1].shape))
+
             yield "vLLM", lambda a, b, to: lambda: merge_attn_states(to[0], lse(to), a[0], lse(a), b[0], lse(b))
 
     def make(self, size, dtype, count):

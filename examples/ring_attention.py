@@ -89,12 +89,6 @@ def run(ranks, local, lengths, causal):
 # ---- is it right? ---------------------------------------------------------------------------------------------------
 
 
-def one_process(q, k, v, dout, causal):
-    """Attention to all the keys, and its gradients, by torch's kernel alone."""
-    out, lse = attend(q, k, v, causal)
-    return lse, [out, *attend_backward(dout, q, k, v, out, lse, causal)]
-
-
 def cut(tensor, lengths, half=None):
     """Views (B, N, S, D) of sequences, or of their halves, in (B, N, S, D), or in (T, N, D), which has one for each length."""
     views = [part.transpose(0, 1)[None] for part in tensor.split(lengths)] if lengths else [tensor]

@@ -69,7 +69,7 @@ def log_sum_exp(dtype: str, base: str, kind: str) -> Callable[[np.random.Generat
 
     def measure(rng: np.random.Generator, count: int) -> Measured:
         m = (rng.choice([-1.0, 1.0], count) * 10.0 ** rng.uniform(-3, 4, count)).astype(dtype)
-        l = rng.uniform(1, 1e5, count).astype(dtype)  # noqa: E741
+        l = rng.uniform(1, 1e5, count).astype(dtype)
         near = rng.random(count) < 0.5  # m and log(l) cancel
         m[near] = (-np.log(l) * (1 + 1e-3 * rng.normal(0, 1, count)))[near].astype(dtype)
         got = _lse(m, l, base, kind).astype(np.float64)
@@ -109,7 +109,7 @@ def narrowed(base: str) -> Callable[[np.random.Generator, int], Measured]:
         lse = rng.choice([-1.0, 1.0], count) * 2.0 ** rng.uniform(-20, 30, count)
         state = rau.AttentionState.from_lse(np.zeros((count, 1, 1), np.float32), lse[:, None], base=base, layout="TND",
                                             lse_layout="TN")  # fmt: skip
-        m, l = (np.asarray(part)[:, 0, 0].astype(np.float64) for part in state[1:])  # noqa: E741
+        m, l = (np.asarray(part)[:, 0, 0].astype(np.float64) for part in state[1:])
         exact = lse if base == "e" else lse * np.log(2.0)
         low, high = logarithm(l)[::-1]
         rest = dd.add((m, np.zeros(count)), (high, low))
@@ -126,7 +126,7 @@ def to_base_2(rng: np.random.Generator, count: int) -> Measured:
     total = (2.0 ** rng.uniform(-30, 30, count)).astype(np.float32)
     state = rau.AttentionState.from_max_sum(np.zeros((count, 1, 1), np.float32), maximum[:, None], total[:, None], base="2",
                                             layout="TND", stats_layout="TN")  # fmt: skip
-    m, l = (np.asarray(part)[:, 0, 0].astype(np.float64) for part in state[1:])  # noqa: E741
+    m, l = (np.asarray(part)[:, 0, 0].astype(np.float64) for part in state[1:])
     natural = maximum.astype(np.float64) * np.log(2.0)
     given = total.astype(np.float64)
     error = np.abs((m - natural) + np.log(l / given))
@@ -141,7 +141,7 @@ def _arrays(kind: str, *arrays: np.ndarray) -> Iterator[object]:
     return map(torch.from_numpy, arrays)
 
 
-def _lse(m: np.ndarray, l: np.ndarray, base: str, kind: str) -> np.ndarray:  # noqa: E741
+def _lse(m: np.ndarray, l: np.ndarray, base: str, kind: str) -> np.ndarray:
     state = rau.AttentionState(*_arrays(kind, np.zeros((len(m), 1, 1), m.dtype), m[:, None, None], l[:, None, None]))
     return np.asarray(state.lse(base=base, layout="TND", lse_layout="TN"))[:, 0]
 

@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rau",
         description="Merge partial attention states.",
-        epilog=examples("demo", "check mykernel:Mine", "diagnose observed.npz") + "\n\npython -m rau COMMAND --help has more of each.",
+        epilog=examples("demo", "check mykernel:Mine", "diagnose observed.npz")
+        + "\n\npython -m rau COMMAND --help has more of each.",
         formatter_class=Formatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")

@@ -127,7 +127,7 @@ def weigh(maxima: Sequence[Any], sums: Sequence[Any]) -> Weighed:
     where its sum is 0 or its maximum -inf.
     """
     xp, stats_dtype = library(sums[0]), sums[0].dtype
-    m, l = ([cast(part, xp.float64) for part in parts] for parts in (maxima, sums))  # noqa: E741 - the field's own name
+    m, l = ([cast(part, xp.float64) for part in parts] for parts in (maxima, sums))
     live = [(li != 0) & (mi != -np.inf) for mi, li in zip(m, l, strict=True)]
     maximum = xp.full_like(m[0], -np.inf)
     for mi, alive in zip(m, live, strict=True):

@@ -161,7 +161,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Parameters
     ----------
     mode : {"stdout", "dicts"}, default "stdout"
-        Print the data, or return it, as :func:`numpy.show_config` does.
+        Print the data, or return it, as `numpy.show_config` does.
 
     Returns
     -------

@@ -21,7 +21,7 @@ class ConstraintError(RauError, RuntimeError):
     message : str
         The text shown to the caller.
     rules : iterable of str, optional
-        Ids of the broken rules, such as ``"tnd-head-dim-64"``; see :data:`rau.constraints.RULES`.
+        Ids of the broken rules, such as ``"tnd-head-dim-64"``; see `rau.constraints.RULES`.
 
     Attributes
     ----------

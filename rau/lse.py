@@ -70,7 +70,7 @@ def log_sum_exp(maximum: Any, total: Any, base: str) -> Any:
     empty = (total == 0) | (maximum == -math.inf)
     # Numbers that are not used are replaced before they are computed with: their gradients would be 0 * inf.
     m = xp.where(empty, 0.0, cast(maximum, xp.float64))
-    l = xp.where(empty, 1.0, cast(total, xp.float64))  # noqa: E741
+    l = xp.where(empty, 1.0, cast(total, xp.float64))
     result = m + xp.log(l)
     if base == "2":
         result = result / _LN2

@@ -76,8 +76,8 @@ def merge_attention(
         report.add("states", f"parts is {described(parts)}; expected a list of tuples (k, v), one for each part of the keys.")
     for name, kernel in (("forward", forward), ("backward", backward)):
         if not callable(kernel):
-            report.add("states", f"{name} is {described(kernel)}; expected a function, {name}({'grad_out, ' * (name == 'backward')}q, k, v"
-                       f"{', out, lse' * (name == 'backward')}).")  # fmt: skip
+            report.add("states", f"{name} is {described(kernel)}; expected a function, "
+                       f"{name}({'grad_out, ' * (name == 'backward')}q, k, v{', out, lse' * (name == 'backward')}).")  # fmt: skip
     report.raise_if_broken()
     merge = partial(
         merge_lse, layout=layout, base=base, lse_layout=lse_layout, inf_is_empty=inf_is_empty, heads=heads, backend=backend

@@ -24,7 +24,7 @@ def _strides(kind: Kind, array: Any) -> tuple[int, ...]:
 _Value = TypeVar("_Value")
 
 
-class _once(Generic[_Value]):  # noqa: N801 - used like a function
+class _once(Generic[_Value]):
     """A property that is computed once.
 
     functools.cached_property takes a lock up to Python 3.11, one for all Problems: a child that is forked while another
@@ -81,7 +81,7 @@ class Problem:
     strides : tuple of tuples of int
         Strides in elements of each input's three arrays, then of the result's.
     blocks : ndarray of int64, shape (blocks, 2 + 9 * (K + 1)), or None
-        The block table, see :mod:`rau.layouts`; None where the lengths live on a device.
+        The block table, see `rau.layouts`; None where the lengths live on a device.
     taken_by : Backend or None
         The last backend found to take it: a problem that is met again need not be judged again.
     """

@@ -1,4 +1,4 @@
-"""The backends: names, status and selection. How they are found and loaded is in :mod:`rau.plugins`."""
+"""The backends: names, status and selection. How they are found and loaded is in `rau.plugins`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from rau.problem import Problem
 foreign_types.append(array_types)
 
 __all__ = [
-    "Status", "array_types", "blocked", "capabilities", "get", "keeps_lse", "known", "names", "provisionally", "refresh", "register",
-    "select", "standings", "status", "use_backend",
+    "Status", "array_types", "blocked", "capabilities", "get", "keeps_lse", "known", "names", "provisionally", "refresh",
+    "register", "select", "standings", "status", "use_backend",
 ]  # fmt: skip
 
 # The innermost use_backend's name, and what was there before it.
@@ -58,7 +58,7 @@ _AUTOMATIC = {
 }
 
 
-class use_backend(ContextDecorator):  # noqa: N801 - used like a function
+class use_backend(ContextDecorator):
     """Choose the backend of every call inside a ``with`` block or a decorated function.
 
     Parameters

@@ -368,8 +368,9 @@ def states_of(
         its = check_rows(report, name, lse, out_name, out, base)
         if out is not None and its is None and axes and looks_like_array(lse) and seems_swapped(attn_out, lse, layout, axes):
             # Of the output, which has another dtype, in the place of the log-sum-exp there is nothing else to say.
-            report.broken[-1] = ("rank", f"{out_name} has shape {tuple(attn_out.shape)} and {name} {tuple(lse.shape)}; the pair seems "
-                                 f"to be swapped, since {name} has dtype {str(lse.dtype).removeprefix('torch.')}.")  # fmt: skip
+            shapes = f"{out_name} has shape {tuple(attn_out.shape)} and {name} {tuple(lse.shape)}"
+            dtype = str(lse.dtype).removeprefix("torch.")
+            report.broken[-1] = ("rank", f"{shapes}; the pair seems to be swapped, since {name} has dtype {dtype}.")
         if out is not None and its is not None and padded:
             lengths = check_padded(report, attn_out, lse, axes, number, actual_seq_qlen, out_name, name)
         elif out is not None and its is not None and axes:

@@ -183,8 +183,9 @@ def _blank_merge(*arguments: Any) -> Triple:
 
 
 def _keep(
-    ctx: Any, states: Sequence[Sequence[Tensor]], backend: str | None, actual_seq_qlen: Tensor | None, layout: str, softmax_layout: str
-) -> None:
+    ctx: Any, states: Sequence[Sequence[Tensor]], backend: str | None, actual_seq_qlen: Tensor | None,
+    layout: str, softmax_layout: str,
+) -> None:  # fmt: skip
     """Save the inputs themselves: weights are cheap to compute again, and take no memory until then."""
     ctx.save_for_backward(*[part for state in states for part in state], actual_seq_qlen)
     ctx.layout, ctx.softmax_layout = layout, softmax_layout
@@ -288,7 +289,7 @@ def _merged(states: Sequence[Sequence[Tensor]], geometry: Geometry, keeps_lse: b
         live = torch.stack(weighed.live)
         scale = torch.where(weighed.total.isinf(), 2.0**-64, 1.0)  # as in `weigh`
     m = torch.where(live, torch.stack(maxima).double(), -torch.inf)
-    l = torch.where(live, torch.stack(sums).double(), 0.0)  # noqa: E741
+    l = torch.where(live, torch.stack(sums).double(), 0.0)
     maximum = m.amax(0)  # equal ones share its gradient
     a = l * torch.where(live, m - maximum, -torch.inf).exp()
     part = torch.where(shared, a * scale, 0.0)
@@ -361,11 +362,13 @@ class AttentionToParts(torch.autograd.Function):
             of_q, *of_part = ctx.backward_of_a_part(grad_out, q, *part, out, lse)
             if len(of_part) != len(part):
                 raise ShapeError(f"merge_attention: [states] backward returned {1 + len(of_part)} gradients for q and a part of "
-                                 f"{len(part)} items; expected {1 + len(part)}, None where there is none.", ("states",))  # fmt: skip
+                                 f"{len(part)} items; expected {1 + len(part)}, None where there is none.",
+                                 ("states",))  # fmt: skip
             for name, item, gradient in zip(("q", "k", "v"), (q, *part), (of_q, *of_part), strict=False):
                 if gradient is not None and gradient.shape != item.shape:  # else it might be broadcast
-                    raise ShapeError(f"merge_attention: [states] backward returned a gradient of {name} of shape {tuple(gradient.shape)}; "
-                                     f"expected {tuple(item.shape)}, that of {name}.", ("states",))  # fmt: skip
+                    raise ShapeError(f"merge_attention: [states] backward returned a gradient of {name} of shape "
+                                     f"{tuple(gradient.shape)}; expected {tuple(item.shape)}, that of {name}.",
+                                     ("states",))  # fmt: skip
             if of_q is not None:
                 grad_q += of_q
             grads += of_part

@@ -324,8 +324,8 @@ def merge_lse(
     Returns
     -------
     attn_out, lse : array
-        The output has the first one's dtype, or `dtype`, the log-sum-exp is float32 (float64 with a float64 output), of the same base and
-        axes as those given; -inf for a row without keys. The arrays of `out` where it was given.
+        The output has the first one's dtype, or `dtype`, the log-sum-exp is float32 (float64 with a float64 output), of the same
+        base and axes as those given; -inf for a row without keys. The arrays of `out` where it was given.
 
     Raises
     ------
@@ -357,8 +357,9 @@ def merge_lse(
     asked = asked_of("merge_lse", tokens, cu_seqlens_padded, dtype, scale)
     if all([attn_out is None for attn_out, _ in pairs]):
         if asked is not None:
-            report.add("tokens", "tokens, cu_seqlens_padded, dtype or scale are given, and the pairs have no outputs, whose tokens "
-                       "and dtype those are; expected none of them. Pass the log-sum-exps of the tokens that are meant.")  # fmt: skip
+            report.add("tokens", "tokens, cu_seqlens_padded, dtype or scale are given, and the pairs have no outputs, whose "
+                       "tokens and dtype those are; expected none of them. Pass the log-sum-exps of the tokens that are "
+                       "meant.")  # fmt: skip
         return None, _lse_alone(report, pairs, base, inf_is_empty, out, backend)
     names = [(f"pairs[{k}][0]", f"pairs[{k}][1]") for k in range(len(pairs))]
     states = states_of(pairs, names, report, base, layout, axes, inf_is_empty, heads, 1)

@@ -9,8 +9,8 @@ from cuda_suite import HOSTILE
 from running import Chain, half, joined, laid_out, on_host, own, partial, same
 
 import rau
-from rau.backends import cuda_kernel
 from rau.arrays.torch_ import TorchKind
+from rau.backends import cuda_kernel
 
 LENGTHS = (4, 4, 0, 6, 68, 2)
 ENDS = np.cumsum([0, *LENGTHS])

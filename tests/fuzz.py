@@ -105,7 +105,7 @@ class Buffers:
 def anything(rng, buffers):
     """An object that does not belong there."""
     return rng.choice([
-        lambda: None, lambda: rng.randrange(-3, 9), lambda: 1.5, lambda: "SBH", lambda: b"x", lambda: [], lambda: [1, 2], lambda: {},
+        lambda: None, lambda: rng.randrange(-3, 9), lambda: 1.5, lambda: "SBH", lambda: b"x", list, lambda: [1, 2], dict,
         lambda: object(), lambda: np.float32(1), lambda: np.ma.ones((2, 2)), lambda: np.zeros((), "f4"), lambda: int, lambda: ...,
         lambda: np.zeros(3, [("a", "f4")]), lambda: np.zeros(3, ">f4"), lambda: np.zeros(2, object), lambda: np.zeros(2, "U3"),
         lambda: buffers.array(tuple(rng.randrange(4) for _ in range(rng.randrange(6))), rng.choice([*DTYPES, "i8", "?", "c8"])),
@@ -133,10 +133,16 @@ def call(number):
         return [part if rng.random() > 0.02 else anything(rng, buffers) for part in parts]
 
     lengths = sorted(rng.randrange(S + 1) for _ in range(rng.randrange(3)))
-    lengths = rng.choice([[0, *lengths, S], np.array([0, *lengths, S]), None, None, np.array([0, *lengths, S], "i4"), [S, 0], [0, S + 1]])
+    lengths = rng.choice(
+        [[0, *lengths, S], np.array([0, *lengths, S]), None, None, np.array([0, *lengths, S], "i4"), [S, 0], [0, S + 1]]
+    )
     if rng.random() < 0.05:
         lengths = anything(rng, buffers)
-    options = {"layout": layout, "softmax_layout": rng.choice(["TND", "TND", "SBH"]), "profile": rng.choice(["portable"] * 4 + ["cann-v2"])}
+    options = {
+        "layout": layout,
+        "softmax_layout": rng.choice(["TND", "TND", "SBH"]),
+        "profile": rng.choice(["portable"] * 4 + ["cann-v2"]),
+    }
     options["check"] = rng.choice(["metadata"] * 4 + ["values", "document"])
     backends = [None, None, "cython", "numpy"] + (["torch"] if torch is not None else [])
     options["backend"] = rng.choice(backends)
@@ -165,7 +171,9 @@ def call(number):
         if kind == "merge":
             dtypes = [None, "float32", "float16", "float8_e4m3fn", "float8_e5m2", "bfloat16", np.float64, anything(rng, buffers)]
             asked["dtype"] = rng.choice(dtypes)
-            asked["scale"] = rng.choice([None, None, 2.0, buffers.array((N,), "f4"), buffers.array((), "f4"), anything(rng, buffers)])
+            asked["scale"] = rng.choice(
+                [None, None, 2.0, buffers.array((N,), "f4"), buffers.array((), "f4"), anything(rng, buffers)]
+            )
             asked["indptr"] = rng.choice([None] * 6 + [slots[1], anything(rng, buffers)])
     if kind == "update":
         def make():
@@ -188,7 +196,13 @@ def call(number):
             out = rng.choice([pairs[0], pairs[-1], (writes or [None])[0], (buffers.array(attn, dtype), pairs[0][1])])
             writes = list(out) if isinstance(out, tuple) else []
         how = {name: options[name] for name in ("layout", "backend")}
-        how |= {"base": rng.choice(["e", "2"]), "lse_layout": axes, "inf_is_empty": rng.random() < 0.3, "heads": rng.choice([None, N, 3])}
+        how |= {
+            "base": rng.choice(["e", "2"]),
+            "lse_layout": axes,
+            "inf_is_empty": rng.random() < 0.3,
+            "heads": rng.choice([None, N, 3]),
+        }
+
         def make():
             return rau.merge_lse(pairs, actual_seq_qlen=lengths, out=out, **how, **asked)
         if not asked and rng.randrange(ORACLE_EVERY) == 0 and all(is_array(part) for pair in pairs for part in pair):
@@ -205,7 +219,11 @@ def call(number):
     elif kind == "from_max_sum":
         own = rng.choice([stats, stats[:-1], stats[:-1][::-1]])
         rows = [buffers.array(own, stats_dtype) for _ in range(2)]
-        how = {"base": rng.choice(["e", "2", anything(rng, buffers)]), "layout": options["layout"], "heads": rng.choice([None, N, 3])}
+        how = {
+            "base": rng.choice(["e", "2", anything(rng, buffers)]),
+            "layout": options["layout"],
+            "heads": rng.choice([None, N, 3]),
+        }
         how |= {"stats_layout": rng.choice([None, "BNS", "BSN", "TN", "NT"]), "lanes": rng.choice([1, 8, anything(rng, buffers)])}
         def make():
             return rau.AttentionState.from_max_sum(states[0][0], *rows, **how)
@@ -216,7 +234,9 @@ def call(number):
         padded = rng.choice([None] * 4 + [[0, S], [0, S // 2, S], anything(rng, buffers)])
         def make():
             ring = rau.StreamingMerge(
-                actual_seq_qlen=lengths, cu_seqlens_padded=padded, **{name: options[name] for name in ("layout", "softmax_layout", "profile", "check", "backend")}
+                actual_seq_qlen=lengths,
+                cu_seqlens_padded=padded,
+                **{name: options[name] for name in ("layout", "softmax_layout", "profile", "check", "backend")},
             )
             ring.update(*states[0])
             ring.update(*states[1], tokens=tokens)
@@ -225,13 +245,22 @@ def call(number):
     elif kind == "from_lse":
         lse = buffers.array(rng.choice([stats[:-1], stats[:-1][::-1], (S, N), attn, (2, N, S)]), stats_dtype)
         how = {"base": rng.choice(["e", "2", anything(rng, buffers)]), "layout": options["layout"]}
-        how |= {"lse_layout": rng.choice([None, "BNS", "BSN", "TN", "NT"]), "inf_is_empty": rng.random() < 0.5, "heads": rng.choice([None, N, 3])}
+        how |= {
+            "lse_layout": rng.choice([None, "BNS", "BSN", "TN", "NT"]),
+            "inf_is_empty": rng.random() < 0.5,
+            "heads": rng.choice([None, N, 3]),
+        }
         how["actual_seq_qlen"] = rng.choice([None, lengths])
         def make():
             return rau.AttentionState.from_lse(states[0][0], lse, **how)
     elif kind == "lse":
         how = {name: options[name] for name in ("layout", "softmax_layout")}
-        how |= {"base": rng.choice(["e", "2"]), "lse_layout": rng.choice([None, "BNS", "BSN", "TN", "NT"]), "actual_seq_qlen": lengths}
+        how |= {
+            "base": rng.choice(["e", "2"]),
+            "lse_layout": rng.choice([None, "BNS", "BSN", "TN", "NT"]),
+            "actual_seq_qlen": lengths,
+        }
+
         def make():
             return rau.AttentionState(*states[0]).lse(**how)
     elif kind == "sink":
@@ -268,13 +297,22 @@ def call(number):
             if any(copy is None for copy in copies) or (kind == "merge" and given is not states and given != tuple(states)):
                 return ""
             # The result has the lanes of `out`, where that is given; lane 0 is what counts.
-            copies[0][1:] = [np.repeat(part[..., :1], result[1].shape[-1] if isinstance(result, tuple) else 1, -1) for part in copies[0][1:]]
+            copies[0][1:] = [
+                np.repeat(part[..., :1], result[1].shape[-1] if isinstance(result, tuple) else 1, -1) for part in copies[0][1:]
+            ]
             where = None if lengths is None else np.asarray(host(lengths)), layout
             if not isinstance(result, tuple):  # the output alone: what it is judged with is judged where it is a result
                 result = result, *rau.merge_states(copies, *where, softmax_layout=options["softmax_layout"], backend="numpy")[1:]
             comparison = compare([host(part) for part in result], oracle(copies, *where, softmax_layout=options["softmax_layout"]))
             return "; ".join(comparison.problems)
-    return make, buffers, writes, judge, f"{kind}, {layout}, B {B}, S {S}, N {N}, D {D}, {np.dtype(dtype).name}, {lanes} lanes, {options}"
+
+    return (
+        make,
+        buffers,
+        writes,
+        judge,
+        f"{kind}, {layout}, B {B}, S {S}, N {N}, D {D}, {np.dtype(dtype).name}, {lanes} lanes, {options}",
+    )
 
 
 def is_array(value):
@@ -291,7 +329,7 @@ def host(array):
 
 def span(array):
     """The bytes between the lowest and the highest element."""
-    low, high = np.lib.array_utils.byte_bounds(host(array)) if hasattr(np.lib, "array_utils") else np.byte_bounds(host(array))
+    low, high = (np.lib.array_utils if hasattr(np.lib, "array_utils") else np).byte_bounds(host(array))
     return low, high
 
 

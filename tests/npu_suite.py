@@ -8,8 +8,7 @@ from interop_recipes import check_all
 from stand_in_npu import CALLS, ORDERS
 
 import rau
-from rau import registry
-from rau import torch_op
+from rau import registry, torch_op
 from rau.backends.ascend_ import AscendBackend
 from rau.testing import check_backend, compare, oracle, partial_attention
 from rau.testing.comparison import same_bits

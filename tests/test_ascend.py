@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from plugins import install
 from states import arguments, sbh, tnd
 from test_packaging import PYPROJECT
 
 import rau
+from plugins import install
 from rau import registry
 from rau.backends import ascend_operators
 from rau.backends.ascend_ import AscendBackend

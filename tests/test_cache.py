@@ -6,10 +6,10 @@ import pytest
 from states import arguments, sbh, state
 
 import rau
+from rau.call import NAMES
 from rau.constraints import Options, bind, cache
 from rau.problem import Problem
 from rau.testing.cases import generated
-from rau.call import NAMES
 
 pytest.importorskip("rau._core", reason="without it every call takes the validator")
 UPDATE = "ring_attention_update"

@@ -244,7 +244,8 @@ def test_digests_survive_a_crash(folder, capsys):
 
 def test_the_next_command_names_a_class_as_it_was_named(folder, monkeypatch, capsys):
     group = "float32, SBH, 1 lane"
-    monkeypatch.setattr(bits, "cases", lambda cases=bits.cases(): {group: cases[group]})
+    every = bits.cases()
+    monkeypatch.setattr(bits, "cases", lambda: {group: every[group]})
     monkeypatch.setattr(bits, "rings", lambda backend: iter([]))
     assert main(["bits", "--backends", "kernels:Shifted", "--in-process"]) == 1
     assert "    Next: python -m rau check kernels:Shifted says what is wrong.\n" in capsys.readouterr().out

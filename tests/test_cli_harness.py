@@ -20,8 +20,8 @@ import pytest
 from command import status
 
 import rau
-from rau.__main__ import main
 from rau import install
+from rau.__main__ import main
 from rau.cli import case_options, difftest
 from rau.testing.cases import Case
 from rau.testing.differential import record
@@ -163,7 +163,9 @@ def test_check_json(folder, capsys):
 def test_check_lists_what_is_excluded(folder, capsys):
     assert main(["check", "kernel_at_hand:Narrow", "--select", "*bfloat16"]) == 1
     out = capsys.readouterr().out
-    assert re.search(r"excluded: dtype bfloat16 is not one of float32\n    (flash/bfloat16, )?dtype/bfloat16, .* and \d+ more\n", out)
+    assert re.search(
+        r"excluded: dtype bfloat16 is not one of float32\n    (flash/bfloat16, )?dtype/bfloat16, .* and \d+ more\n", out
+    )
     assert "FAILED: narrow: nothing that was selected could be checked" in out
 
 
@@ -642,8 +644,8 @@ def test_progress(rich, folder, monkeypatch, capsys):
             monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(difftest, "_INTERVAL", 0.0)
     for terminal in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)  # noqa: B023
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)  # noqa: B023
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
         for command in (["check", "numpy", "--select", "layout/*"], ["difftest", "--select", "generated/*", "--cases", "30"]):
             assert main(command) == 0
             captured = capsys.readouterr()

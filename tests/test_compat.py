@@ -15,8 +15,18 @@ from states import NAMES, bits, sbh, tnd
 import rau
 from rau import AttentionState
 from rau.backends.numpy_ import NumPyBackend
-from rau.compat import flash_attn, flashinfer, ring_flash_attention, sglang, torch_, transformer_engine, vllm, xformers
-from rau.compat import npu_ring_attention_update, ring_attention_update
+from rau.compat import (
+    flash_attn,
+    flashinfer,
+    npu_ring_attention_update,
+    ring_attention_update,
+    ring_flash_attention,
+    sglang,
+    torch_,
+    transformer_engine,
+    vllm,
+    xformers,
+)
 from rau.compat.words import worded
 
 DOCS = Path(__file__).parent.parent / "docs" / "ascend.md"
@@ -260,21 +270,21 @@ WORDS = {
     ),
     "an order of another name": (
         lambda: npu_ring_attention_update(*STATE, *STATE, [0, 6], input_layout="TND", input_softmax_layout="tnd"),
-        "npu_ring_attention_update: [softmax-layout] input_softmax_layout = 'tnd'; expected one of \"SBH\", \"TND\". "
+        'npu_ring_attention_update: [softmax-layout] input_softmax_layout = \'tnd\'; expected one of "SBH", "TND". '
         'Did you mean "TND"? "TND" is token-major; "SBH", or "", is packed per sequence, as npu_fusion_attention emits.',
     ),
     "an order of no name": (
         lambda: npu_ring_attention_update(*STATE, *STATE, [0, 6], input_layout="TND", input_softmax_layout="token"),
-        "npu_ring_attention_update: [softmax-layout] input_softmax_layout = 'token'; expected one of \"SBH\", \"TND\". "
+        'npu_ring_attention_update: [softmax-layout] input_softmax_layout = \'token\'; expected one of "SBH", "TND". '
         '"TND" is token-major; "SBH", or "", is packed per sequence, as npu_fusion_attention emits.',
     ),
     "a layout of rau's": (
         lambda: npu_ring_attention_update(*STATE, *STATE, input_layout="BSND"),
-        "npu_ring_attention_update: [layout] input_layout = 'BSND'; expected one of \"SBH\", \"TND\".",
+        'npu_ring_attention_update: [layout] input_layout = \'BSND\'; expected one of "SBH", "TND".',
     ),
     "a limit that profile= would lift": (
         lambda: ring_attention_update(*tnd(D=32), *tnd(D=32), [0, 8], "TND"),
-        "ring_attention_update: [tnd-head-dim-64] the last axis of prev_attn_out is D = 32; layout \"TND\" takes multiples of "
+        'ring_attention_update: [tnd-head-dim-64] the last axis of prev_attn_out is D = 32; layout "TND" takes multiples of '
         "64. This is a limit of the Ascend chip.",
     ),
     "one lane": (

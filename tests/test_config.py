@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from plugins import install
 
 import rau
+from plugins import install
 from rau import config, registry
 from rau.backends.cython_ import missing
 

@@ -173,7 +173,7 @@ def test_values(name, index, value, check, rule, says, strided):
         if strided and "softmax" in other:
             given[other] = np.repeat(given[other], 2, axis=-1)[..., ::2]
     for level in ("metadata", "values", "document"):
-        assert rules_of(lambda: rau.ring_attention_update(**given, check=level)) == ()  # noqa: B023
+        assert rules_of(lambda: rau.ring_attention_update(**given, check=level)) == ()
     given[name][index] = value
     with pytest.raises(rau.ConstraintError) as caught:
         rau.ring_attention_update(**given, check=check)
@@ -211,9 +211,9 @@ def test_the_first_of_several_values_is_named():
 # ------------------------------------------------------------------------------------------------------- empty calls
 
 EMPTY = [
-    *[("SBH", {**{"S": 3, "B": 2, "N": 2, "D": 8}, **zero}) for zero in ({"S": 0}, {"B": 0}, {"N": 0}, {"D": 0})],
+    *[("SBH", {"S": 3, "B": 2, "N": 2, "D": 8, **zero}) for zero in ({"S": 0}, {"B": 0}, {"N": 0}, {"D": 0})],
     ("SBH", {"S": 0, "B": 0, "N": 0, "D": 0}),
-    *[("TND", {**{"T": 8, "N": 2, "D": 64}, **zero}) for zero in ({"T": 0}, {"N": 0}, {"D": 0})],
+    *[("TND", {"T": 8, "N": 2, "D": 64, **zero}) for zero in ({"T": 0}, {"N": 0}, {"D": 0})],
 ]
 
 

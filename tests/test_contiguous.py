@@ -84,7 +84,9 @@ def test_parts_of_larger_arrays_and_other_objects_of_one_view():
     rows = np.concatenate([states[0].attn_out, states[0].attn_out], -1)
     prev = states[0]._replace(attn_out=rows[..., :16])
     out = states[0]._replace(attn_out=rows[..., :16])
-    assert bits(rau.ring_attention_update(*prev, *states[1], [0, 6], "TND", out=out, profile="portable", backend=Reads())) == bits(expected)
+    assert bits(rau.ring_attention_update(*prev, *states[1], [0, 6], "TND", out=out, profile="portable", backend=Reads())) == bits(
+        expected
+    )
 
 
 def test_streams_of_parts():

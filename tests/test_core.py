@@ -208,7 +208,11 @@ def tuning():
 def test_the_processor_is_asked_right():
     """As the system has it, which also knows what it saves."""
     flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
-    needed = {"baseline": set(), "avx2": {"avx2", "f16c"}, "avx512": {"avx2", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    needed = {
+        "baseline": set(),
+        "avx2": {"avx2", "f16c"},
+        "avx512": {"avx2", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    }
     assert _core.simd_versions() == [name for name, its in needed.items() if its <= flags]
 
 

@@ -26,8 +26,8 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
 
 sys.path.insert(0, str(EXAMPLES))
-import compiled_cuda
-from compiled_cuda import call, figures, resources, without_a_device
+import compiled_cuda  # noqa: E402 - from the folder above
+from compiled_cuda import call, figures, resources, without_a_device  # noqa: E402
 
 sys.path.remove(str(EXAMPLES))
 

@@ -109,7 +109,8 @@ def test_lengths_that_nobody_looked_at(lengths):
 
 def test_every_float32_is_rounded_by_the_device_as_by_integers():
     """The interpreter's tests round to bfloat16 by integers, a device by an instruction of its own."""
-    from triton import jit, language as tl
+    from triton import jit
+    from triton import language as tl
 
     from rau.backends.cuda_kernel import _narrow
 

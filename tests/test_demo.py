@@ -160,8 +160,8 @@ def test_progress_is_shown_on_a_terminal_only(rich, monkeypatch, capsys):
         for name in ("rich.console", "rich.markup", "rich.progress"):
             monkeypatch.setitem(sys.modules, name, None)
     for terminal in (False, True):
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)  # noqa: B023
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)  # noqa: B023
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
         for quiet in (False, True):
             with console.progress(4, quiet) as step:
                 step("first", 3)

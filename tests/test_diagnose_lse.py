@@ -137,7 +137,11 @@ def test_a_mixed_up_base_is_named_on_nine_cases_of_ten(kernel, name):
 
 @pytest.mark.parametrize(
     ("kernel", "theirs"),
-    [(Guarded, set()), (Weights, {"empty-sides-not-guarded", "sigmoid-form"}), (Sigmoid, {"empty-sides-not-guarded", "sigmoid-form"})],
+    [
+        (Guarded, set()),
+        (Weights, {"empty-sides-not-guarded", "sigmoid-form"}),
+        (Sigmoid, {"empty-sides-not-guarded", "sigmoid-form"}),
+    ],
     ids=lambda each: getattr(each, "name", ""),
 )
 def test_no_mistake_is_named_that_a_kernel_does_not_make(kernel, theirs):

@@ -1,9 +1,9 @@
 """The fuzzer itself: it finds nothing where nothing is wrong, and each kind of fault where there is one."""
 
+import fuzz
 import numpy as np
 import pytest
 
-import fuzz
 import rau
 from rau import registry
 from rau.backends.numpy_ import NumPyBackend

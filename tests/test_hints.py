@@ -354,7 +354,9 @@ def test_a_swapped_pair_is_recognised_in_every_layout():
     rng = np.random.default_rng(0)
     for layout, out, lse in (("SBH", (6, 1, 16), (1, 2, 6)), ("BSND", (1, 6, 2, 8), (1, 2, 6))):
         out, lse = rng.standard_normal(out, "f4"), rng.standard_normal(lse, "f4")
-        assert refusal(lambda: AttentionState.from_lse(lse, out, base="e", layout=layout)).endswith(" The pair seems to be swapped.")
+        assert refusal(lambda: AttentionState.from_lse(lse, out, base="e", layout=layout)).endswith(
+            " The pair seems to be swapped."
+        )
         rau.merge_lse([(out, lse)], layout, base="e")
         half = out.astype("f2")
         said = refusal(lambda: rau.merge_lse([(out, lse), (lse, half)], layout, base="e"))

@@ -344,7 +344,18 @@ NAMED = {
 @pytest.mark.parametrize("call", NAMED)
 @pytest.mark.parametrize(
     "given",
-    [np.zeros((2, 0, 1)), np.zeros(0), np.zeros(2), np.array("TND"), np.array(["TND", "SBH"]), np.zeros(2, "i4,f4"), b"TND", [], {}, 1.5],
+    [
+        np.zeros((2, 0, 1)),
+        np.zeros(0),
+        np.zeros(2),
+        np.array("TND"),
+        np.array(["TND", "SBH"]),
+        np.zeros(2, "i4,f4"),
+        b"TND",
+        [],
+        {},
+        1.5,
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_name_that_is_no_word_is_named(call, given):
@@ -359,7 +370,9 @@ def test_a_name_that_is_no_word_is_named(call, given):
         "add_sink": lambda **how: rau.add_sink(state, np.zeros(2, "f4"), actual_seq_qlen=[0, 3], **how),
         "merge_lse": lambda **how: rau.merge_lse([(out, rows)] * 2, **{"base": "e", "lse_layout": "TN", **how}),
         "from_lse": lambda **how: rau.AttentionState.from_lse(out, rows, **{"base": "e", "lse_layout": "TN", **how}),
-        "from_max_sum": lambda **how: rau.AttentionState.from_max_sum(out, rows, rows, **{"base": "e", "stats_layout": "TN", **how}),
+        "from_max_sum": lambda **how: rau.AttentionState.from_max_sum(
+            out, rows, rows, **{"base": "e", "stats_layout": "TN", **how}
+        ),
         "lse": lambda **how: rau.AttentionState(*state).lse(**{"base": "e", "lse_layout": "TN", "actual_seq_qlen": [0, 3], **how}),
         "reorder_softmax": lambda **how: rau.reorder_softmax(state[1], [0, 3], **how),
     }
@@ -419,7 +432,9 @@ def raising(error):
 
 
 def made(**fields):
-    return lambda: type("P", (Backend,), {"name": "p", "capabilities": Capabilities(**{"array_types": ("numpy:ndarray",), **fields})})
+    return lambda: type(
+        "P", (Backend,), {"name": "p", "capabilities": Capabilities(**{"array_types": ("numpy:ndarray",), **fields})}
+    )
 
 
 @pytest.mark.parametrize(
@@ -509,7 +524,10 @@ def test_our_names_cannot_be_taken(installed, monkeypatch, fresh_registry):
     found = {status.name: status for status in registry.standings()}
     assert "also declared by stranger, which is ignored" in found["cython"].reason
     if installed:
-        assert found["torch"].origin == "ring-attention-update" and "also declared by stranger, which is ignored" in found["torch"].reason
+        assert (
+            found["torch"].origin == "ring-attention-update"
+            and "also declared by stranger, which is ignored" in found["torch"].reason
+        )
     else:
         assert found["torch"].state == "unavailable"
         assert "declared by stranger, which is ignored: the name is kept for ring-attention-update" in found["torch"].reason

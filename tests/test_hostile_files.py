@@ -17,7 +17,7 @@ from rau.layouts import FIELDS
 pytestmark = pytest.mark.filterwarnings("ignore:rau runs on NumPy")
 FIFO = pytest.param("fifo", marks=pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here"))
 
-CASE = dict(
+CASE = dict(  # noqa: C408 - as a call has it
     id="x", layout="SBH", softmax_layout="TND", batch=1, tokens=2, heads=2, head_dim=8, lengths=[], qlen="none", lanes=8,
     dtype="float32", cur_dtype="float32", states=2,
 )  # fmt: skip
@@ -73,7 +73,9 @@ def test_a_record_that_is_none(kind, command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("key", ["prev_lse", "lse"])
-@pytest.mark.parametrize("lse", [np.full((1, 2, 2), "abc"), np.zeros((1, 2, 2), "V8"), np.ones((1, 2, 2), int), np.float32(1)], ids=repr)
+@pytest.mark.parametrize(
+    "lse", [np.full((1, 2, 2), "abc"), np.zeros((1, 2, 2), "V8"), np.ones((1, 2, 2), int), np.float32(1)], ids=repr
+)
 def test_a_log_sum_exp_that_is_none(lse, key, tmp_path, capsys):
     file, right = tmp_path / "lse.npz", np.ones((1, 2, 2), np.float32)
     outputs = dict.fromkeys(("prev_attn_out", "cur_attn_out", "attn_out"), np.ones((2, 1, 16), np.float32))

@@ -210,7 +210,10 @@ class NarrowIntegers:
         return np.repeat(values, counts, axis)
 
 
-@pytest.mark.parametrize("backend", [name for name in ("cython", "numpy") if name in {status.name for status in rau.registry.status() if status.available}])
+@pytest.mark.parametrize(
+    "backend",
+    [name for name in ("cython", "numpy") if name in {status.name for status in rau.registry.status() if status.available}],
+)
 def test_integers_of_32_bits_by_default(monkeypatch, backend):
     """Whatever NumPy makes of integers that nobody gave a type, the block table is int64."""
     calls = {
@@ -222,7 +225,15 @@ def test_integers_of_32_bits_by_default(monkeypatch, backend):
     results = []
     for narrow in (False, True):
         if narrow:
-            for module in (rau.layouts, rau.lse, rau.rows, rau.problem, rau.constraints, rau.constraints.rows, rau.constraints.lengths):
+            for module in (
+                rau.layouts,
+                rau.lse,
+                rau.rows,
+                rau.problem,
+                rau.constraints,
+                rau.constraints.rows,
+                rau.constraints.lengths,
+            ):
                 monkeypatch.setattr(module, "np", NarrowIntegers(), raising=False)
             rau.registry.refresh()  # and with it what is known of signatures
         for name, how in calls.items():

@@ -85,7 +85,10 @@ def test_axes_that_do_not_go_together_are_refused():
     [
         (lambda out, lse: out, "returned a ndarray; expected (out, lse)"),
         (lambda out, lse: (lse, out), "returned arrays of shapes (12, 3) and (12, 3, 8); expected (out, lse) of shapes (12, 3, 8)"),
-        (lambda out, lse: (out, lse.T), "and (3, 12); expected (out, lse) of shapes (12, 3, 8) and (12, 3), the axes \"TND\" and \"TN\""),
+        (
+            lambda out, lse: (out, lse.T),
+            'and (3, 12); expected (out, lse) of shapes (12, 3, 8) and (12, 3), the axes "TND" and "TN"',
+        ),
         (lambda out, lse: (out, 1.0), "and (); expected (out, lse)"),
     ],
     ids=["one", "swapped", "transposed", "number"],

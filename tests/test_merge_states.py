@@ -4,10 +4,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import BACKENDS
 from running import laid_out, on_host, own, partial, same
 
 import rau
-from conftest import BACKENDS
 from rau.testing import compare, oracle
 
 SHAPES = "(K, S, B, H), (K, B, N, S, 8), (K, B, N, S, 8) with K >= 1."

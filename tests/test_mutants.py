@@ -11,9 +11,7 @@ from rau import registry
 from rau.testing.cases import named
 from rau.testing.conformance import check_backend
 from rau.testing.diagnosis import diagnose
-from rau.testing.diagnosis.mistakes import MISTAKES
-from rau.testing.differential import record
-from rau.testing.differential import run_differential, run_recorded
+from rau.testing.differential import record, run_differential, run_recorded
 
 # The checks that are there for each mistake. Most catch it many times over; these must, whatever else changes.
 CAUGHT_BY = {

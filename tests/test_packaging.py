@@ -26,7 +26,17 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 TEXTS = sorted(
     path
-    for pattern in ("*.md", "*.py", "*.toml", "rau/**/*", "docs/**/*", "examples/**/*", "asv_bench/**/*", "proofs/**/*", "tests/**/*")
+    for pattern in (
+        "*.md",
+        "*.py",
+        "*.toml",
+        "rau/**/*",
+        "docs/**/*",
+        "examples/**/*",
+        "asv_bench/**/*",
+        "proofs/**/*",
+        "tests/**/*",
+    )
     for path in ROOT.glob(pattern)
     if path.is_file() and path.suffix in {".h", ".ipynb", ".json", ".md", ".py", ".pyi", ".pyx", ".rst", ".toml", ".txt"}
     if path != Path(__file__)

@@ -5,10 +5,10 @@ import threading
 
 import numpy as np
 import pytest
-from plugins import LOOPBACK, install
 from states import arguments, bits, sbh, tnd
 
 import rau
+from plugins import LOOPBACK, install
 from rau import registry
 from rau.backends import Capabilities
 from rau.config import collect

@@ -185,7 +185,7 @@ def test_the_exponential_of_a_difference_is_within_its_bound_and_beyond_the_weak
 
 def exact(maxima: np.ndarray, sums: np.ndarray, outputs: np.ndarray) -> tuple[Fraction, Fraction, Fraction]:
     """A row's element, the sum of the magnitudes of its terms, and the new sum."""
-    m, l, o = ([Fraction(float(x)) for x in part] for part in (maxima, sums, outputs))  # noqa: E741
+    m, l, o = ([Fraction(float(x)) for x in part] for part in (maxima, sums, outputs))
     shares = [li * exp(mi - max(m)) for li, mi in zip(l, m, strict=True)]
     total = sum(shares, Fraction())
     terms = [share / total * oi for share, oi in zip(shares, o, strict=True)]

@@ -108,7 +108,9 @@ def test_unknown_names(name, says):
         assert error(lambda: rau.ring_attention_update(**arguments(), backend=name)) == says.replace(";", f" {by};", 1)
 
 
-@pytest.mark.parametrize("backend", [3, True, object(), ["numpy"], np.zeros(2), Echo], ids=["int", "bool", "object", "list", "array", "class"])
+@pytest.mark.parametrize(
+    "backend", [3, True, object(), ["numpy"], np.zeros(2), Echo], ids=["int", "bool", "object", "list", "array", "class"]
+)
 def test_what_is_no_backend(backend):
     with pytest.raises(
         rau.UnknownBackendError, match=r"^backend=.* is not a backend: .*; expected a name or an instance\.$"

@@ -117,7 +117,9 @@ def test_another_dtype_is_rounded_once(any_backend, own, dtype):
     backend = rau.registry.get(any_backend)
     given = [of(backend, state) for state in states(dtype=own)]
     wide = on_host(backend, rau.merge_states(given, layout="TND", dtype="float32", backend=any_backend))
-    same(wide, rau.merge_states([state._replace(attn_out=state.attn_out.astype("f4")) for state in states(dtype=own)], layout="TND"))
+    same(
+        wide, rau.merge_states([state._replace(attn_out=state.attn_out.astype("f4")) for state in states(dtype=own)], layout="TND")
+    )
     merged = on_host(backend, rau.merge_states(given, layout="TND", dtype=dtype, backend=any_backend))
     assert wide[0].dtype == np.float32 and merged[0].dtype == np.dtype(dtype)
     same(merged, [wide[0].astype(dtype), *wide[1:]])
@@ -203,7 +205,9 @@ def test_pairs_are_merged_to_another_dtype_too(any_backend, dtype, tokens):
         same([backend.to_numpy(part) for part in given[0]], [outs[0], lses[0]])
 
 
-@pytest.mark.parametrize("asked", [{"tokens": [1, 4]}, {"tokens": slice(2, 5)}, {"cu_seqlens_padded": SLOTS}], ids=["rows", "slice", "padded"])
+@pytest.mark.parametrize(
+    "asked", [{"tokens": [1, 4]}, {"tokens": slice(2, 5)}, {"cu_seqlens_padded": SLOTS}], ids=["rows", "slice", "padded"]
+)
 @pytest.mark.parametrize("layout", ["BSND", "BNSD", "SBH"])
 def test_other_layouts_have_no_axis_of_tokens_alone(layout, asked):
     with pytest.raises(rau.OptionError, match=r"expected layout \"TND\" with token-major statistics. Pass slices"):

@@ -68,7 +68,9 @@ def test_a_graph_is_refused_by_name_and_so_is_out(asked):
     prev, cur = state(0, torch.float32, True), state(1, torch.float32)
     with pytest.raises(rau.UnsupportedError, match="out is given, and an input requires grad"):
         rau.merge_states([prev, cur], layout="TND", **asked, out=state(2, torch.float32))
-    compiled = torch.compile(lambda prev, cur: rau.merge_states([prev, cur], layout="TND", **asked), backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda prev, cur: rau.merge_states([prev, cur], layout="TND", **asked), backend="eager", fullgraph=True
+    )
     with pytest.raises(Exception, match="which rows there are is not known then"):
         compiled(state(0, torch.float32), cur)
 

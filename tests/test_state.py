@@ -179,9 +179,9 @@ def test_what_from_lse_makes_is_no_out_and_one_line_says_what_to_do(lanes, base,
         (lambda out: rau.ring_attention_update(*run, *run, **portable, out=out), "ring_attention_update"),
     ):
         one_of_them = own._replace(softmax_sum=run.softmax_sum)
-        for given, which in ((run, "out.softmax_max and out.softmax_sum have"), (one_of_them, "out.softmax_sum has")):
+        for wrong, which in ((run, "out.softmax_max and out.softmax_sum have"), (one_of_them, "out.softmax_sum has")):
             with pytest.raises(rau.ShapeError) as caught:
-                call(given)
+                call(wrong)
             assert str(caught.value) == (
                 f"{name}: [out-writable] {which} lanes of stride 0, as AttentionState.from_lse makes them; expected arrays that "
                 "may be written to. To merge in place, use rau.merge_lse(..., out=pair) of pairs (attn_out, lse), or a "

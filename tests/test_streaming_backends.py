@@ -5,10 +5,10 @@ import types
 
 import numpy as np
 import pytest
-from plugins import LOOPBACK
 from running import Chain, half, joined, laid_out, on_host, own, partial, same
 
 import rau
+from plugins import LOOPBACK
 from rau.backends import Backend, Capabilities
 
 

@@ -157,7 +157,9 @@ def test_there_is_no_result_before_an_update():
     assert str(caught.value).startswith("StreamingMerge.result: [first-update] there is no state yet; expected an update")
 
 
-@pytest.mark.parametrize("dtype", ["float64", "int32", np.int8, "no-dtype", object(), 3], ids=lambda dtype: str(dtype).partition(" at ")[0])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "int32", np.int8, "no-dtype", object(), 3], ids=lambda dtype: str(dtype).partition(" at ")[0]
+)
 def test_the_result_has_a_dtype_of_attention(dtype):
     with pytest.raises(rau.DTypeError) as caught:
         ring_of(sbh()).result(dtype)

@@ -102,7 +102,9 @@ def test_what_requires_grad_is_refused_by_name(field):
         lambda: rau.StreamingMerge().update(*cur),
         lambda: rau.StreamingMerge(like=cur),
     ):
-        with pytest.raises(rau.UnsupportedError, match="an input requires grad; .*Use rau.merge_states.*or call under torch.no_grad"):
+        with pytest.raises(
+            rau.UnsupportedError, match="an input requires grad; .*Use rau.merge_states.*or call under torch.no_grad"
+        ):
             call()
     same(arrays(ring.result()), before)
     with torch.no_grad():

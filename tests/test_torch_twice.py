@@ -129,7 +129,7 @@ def test_a_gradient_times_what_it_is_taken_by():
     (gradient,) = torch.autograd.grad((both**3).sum(), x, create_graph=True)
     assert torch.autograd.grad((gradient * x).sum(), x)[0].allclose(torch.tensor(36.0, dtype=torch.float64))
 
-    l = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64, requires_grad=True)  # noqa: E741
+    l = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64, requires_grad=True)
     ones = torch.ones(1, 1, 2, dtype=torch.float64)
     out = rau.ring_attention_update(ones, one, l, 0 * ones, one, one, profile="portable").attn_out  # l / (l + 1), twice
     (gradient,) = torch.autograd.grad(out[0, 0, 0], l, create_graph=True)
@@ -139,7 +139,7 @@ def test_a_gradient_times_what_it_is_taken_by():
 
 def test_one_tensor_in_two_places():
     """It has the gradients of both places, once."""
-    x, m, l, _, n, k = leaves()  # noqa: E741
+    x, m, l, _, n, k = leaves()
     inputs = [x, m, l, n, k]
     grads = [nth(lambda *_, function=function: function(x, m, l, x, n, k), inputs, 2) for function in (merge, plainly)]
     for one, other in zip(*grads, strict=True):

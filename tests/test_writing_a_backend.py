@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-import plugins
 import pytest
 from command import status
+
+import plugins
 
 PAGE = Path(__file__).parents[1] / "docs" / "writing-a-backend.md"
 
@@ -64,7 +65,9 @@ def test_the_kit_passes_the_kernel_in_c(compiler, tmp_path):
     for name in ("merge.c", "rau_c.py"):
         (tmp_path / name).write_text(blocks()[name])
     compile_, check = re.findall(r"^    (cc .*)\n    python (-m rau check \S+)$", PAGE.read_text(), re.M)[0]
-    done = subprocess.run([compiler, *compile_.split()[1:], "-Wall", "-Wextra", "-Werror"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [compiler, *compile_.split()[1:], "-Wall", "-Wextra", "-Werror"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     done = run(*check.split(), "--select", "[!g]*", cwd=tmp_path)  # no generated cases
     assert done.returncode == 0, done.stdout + done.stderr

@@ -148,7 +148,9 @@ def summary(array: Any) -> str:
     try:
         kind = kind_of(array)
         if kind is None:
-            return shown(array) if not looks_like_array(array) else f"{array.dtype} {tuple(array.shape)}, {type(array).__qualname__}"
+            return (
+                shown(array) if not looks_like_array(array) else f"{array.dtype} {tuple(array.shape)}, {type(array).__qualname__}"
+            )
         grad = ", requires grad" if getattr(array, "requires_grad", False) else ""
         return f"{kind.dtype(array)} {tuple(array.shape)}, {kind.name} on {kind.device(array)}{grad}"
     except Exception:  # of its own making

@@ -100,7 +100,7 @@ class Capabilities:
         that computes its rows in float32. Whatever it is, results are rounded to 16 bits as well as any backend's.
     statistics : {"max_sum", "lse"}
         What its kernel keeps of a row: maximum and sum, or their log-sum-exp in float32. The latter is compared as one
-        number, and held to a bound of its own, :mod:`rau.testing.reference.log_sum_exp`, of which `tolerance` is a multiple.
+        number, and held to a bound of its own, `rau.testing.reference.log_sum_exp`, of which `tolerance` is a multiple.
     lse_base : {"e", "2"}
         Base of that logarithm; no effect with "max_sum".
     unpromised : tuple of str

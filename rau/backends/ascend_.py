@@ -61,7 +61,7 @@ def mended(framework: Any, problem: Problem, prev: AttentionState, cur: Attentio
     maximum = mend(result[1], m_prev, m_cur, (no_prev, no_cur, neither), -math.inf)
     total = mend(result[2], l_prev, l_cur, (no_prev, no_cur, neither), 0.0)
 
-    def unread(m: Any, l: Any) -> Any:  # noqa: E741 - the field's own name
+    def unread(m: Any, l: Any) -> Any:
         # A sum that is infinite makes the other side's weight 0, and the output NaN all the same.
         weight = l * (m - maximum[..., :1]).exp() / total[..., :1]
         return (weight == 0) & (total[..., :1].abs() < math.inf)

@@ -105,7 +105,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if len(report.failures) > _SHOWN:
         print(f"wrong: {len(report.failures) - _SHOWN:,} more; --json lists all of them")
     for name in ("attn_out", "softmax_sum") if shares else ():
-        worst = max(shares, key=lambda id: shares[id][name])  # noqa: B023
+        worst = max(shares, key=lambda id: shares[id][name])
         print(f"largest error of {name}: {session.share(shares[worst][name])} of the bound, in {worst}")
     print(verdict)
     return 0 if report.passed else 1

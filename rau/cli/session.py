@@ -184,7 +184,11 @@ def choose(names: Sequence[str] | None) -> tuple[list[Any], dict[str, str]]:
 def add_tables(parser: argparse.ArgumentParser) -> None:
     """Declare the options that print the figures as a table for elsewhere, and nothing else."""
     forms = parser.add_mutually_exclusive_group()
-    for form, text in (("csv", "commas, numbers in full"), ("markdown", "needs tabulate"), ("latex", "needs tabulate, and booktabs")):
+    for form, text in (
+        ("csv", "commas, numbers in full"),
+        ("markdown", "needs tabulate"),
+        ("latex", "needs tabulate, and booktabs"),
+    ):
         text = f"the figures alone, as a table: {text}"
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=text)
 

@@ -63,11 +63,16 @@ def check(call: str, given: Mapping[str, tuple[Any, str]]) -> None:
         if letters is None:
             report.add("rank", f"{name} has shape {shape}; expected {forms}.")
             continue
-        theirs = [sizes.setdefault(letter, (size, "")) if letter.isalpha() else (int(letter), "") for letter, size in zip(letters, shape)]
+        theirs = [
+            sizes.setdefault(letter, (size, "")) if letter.isalpha() else (int(letter), "") for letter, size in zip(letters, shape)
+        ]
         expected = tuple(size for size, _ in theirs)
         if expected != shape:
             whose = " and ".join(dict.fromkeys(other for size, other in theirs if other))
-            report.add("shape-match", f"{name} has shape {shape}; expected ({', '.join(letters)}) = {expected}{f', as {whose} has' * bool(whose)}.")
+            report.add(
+                "shape-match",
+                f"{name} has shape {shape}; expected ({', '.join(letters)}) = {expected}{f', as {whose} has' * bool(whose)}.",
+            )
         sizes |= {letter: (size, name) for letter, (size, other) in zip(letters, theirs) if not other}
     report.raise_if_broken()
 
@@ -99,7 +104,9 @@ def zipped(call: str, outs: tuple[str, Any, str], lses: tuple[str, Any, str]) ->
         if isinstance(stack, (list, tuple)) or kind_of(plain(stack)) is not None and len(stack.shape):
             counts.append(len(stack))
         else:
-            report.add("array", f"{name} is {described(stack)}; expected an array, or a list of arrays, one for each part of the keys.")
+            report.add(
+                "array", f"{name} is {described(stack)}; expected an array, or a list of arrays, one for each part of the keys."
+            )
     if len(set(counts)) > 1:
         report.add("states", f"{outs[0]} is of {counts[0]} parts and {lses[0]} of {counts[1]}; expected as many.")
     report.raise_if_broken()

@@ -148,7 +148,9 @@ def unflatten_varlen_lse(lse: Any, cu_seqlens: Any, max_seqlen: int) -> Any:
     longest = max(end - start for start, end in pairwise([0, *bounds]))
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, np.integer)) or max_seqlen < longest:
         report = Violations("unflatten_varlen_lse")
-        report.add("shape-stats", f"max_seqlen is {shown(max_seqlen)}; expected an int, at least {longest}, the longest in cu_seqlens.")
+        report.add(
+            "shape-stats", f"max_seqlen is {shown(max_seqlen)}; expected an int, at least {longest}, the longest in cu_seqlens."
+        )
         raise report.error()
     padded = kind.full(lse, (len(bounds) - 1, lse.shape[-2], int(max_seqlen)), "float32", -math.inf)
     for i, (start, end) in enumerate(pairwise(bounds)):

@@ -70,8 +70,8 @@ class _SDPAMerger:
         ConstraintError, UnsupportedError
             As :meth:`rau.AttentionState.from_lse` and :meth:`rau.StreamingMerge.update`.
         """
-        check("_SDPAMerger.step", {"out": (out, "(B, N, S, D)"), "lse": (lse, "(B, N, S) or (B, N, S, 1)")} if self._how["layout"] == "BNSD"
-              else {"out": (out, "(B, S, N, D)"), "lse": (lse, "(B, S, N) or (B, S, N, 1)")})  # fmt: skip
+        axes = "B, N, S" if self._how["layout"] == "BNSD" else "B, S, N"
+        check("_SDPAMerger.step", {"out": (out, f"({axes}, D)"), "lse": (lse, f"({axes}) or ({axes}, 1)")})
         if partial and self._dtype is None:
             report = Violations("_SDPAMerger.step")
             report.add("first-update", "partial is True in the first step; expected False, since that one covers all tokens.")

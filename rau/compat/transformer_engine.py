@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from rau.arithmetic import library
 from rau.compat.pairs import check, check_written, names_of, starts_of
 from rau.compat.words import worded

@@ -72,8 +72,8 @@ def merge_attn_states(
         report, (kind, its) = Violations("merge_attn_states"), [kind_of(plain(array)) for array in (output, output_scale)]
         assert kind is not None and its is not None  # as was checked
         if kind.dtype(output) not in EIGHT_BITS:
-            report.add("scale", f"output_scale is given, and output has dtype {kind.dtype(output)}; expected {' or '.join(EIGHT_BITS)}, "
-                       "whose range it serves.")  # fmt: skip
+            report.add("scale", f"output_scale is given, and output has dtype {kind.dtype(output)}; expected "
+                       f"{' or '.join(EIGHT_BITS)}, whose range it serves.")  # fmt: skip
         elif (its.name, its.dtype(output_scale)) != (kind.name, "float32"):
             report.add("scale", f"output_scale is a {its.name} array of {its.dtype(output_scale)}; expected a {kind.name} array of "
                        "float32.")  # fmt: skip
@@ -81,9 +81,14 @@ def merge_attn_states(
     if n is not None:
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n <= output.shape[0]:
             report = Violations("merge_attn_states")
-            report.add("tokens", f"prefill_tokens_with_context is {shown(n)}; expected a number of tokens, from 0 to T = {output.shape[0]}.")
+            report.add(
+                "tokens",
+                f"prefill_tokens_with_context is {shown(n)}; expected a number of tokens, from 0 to T = {output.shape[0]}.",
+            )
             raise report.error()
-        prefix_lse = library(prefix_lse).concatenate([prefix_lse[:, :n], library(prefix_lse).full_like(prefix_lse[:, n:], -math.inf)], 1)
+        prefix_lse = library(prefix_lse).concatenate(
+            [prefix_lse[:, :n], library(prefix_lse).full_like(prefix_lse[:, n:], -math.inf)], 1
+        )
     asked = {} if output_scale is None else {"dtype": output.dtype, "scale": 1 / output_scale}
     pairs = [(prefix_output, prefix_lse), (suffix_output, suffix_lse)]
     merged(pairs, _HOW, output, output_lse, with_lse=output_lse is not None, **asked)

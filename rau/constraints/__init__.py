@@ -196,8 +196,8 @@ def _check_dtypes(
             its = kind.dtype(state[field])
             if its != stats_dtype:
                 since = f", since {names(0, 0)} is float64" if wide else ""
-                report.add("dtype-stats", f"{names(k, field)} has dtype {its}; "
-                           f"expected {stats_dtype}{since}.{another_dtype(FIELDS[field], kind.name, its, stats_dtype)}")  # fmt: skip
+                instead = another_dtype(FIELDS[field], kind.name, its, stats_dtype)
+                report.add("dtype-stats", f"{names(k, field)} has dtype {its}; expected {stats_dtype}{since}.{instead}")
     return dtype, cur_dtype, stats_dtype
 
 

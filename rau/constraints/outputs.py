@@ -87,7 +87,8 @@ def _check_strides(report: Violations, kind: Kind, name: str, array: Any, packed
     if strides is None:
         if not kind.writable(array):
             return  # which has been said
-        report.add("out-strides", f"{name} is not aligned to its items; expected an aligned array. Pass such an array and assign from it.")  # fmt: skip
+        report.add("out-strides", f"{name} is not aligned to its items; expected an aligned array. Pass such an array and assign "
+                   "from it.")  # fmt: skip
         return
     if shape[-1] > 1 and strides[-1] != 1:
         report.add("out-strides", f"{name} has strides {strides} (in elements) for shape {shape}; expected a "

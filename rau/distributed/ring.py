@@ -230,7 +230,9 @@ class _Ring(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
         layout = plan.layout
         if q.stride(-1) != 1:
-            q = q.contiguous()  # as keys and values are, having travelled: kernels that are called below torch's dispatch ask for it
+            q = (
+                q.contiguous()
+            )  # as keys and values are, having travelled: kernels that are called below torch's dispatch ask for it
         ends = [0, *accumulate(plan.queries)] if layout == "TND" else None
         merge = StreamingMerge(layout, actual_seq_qlen=ends, like=_like(q, v, layout))
         for source, (ks, vs) in plan.travel(k, v, "forward"):
@@ -280,7 +282,8 @@ class _Ring(torch.autograd.Function):
                 found, expected = ([tuple(each.shape) for each in some] for some in (terms[-1], (its_q, its_k, its_v)))
                 if there and found != expected:  # else one might be broadcast
                     report = Violations(ranks.call)
-                    report.add("attention", f"backward returned gradients of shapes {found}; expected those of q, k and v, {expected}.")
+                    report.add("attention", f"backward returned gradients of shapes {found}; expected those of q, k and v, "
+                               f"{expected}.")  # fmt: skip
                     raise report.error()
             ranks.wait(works, doing)  # for what the ranks before have added up
             if works:

@@ -235,7 +235,8 @@ def _introduced(
     taken = (first, "float16", "bfloat16") if first == "float32" else (first,)
     for rank, dtype in dtypes:
         if dtype not in taken:
-            report.add("ranks", f"attn_out is {dtype} on rank {rank}, and the first state's is {first}; expected {' or '.join(taken)}.")
+            report.add("ranks", f"attn_out is {dtype} on rank {rank}, and the first state's is {first}; expected "
+                       f"{' or '.join(taken)}.")  # fmt: skip
     report.raise_if_broken()
     device = checked[0].attn_out.device if checked else torch.device(agreed["device"])
     shapes = tuple(agreed["attn_out.shape"]), tuple(agreed["softmax_max.shape"])

@@ -225,8 +225,8 @@ class StreamingMerge:
         sequences, in a layout with a batch axis; parts of a plugin's own arrays go through the host.
         """
         if isinstance(attn_out, (tuple, list)) and softmax_max is softmax_sum is None:
-            raise _broken(UPDATE, "states", f"attn_out is {described(attn_out)} of {len(attn_out)} items, and nothing else is given; "
-                          "expected three arrays. Pass *state, not state; of an output and its log-sum-exp "
+            raise _broken(UPDATE, "states", f"attn_out is {described(attn_out)} of {len(attn_out)} items, and nothing else is "
+                          "given; expected three arrays. Pass *state, not state; of an output and its log-sum-exp "
                           "*AttentionState.from_lse(out, lse, base=...).")  # fmt: skip
         partial = AttentionState(attn_out, softmax_max, softmax_sum)
         _refuse_gradients(UPDATE, partial)

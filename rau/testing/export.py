@@ -24,6 +24,7 @@ from rau.state import AttentionState
 from rau.testing.cases import Case
 from rau.testing.comparison import Comparison, compare
 from rau.testing.conformance.report import Failure, Report
+from rau.testing.precedence import as_text
 from rau.testing.reference.oracle import Expected, oracle
 
 INDEX, HOW_TO = "cases.json", "README.txt"
@@ -53,14 +54,9 @@ others are live. Only live states count:
 
 and m is softmax_max, l softmax_sum, o attn_out. In this order of precedence:
 
-  1. no live state: o = 0, m = -inf, l = 0
-  2. one live state: it comes back bit for bit, whatever it holds; nothing from the empty ones enters the result
-  3. a max is NaN: o, m and l are NaN            4. a sum is NaN: o and l are NaN
-  5. a max is +inf: m = +inf, o and l are NaN    6. a sum is +inf: o is NaN, l by the formula (NaN where 0 * inf)
-  7. a weight a_i / l that rounds to 0 in float32 (in cases of dtype float64: in float64): that product is left
-     out, so that NaN or infinity in a state whose weight is 0 does not matter
-  8. the new sum exceeds float32: stored as +inf, but o is right nevertheless. So compute the rows in float64.
-     A negative sum takes the formula, whatever that gives. exp(x) may be 0 below x = -708.
+RULES
+
+A negative sum takes the formula, whatever that gives. exp(x) may be 0 below x = -708.
 
 Verdict. An output is right within its bound; bound 0 means bit for bit (any NaN for NaN), bound inf means that any
 value will do. softmax_max must be equal; zeros of either sign count as equal.
@@ -76,7 +72,7 @@ Layouts. S, B, T: sequence length, batch, all tokens; N, D: heads, head dimensio
         array, laid out as (N, t1 - t0).
 
 Lanes. The last axis of the statistics holds one number, 8 times or once. Read lane 0; write all of them.
-"""
+""".replace("RULES", as_text())
 
 
 class ExportError(RauError, ValueError):

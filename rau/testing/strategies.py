@@ -1,6 +1,6 @@
 """Hypothesis strategies: calls with hostile numbers, for testing a backend of your own. Needs Hypothesis.
 
-The rule of this room: :mod:`rau.testing.cases.space` says which calls there are; here they, and their numbers, are drawn.
+The rule of this room: `rau.testing.cases.space` says which calls there are; here they, and their numbers, are drawn.
 
 A test of a backend is then a few lines::
 

@@ -30,7 +30,9 @@ def load(backend: Any) -> Any:
         module_name, _, class_name = backend.partition(":")
         if module_name.endswith(".py"):
             spelt = module_name.removesuffix(".py").replace("/", ".").replace(os.sep, ".").lstrip(".")
-            raise UnknownBackendError(f"{backend!r} names a file; expected module:Class, such as {spelt}:{class_name or 'MyKernel'}")
+            raise UnknownBackendError(
+                f"{backend!r} names a file; expected module:Class, such as {spelt}:{class_name or 'MyKernel'}"
+            )
         if "" not in sys.path:
             sys.path.insert(0, "")
         try:
@@ -71,7 +73,9 @@ def _is_module(name: str) -> bool:
 def _no_such_class(module: ModuleType, name: str) -> str:
     """Say which classes of a module could be meant."""
     classes = [cls.__name__ for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__]
-    text = f"module {module.__name__!r} has no class {name!r}" if name else f"{module.__name__!r} is a module; expected module:Class"
+    text = (
+        f"module {module.__name__!r} has no class {name!r}" if name else f"{module.__name__!r} is a module; expected module:Class"
+    )
     close = difflib.get_close_matches(name.lower(), [each.lower() for each in classes], n=1)
     meant = [each for each in classes if [each.lower()] == close]
     if meant:

@@ -50,7 +50,9 @@ class Peer(LSEBackend):
         self._kernel = resolve_name(self.where)
         self._torch: Any = resolve_name("torch")
         wanted = self.capabilities.devices or ()
-        there = [name for name in wanted if name == "cpu" or (hasattr(self._torch, name) and getattr(self._torch, name).is_available())]
+        there = [
+            name for name in wanted if name == "cpu" or (hasattr(self._torch, name) and getattr(self._torch, name).is_available())
+        ]
         if not there:
             raise BackendUnavailableError(f"{self.where} runs on {' or '.join(wanted)}, and torch finds no such device")
         self.capabilities = replace(self.capabilities, devices=(there[0],))  # type: ignore[misc]

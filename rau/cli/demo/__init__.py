@@ -29,7 +29,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="merge real partial attention with every backend, timed and checked",
         description="Compute the partial attention that the ranks of a ring would see, merge it with each "
         "backend, and judge the results. Exit status: 0 all right, 1 a merge is wrong, 2 wrong usage.",
-        epilog=session.examples("demo", "demo --backends cython --dtype bfloat16 --causal", "demo --layout TND --ranks 64", "demo --latex"),
+        epilog=session.examples(
+            "demo", "demo --backends cython --dtype bfloat16 --causal", "demo --layout TND --ranks 64", "demo --latex"
+        ),
     )
     add_problem(parser, 4096, 8, ("float32", "float16", "bfloat16"))
     session.add_backends(parser)

@@ -60,7 +60,7 @@ def check_backend(
     into : Report, optional
         A report to fill, so that what was found is kept if the run is interrupted.
     place : Here or Apart, optional
-        Where the checks run: here, or in a process of its own (:mod:`rau.testing.apart`), which may crash or hang without
+        Where the checks run: here, or in a process of its own (`rau.testing.apart`), which may crash or hang without
         ending this one; `backend` is then one of its `backends`. `python -m rau check` does that.
 
     Returns

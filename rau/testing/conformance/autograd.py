@@ -121,7 +121,9 @@ def _gradients(
     wanted = gradients_of_rows([first, second, sink], made, g, h)
 
     one, other, its_sink = leaves[:3], leaves[3:6], leaves[6]
-    result = merge(*(AttentionState(*(part.requires_grad_() for part in state)) for state in (one, other)), its_sink.requires_grad_())
+    for leaf in leaves:
+        leaf.requires_grad_()
+    result = merge(AttentionState(*one), AttentionState(*other), its_sink)
     alive = torch.tensor([t for t, parts in enumerate(made) if parts], device=its_sink.device)  # the others have no log-sum-exp
     maximum, total = (part[alive, :, 0].double() for part in result[1:])
     upstream = [torch.as_tensor(part, device=its_sink.device) for part in (g, h)]

@@ -268,7 +268,9 @@ def eight_bits(backend: Any, dtype: str) -> list[str]:
         wrong = np.where(np.isnan(products), np.isfinite(found.reshape(folded.shape).astype(np.float32)), codes != expected)
         if wrong.any():
             at = tuple(np.argwhere(wrong)[0])
-            problems.append(f"{dtype}, {how}: {wrong.sum()} of {wrong.size} wrong; {products[at]!r} became code {codes[at]}, not {expected[at]}")
+            problems.append(
+                f"{dtype}, {how}: {wrong.sum()} of {wrong.size} wrong; {products[at]!r} became code {codes[at]}, not {expected[at]}"
+            )
     return problems
 
 
@@ -298,7 +300,11 @@ def laws(backend: Any) -> Iterator[Check]:
             reasons = excluded_by(backend, case)
             if not reasons and name in ("commutativity", "permutations", "some-tokens", "states-by-row") and keeps_lse(backend):
                 reasons = ["statistics lse: the same bits are not promised"]
-            elif not reasons and (of_tokens or name in ("sinks", "eight-bits")) and not {*takes.array_types} & {"numpy:ndarray", "torch:Tensor"}:
+            elif (
+                not reasons
+                and (of_tokens or name in ("sinks", "eight-bits"))
+                and not {*takes.array_types} & {"numpy:ndarray", "torch:Tensor"}
+            ):
                 reasons = ["array types of its own: rows of NumPy arrays and torch tensors are chosen"]
             elif not reasons and (of_tokens or name in ("output-alone", "sinks", "eight-bits")) and not takes.deterministic:
                 reasons = ["deterministic False: the same bits are not promised"]

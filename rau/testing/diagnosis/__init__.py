@@ -154,7 +154,7 @@ def diagnose(record: Record, *, tolerance: float = 1.0) -> Diagnosis:
     Parameters
     ----------
     record : Record
-        As :func:`rau.testing.differential.record.read_record` reads it.
+        As `rau.testing.differential.record.read_record` reads it.
     tolerance : float, default 1.0
         How many times the bound still counts as right.
 

@@ -18,7 +18,7 @@ from rau.testing.diagnosis.mistakes import (
     known,
     part_of,
 )
-from rau.testing.diagnosis.steps import Array, Steps, summed, to_bfloat16, to_float16
+from rau.testing.diagnosis.steps import Array, Steps, to_bfloat16, to_float16
 
 _OWN: dict[str, Mistake] = {}  # one of a name that MISTAKES has replaces that
 # Of sums, which are all 1; of lanes, of which there is one; and one that the bound of a log-sum-exp allows.

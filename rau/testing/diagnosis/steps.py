@@ -166,16 +166,21 @@ class Steps:
         rows: Array = np.arange(len(self._places))
         if self.layout == "TND":
             return rows.reshape(1, *self.shape[:2])
-        batch, heads, tokens = self.stats_shape[:3]
-        if self.layout == "SBH":
-            rows = rows.reshape(tokens, batch, heads)
-            return rows.swapaxes(0, 1) if by_batch else rows.reshape(1, batch * tokens, heads)
-        rows = rows.reshape(batch, heads, tokens).swapaxes(1, 2) if self.layout == "BNSD" else rows.reshape(batch, tokens, heads)
-        return rows if by_batch else rows.reshape(1, batch * tokens, heads)
+        axes = LAYOUTS[self.layout]
+        last = len(self.shape)
+        its_axes = (axes.attn_batch, axes.attn_token, last if axes.attn_head is None else axes.attn_head)
+        sizes = tuple(self.stats_shape[axis] for axis in (axes.stats_batch, axes.stats_token, axes.stats_head) if axis is not None)
+        order = np.argsort([axis for axis in its_axes if axis is not None])  # of batch, token and head, as the output has them
+        rows = rows.reshape([sizes[axis] for axis in order])
+        by_entry: Array = rows.transpose(np.argsort(order))
+        if by_batch:
+            return by_entry
+        tokens_first = rows if order[-1] == 2 else by_entry  # heads side by side: tokens in the order of the output
+        return tokens_first.reshape(1, -1, sizes[2])
 
     def last_tokens(self) -> Array:
         """Return a mask of the rows of each sequence's, or batch entry's, last token."""
-        shape = (*self.shape[:2], self.stats_shape[1]) if self.layout == "SBH" else self.shape[:-1]
+        shape = (*self.shape[:2], self.stats_shape[1]) if LAYOUTS[self.layout].attn_head is None else self.shape[:-1]
         mask = np.zeros(shape, bool)
         if self.lengths is not None:
             mask[self.lengths[1:][np.diff(self.lengths) > 0] - 1] = True

@@ -246,7 +246,7 @@ def run_differential(
     Notes
     -----
     A backend is wrong where a value is beyond the bound at ``capabilities.tolerance``, or where it fails any other
-    check of :mod:`rau.testing.trial`. Two backends that declare tolerance 1, and are not wrong, must have the same bits.
+    check of `rau.testing.trial`. Two backends that declare tolerance 1, and are not wrong, must have the same bits.
 
     Examples
     --------

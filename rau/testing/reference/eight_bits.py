@@ -1,4 +1,4 @@
-"""Outputs of eight bits, as OCP's OFP8 specification (revision 1.0) defines the formats: by what their bits mean, and by a search."""
+"""Outputs of eight bits, as OCP's OFP8 specification (revision 1.0) has the formats: by what their bits mean, and by a search."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ The rule of this room: one backend and one case at a time; what to try, and what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
