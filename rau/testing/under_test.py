@@ -47,6 +47,9 @@ def load(backend: Any) -> Any:
         if backend is None:
             raise UnknownBackendError(_no_such_class(module, class_name))
     elif isinstance(backend, str):
+        module_name, _, class_name = backend.rpartition(".")
+        if not registry.known(backend) and module_name and _is_module(module_name):
+            raise UnknownBackendError(f"{backend!r} is no backend; expected module:Class. Did you mean {module_name}:{class_name}?")
         return registry.get(backend)
     try:
         instance = backend() if isinstance(backend, type) else backend
