@@ -298,8 +298,8 @@ def test_a_crash_with_many_words_is_no_hang(folder, capsys):
 
 def test_a_crash_outside_of_the_kernel_is_said_to_be(folder, capsys):
     _, found = asked(capsys, "check", "kernels:Late", "--select", "lanes/8-SBH")
-    told = r"crashed: SIGSEGV \(Segmentation fault\) \(\w+\.py:\d+, in .*: outside of the kernel, which may have written beside its arrays before\)"
-    assert re.fullmatch(told, found["failures"][0]["message"]), found["failures"]
+    where = r"\(\w+\.py:\d+, in .*: outside of the kernel, which may have written beside its arrays before\)"
+    assert re.fullmatch(rf"crashed: SIGSEGV \(Segmentation fault\) {where}", found["failures"][0]["message"]), found["failures"]
 
 
 def test_in_process_a_crash_is_the_debuggers(folder):

@@ -70,8 +70,8 @@ def merge_attn_states(
         report, (kind, its) = Violations("merge_attn_states"), [kind_of(plain(array)) for array in (output, output_scale)]
         assert kind is not None and its is not None  # as was checked
         if kind.dtype(output) not in EIGHT_BITS:
-            report.add("scale", f"output_scale is given, and output has dtype {kind.dtype(output)}; expected {' or '.join(EIGHT_BITS)}, "
-                       "whose range it serves.")  # fmt: skip
+            report.add("scale", f"output_scale is given, and output has dtype {kind.dtype(output)}; expected "
+                       f"{' or '.join(EIGHT_BITS)}, whose range it serves.")  # fmt: skip
         elif (its.name, its.dtype(output_scale)) != (kind.name, "float32"):
             report.add("scale", f"output_scale is a {its.name} array of {its.dtype(output_scale)}; expected a {kind.name} array of "
                        "float32.")  # fmt: skip

@@ -128,8 +128,8 @@ def read_record(path: str | PathLike[str]) -> Record:
         others = [other.name for other in here.glob("*")] if here.is_dir() else []
         close = difflib.get_close_matches(Path(path).name, others, n=1, cutoff=0.8)
         raise RecordError(f"{path}: no such file in {here}{f'; did you mean {close[0]}?' if close else ''}")
-    if not Path(path).is_file():
-        raise RecordError(f"{path}: {'a folder' if Path(path).is_dir() else 'no file'}; expected a file")  # a pipe would be waited for
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise RecordError(f"{path}: {'a folder' if Path(path).is_dir() else 'no file'}; expected a file")
     try:
         with zipfile.ZipFile(path) as archive:  # NumPy takes other files too
             torchs = any(name.endswith("/data.pkl") for name in archive.namelist())
@@ -139,7 +139,8 @@ def read_record(path: str | PathLike[str]) -> Record:
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
     except zipfile.BadZipFile as error:
-        raise RecordError(f"{path}: no whole .npz file, and none of torch.save; python -m rau diagnose --help says what is read") from error
+        told = "no whole .npz file, and none of torch.save; python -m rau diagnose --help says what is read"
+        raise RecordError(f"{path}: {told}") from error
     except Exception as error:  # of zipfile's, NumPy's, tokenize's and ast's own: whoever wrote the file chooses
         raise RecordError(f"{path}: not a .npz file that can be read without pickle: {error}") from error
     spelt: dict[str, str] = {}  # how the file begins the keys of a state, where it has names of its own for it
@@ -252,7 +253,9 @@ def _text(arrays: dict[str, np.ndarray], key: str, default: str) -> str:
     return str(arrays[key]) if key in arrays else default
 
 
-def _state(path: Any, arrays: dict[str, np.ndarray], prefix: str, complete: bool = True, spelt: Mapping[str, str] = {}) -> AttentionState:
+def _state(
+    path: Any, arrays: dict[str, np.ndarray], prefix: str, complete: bool = True, spelt: Mapping[str, str] = {}
+) -> AttentionState:
     parts: list[Any] = []
     if f"{prefix}lse" in arrays:
         lse, wide = arrays[f"{prefix}lse"], "float64" if arrays.get(f"{prefix}attn_out", np.empty(0)).dtype == "f8" else "float32"
