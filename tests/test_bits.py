@@ -126,6 +126,9 @@ def test_what_needs_ml_dtypes_is_not_taken_without(monkeypatch, capsys):
     assert main(["bits", "--backends", "numpy", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["backends"]["numpy"]
     assert {"float8_e5m2", "float8_e4m3fn", "bfloat16, SBH"} < {*row["not_taken"]} and "float16, SBH" in row["same"]
+    assert main(["bits", "--backends", "numpy"]) == 0
+    told = "not run: bfloat16 and eight bits (bfloat16 NumPy arrays need ml_dtypes: pip install ml_dtypes)\n"
+    assert told in capsys.readouterr().out
 
 
 def test_a_maximum_of_zero_has_no_sign_and_all_nan_are_one():

@@ -123,6 +123,15 @@ class Loud(NumPyBackend):
             time.sleep(0.01)
         ctypes.string_at(0)
 
+class Late(NumPyBackend):
+    """What it returns crashes whoever reads it."""
+    name = "late"
+
+    def update(self, problem, prev, cur, out):
+        result = self.merge(problem, [prev, cur], out)
+        nowhere = (ctypes.c_float * result.attn_out.size).from_address(8)
+        return result._replace(attn_out=np.ctypeslib.as_array(nowhere).reshape(result.attn_out.shape))
+
 class Talks(NumPyBackend):
     name = "talks"
 
@@ -286,6 +295,12 @@ def test_a_demonstration_survives_a_crash(folder, capsys):
 def test_a_crash_with_many_words_is_no_hang(folder, capsys):
     _, found = asked(capsys, "check", "kernels:Loud", "--select", "lanes/8-SBH", "--timeout", "15")
     assert re.fullmatch(CRASHED.replace("merge", "update"), found["failures"][0]["message"])
+
+
+def test_a_crash_outside_of_the_kernel_is_said_to_be(folder, capsys):
+    _, found = asked(capsys, "check", "kernels:Late", "--select", "lanes/8-SBH")
+    where = r"\(\w+\.py:\d+, in .*: outside of the kernel, which may have written beside its arrays before\)"
+    assert re.fullmatch(rf"crashed: SIGSEGV \(Segmentation fault\) {where}", found["failures"][0]["message"]), found["failures"]
 
 
 def test_in_process_a_crash_is_the_debuggers(folder):

@@ -54,7 +54,7 @@ def test_every_command_has_examples_which_parse():
             parser.parse_args([word for word in words if word != "--json"])  # which is main's
 
 
-@pytest.mark.parametrize("command", ["demo", "bench", "difftest", "matrix", "check"])
+@pytest.mark.parametrize("command", ["demo", "bench", "bits", "difftest", "matrix", "check"])
 @pytest.mark.parametrize("words", ["a,b c", "a b,c", "a b c", "a, b ,c", "a,b --backends c"])
 def test_backends_are_named_alike_everywhere(command, words):
     parsed = parsers()[command].parse_args(["--backends", *words.split()])
@@ -72,6 +72,9 @@ def test_backends_are_named_alike_everywhere(command, words):
         (["spelt:copies"], "module 'spelt' has no class 'copies'. Did you mean spelt:Copies?"),
         (["spelt:Kopies"], "Did you mean spelt:Copies?"),
         (["spelt:Zebra"], "module 'spelt' has no class 'Zebra'. It has spelt:Copies, spelt:Typo."),
+        (["spelt.Copies"], "'spelt.Copies' is no backend; expected module:Class. Did you mean spelt:Copies?"),
+        (["inner.deep.Copies"], "Did you mean inner.deep:Copies?"),
+        (["nothing.Copies"], "no backend is called 'nothing.Copies'"),
         (["spelt:"], "'spelt' is a module; expected module:Class."),
         (["numpy", "--backends", "cython"], "got numpy, cython; expected the name of one backend"),
         (["numpy,cython"], "got numpy,cython; expected the name of one backend: python -m rau check NAME"),
@@ -130,3 +133,22 @@ def test_globs_that_mean_generated_cases_find_them():
     for select in ("*", "gen*", "generated/0/*", "[g]enerated/*", "?enerated/*", "generated/0/[0-9]"):
         options.select = select
         assert next(case_options.generated_cases(options)).id.startswith("generated/0/")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("layouts='SBH'", "TypeError: Capabilities: layouts = 'SBH'; expected a tuple of str, such as ('SBH',)."),
+        ("lanes=8", "TypeError: Capabilities: lanes = 8; expected a tuple of 8 and 1, such as (8,)."),
+        ("tolerance='40'", "TypeError: Capabilities: tolerance = '40'; expected a positive number, such as 2.0."),
+        ("head_dim_multiple=0", "TypeError: Capabilities: head_dim_multiple = 0; expected an int, at least 1."),
+        ("layotus=('SBH',)", "TypeError: Capabilities: layotus = ('SBH',): no such field; did you mean \"layouts\"?"),
+    ],
+)
+def test_capabilities_that_are_none_are_told_in_a_line(folder, wrong, said, capsys):
+    (folder / "declares.py").write_text(f"from rau.backends import Capabilities\nX = Capabilities(array_types=(), {wrong})\n")
+    sys.modules.pop("declares", None)
+    assert main(["check", "declares:X"]) == 2
+    captured = capsys.readouterr()
+    told = f"python -m rau check: error: 'declares:X': module 'declares' cannot be imported: {said} (declares.py:2, in <module>)\n"
+    assert captured.out == "" and captured.err == told

@@ -373,7 +373,8 @@ WORDS = {
         "whose range it serves.",
     ),
     "a scale of another dtype": (
-        lambda: vllm.merge_attn_states(OUT.astype(pytest.importorskip("ml_dtypes").float8_e5m2), OUT, LSE.T, OUT, LSE.T, output_scale=np.ones(1)),
+        lambda: vllm.merge_attn_states(
+            OUT.astype(pytest.importorskip("ml_dtypes").float8_e5m2), OUT, LSE.T, OUT, LSE.T, output_scale=np.ones(1)),
         "merge_attn_states: [scale] output_scale is a numpy array of float64; expected a numpy array of float32.",
     ),
     "a dtype": (
@@ -427,14 +428,22 @@ def test_errors_are_in_the_words_of_the_function_that_was_called(wrong):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("f: out is given; leave it out, and take what comes out of it", "call: output is given; leave it out, and take what comes out of it"),
-        ("f: [out] out has 2 items; rows that nobody takes out is what this is", "call: [out] output has 2 items; rows that nobody takes out is what this is"),
-        ("f: whose rows nobody takes out and puts back here", "call: whose rows nobody takes out and puts back here"),
-        ("f: [scale] the scale is one of several. Leave scale=None, or give less.", "call: [scale] the scale is one of several. Leave factor=None, or give less."),
-        ("f: no place for it. Leave out=None, or call under torch.no_grad().", "call: no place for it. Call under torch.no_grad()."),
-        ("f: no place. Pass x.float(), or profile=\"portable\" for it.", "call: no place. Pass x.float()."),
-        ("f: no place. Give lanes=1; or pass x.float(): it is exact.", "call: no place. Pass x.float(): it is exact."),
-        ("f: out[0] has dtype x, as pairs[1][0] and out[1] have", "call: output has dtype x, as cur and out_lse have"),
+        ("f: out is given; leave it out, and take what comes out of it",
+         "output is given; leave it out, and take what comes out of it"),
+        ("f: [out] out has 2 items; rows that nobody takes out is what this is",
+         "[out] output has 2 items; rows that nobody takes out is what this is"),
+        ("f: whose rows nobody takes out and puts back here",
+         "whose rows nobody takes out and puts back here"),
+        ("f: [scale] the scale is one of several. Leave scale=None, or give less.",
+         "[scale] the scale is one of several. Leave factor=None, or give less."),
+        ("f: no place for it. Leave out=None, or call under torch.no_grad().",
+         "no place for it. Call under torch.no_grad()."),
+        ("f: no place. Pass x.float(), or profile=\"portable\" for it.",
+         "no place. Pass x.float()."),
+        ("f: no place. Give lanes=1; or pass x.float(): it is exact.",
+         "no place. Pass x.float(): it is exact."),
+        ("f: out[0] has dtype x, as pairs[1][0] and out[1] have",
+         "output has dtype x, as cur and out_lse have"),
     ],
 )  # fmt: skip
 def test_names_are_replaced_and_prose_is_not(text, says):
@@ -442,10 +451,9 @@ def test_names_are_replaced_and_prose_is_not(text, says):
     def call(output, factor=None):
         raise rau.UnsupportedError(text)
 
-    call.__qualname__ = "call"
     with pytest.raises(rau.UnsupportedError) as caught:
         call(1)
-    assert str(caught.value).partition(": ")[2] == says.partition(": ")[2]
+    assert str(caught.value).partition(": ")[2] == says
 
 
 @pytest.mark.parametrize(
@@ -461,7 +469,8 @@ def test_only_what_may_be_left_out_is_advised_to_be(call, advice):
     out, lse = torch.tensor(OUT, requires_grad=True), torch.tensor(LSE)
     with pytest.raises(rau.UnsupportedError) as caught:
         call(out, lse)
-    assert re.search(": (output|v) is given, and an input requires grad;", str(caught.value)) and str(caught.value).endswith(f" {advice}")
+    said = str(caught.value)
+    assert re.search(": (output|v) is given, and an input requires grad;", said) and said.endswith(f" {advice}")
 
 
 def test_a_backend_that_cannot_is_named_as_before():

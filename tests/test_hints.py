@@ -368,6 +368,11 @@ def test_a_state_is_not_three_arrays():
     text = refusal(lambda: rau.StreamingMerge("BNSD").update(state))
     assert "attn_out is of type rau.state.AttentionState of 3 items, and nothing else is given" in text and "Pass *state" in text
     assert "*AttentionState.from_lse(" in refusal(lambda: rau.StreamingMerge("BNSD").update((state[0], state[1])))
+    said = refusal(lambda: rau.StreamingMerge("BNSD").update(state[0], state[1]))
+    assert said == (
+        "StreamingMerge.update: [states] two arrays are given; expected three. Of an output and its log-sum-exp pass "
+        "*AttentionState.from_lse(out, lse, base=...)."
+    )
     rau.StreamingMerge("BNSD").update(*state)
     with pytest.raises(rau.DTypeError, match="softmax_max is None"):
         rau.StreamingMerge("BNSD").update(state[0])

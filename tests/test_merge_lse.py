@@ -122,6 +122,9 @@ GOOD = {"layout": "TND", "lse_layout": "TN", "base": "e"}
         ("two", {"heads": 3}, ("heads",) * 2, "pairs[1][0] has N = 4 heads"),
         ([pairs(("TND", "TN"), 1)[0][::-1]], {}, ("rank",), "pairs[0][0] has shape (5, 4); layout \"TND\" expects (T, N, D). "
          "The pair seems to be swapped."),
+        (list(zip(*pairs(("TND", "TN"), 3))), {}, ("states",), "merge_lse: [states] pairs is a list of outputs and one of "
+         "log-sum-exps, as it seems; expected a list of pairs (attn_out, lse): pass list(zip(*pairs))."),
+        ([(*pairs(("TND", "TN"), 1)[0], np.zeros((5, 4), "f4"))] * 2, {}, ("states",) * 2, "pairs[0] has 3 items"),
         (AttentionState(1, 2, 3), {}, ("states",), "pairs is an AttentionState; expected a list of pairs (attn_out, lse). States"),
         (pairs(("TND", "TN"), 1) * 65537, {}, ("states",), "pairs has 65537 pairs; expected a list of pairs (attn_out, lse), at "
          "most 65536."),

@@ -195,7 +195,8 @@ class TorchKind:
         return self.host_view(array).view(named_dtype(name)) if name in BITS else array.numpy()
 
     def from_numpy(self, array: np.ndarray) -> Any:
-        torch = sys.modules["torch"]
+        import torch  # nobody need have done that: this may be the first tensor of a process
+
         if not array.flags.writeable or any(step < 0 for step in array.strides):
             array = array.copy()  # torch knows neither
         name = array.dtype.name

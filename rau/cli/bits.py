@@ -30,6 +30,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Compare: 0 these are the published bits, 1 they are not."""
     # Late, as in all commands: --help does not pay for what a run needs.
+    from rau.cli.bench.workload import lacking
     from rau.config import collect
     from rau.testing import bits
     from rau.testing.trial.judge import keeps_lse
@@ -38,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     found: dict[str, dict[str, str]] = {}
     with session.under_test(arguments.backends, arguments) as (backends, not_run, place):
         configuration, published = collect(), bits.published()
+        if reason := lacking("bfloat16"):
+            not_run["bfloat16 and eight bits"] = reason
         with progress(len(backends), quiet=arguments.json) as step:
             for backend in backends:
 

@@ -167,6 +167,8 @@ def check_pairs(report: Violations, pairs: Any, out: Any) -> None:
         wrong = f"is {'empty' if several else described(pairs)}; {{}}, at least one."
     elif len(pairs) == 2 and all(map(looks_like_array, pairs)):
         wrong = "is one pair of arrays; {}: pass [pair], or list(zip(*pair)) if it is stacked."
+    elif len(pairs) == 2 and _alike(pairs[0]) == _alike(pairs[1]) > 2:
+        wrong = "is a list of outputs and one of log-sum-exps, as it seems; {}: pass list(zip(*pairs))."
     elif len(pairs) > MOST_STATES:
         wrong = f"has {len(pairs)} pairs; {{}}, at most {MOST_STATES}. Merge groups of them, and then the results."
     if wrong:
@@ -179,6 +181,13 @@ def check_pairs(report: Violations, pairs: Any, out: Any) -> None:
             hint = " States are for rau.merge_states." if isinstance(pair, (list, tuple)) and len(pair) == 3 else ""
             report.add("out" if name == "out" else "states", f"{name} {got}; expected a pair (attn_out, lse).{hint}")
     report.raise_if_broken()
+
+
+def _alike(part: Any) -> int:
+    """Count the arrays of a list of nothing else, all of one shape, as those of a state are not; 0 for anything else."""
+    if not isinstance(part, (list, tuple)) or not all(map(looks_like_array, part)):
+        return 0
+    return len(part) if len({tuple(array.shape) for array in part}) == 1 else 0
 
 
 def check_pair_out(

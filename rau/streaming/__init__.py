@@ -228,6 +228,9 @@ class StreamingMerge:
             raise _broken(UPDATE, "states", f"attn_out is {described(attn_out)} of {len(attn_out)} items, and nothing else is "
                           "given; expected three arrays. Pass *state, not state; of an output and its log-sum-exp "
                           "*AttentionState.from_lse(out, lse, base=...).")  # fmt: skip
+        if softmax_sum is None and softmax_max is not None:
+            raise _broken(UPDATE, "states", "two arrays are given; expected three. Of an output and its log-sum-exp pass "
+                          "*AttentionState.from_lse(out, lse, base=...).")  # fmt: skip
         partial = AttentionState(attn_out, softmax_max, softmax_sum)
         _refuse_gradients(UPDATE, partial)
         partial = AttentionState(*map(plain, partial))

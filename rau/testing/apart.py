@@ -179,8 +179,12 @@ class Apart:
         text = text.partition("Current thread")[2].partition("\n\n")[0] or text
         frames = re.findall(r'File "(.*)", line (\d+) in (.*)', text)
         theirs = {getattr(sys.modules.get(type(backend).__module__), "__file__", "") for backend in self.backends}
-        frames = [frame for frame in frames if frame[0] in theirs] or frames
-        return f" ({Path(frames[0][0]).name}:{frames[0][1]}, in {frames[0][2]})" if frames else ""
+        within = [frame for frame in frames if frame[0] in theirs]
+        if not frames:
+            return ""
+        file, line, name = (within or frames)[0]
+        outside = "" if within or not theirs else ": outside of the kernel, which may have written beside its arrays before"
+        return f" ({Path(file).name}:{line}, in {name}{outside})"
 
 
 def _signal(number: int) -> str:

@@ -42,13 +42,15 @@ def load(backend: Any) -> Any:
                 raise UnknownBackendError(
                     f"{backend!r}: no module {module_name!r} here or installed; expected module:Class"
                 ) from error
-            raise BackendUnavailableError(
-                f"{backend!r}: module {module_name!r} cannot be imported:\n{described(error)}"
-            ) from error
+            raise BackendUnavailableError(f"{backend!r}: module {module_name!r} cannot be imported: {described(error)}") from error
         backend = getattr(module, class_name, None) if class_name else None
         if backend is None:
             raise UnknownBackendError(_no_such_class(module, class_name))
     elif isinstance(backend, str):
+        module_name, _, class_name = backend.rpartition(".")
+        if not registry.known(backend) and module_name and _is_module(module_name):
+            meant = f"{module_name}:{class_name}"
+            raise UnknownBackendError(f"{backend!r} is no backend; expected module:Class. Did you mean {meant}?")
         return registry.get(backend)
     try:
         instance = backend() if isinstance(backend, type) else backend

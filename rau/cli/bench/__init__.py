@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     plan = survey.QUICK if arguments.quick else survey.PLAN
     lacking: dict[str, str] = {}
     peers = _peers(arguments, lacking)
-    chosen = session.under_test(arguments.backends, arguments)
-    with chosen as (backends, not_run, place), thread_count(arguments.threads) as threads:
+    apart, asked = session.under_test(arguments.backends, arguments), arguments.threads
+    with apart as (backends, not_run, place), thread_count(asked) as threads:
         not_run |= lacking
         configuration, load = collect(), system_load()
         if told:

@@ -128,9 +128,8 @@ def read_record(path: str | PathLike[str]) -> Record:
         others = [other.name for other in here.glob("*")] if here.is_dir() else []
         close = difflib.get_close_matches(Path(path).name, others, n=1, cutoff=0.8)
         raise RecordError(f"{path}: no such file in {here}{f'; did you mean {close[0]}?' if close else ''}")
-    if not Path(path).is_file():
-        kind = "a folder" if Path(path).is_dir() else "no file"  # a pipe would be waited for
-        raise RecordError(f"{path}: {kind}; expected a file")
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise RecordError(f"{path}: {'a folder' if Path(path).is_dir() else 'no file'}; expected a file")
     try:
         with zipfile.ZipFile(path) as archive:  # NumPy takes other files too
             torchs = any(name.endswith("/data.pkl") for name in archive.namelist())
@@ -140,8 +139,8 @@ def read_record(path: str | PathLike[str]) -> Record:
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
     except zipfile.BadZipFile as error:
-        help = "python -m rau diagnose --help says what is read"
-        raise RecordError(f"{path}: no whole .npz file, and none of torch.save; {help}") from error
+        told = "no whole .npz file, and none of torch.save; python -m rau diagnose --help says what is read"
+        raise RecordError(f"{path}: {told}") from error
     except Exception as error:  # of zipfile's, NumPy's, tokenize's and ast's own: whoever wrote the file chooses
         raise RecordError(f"{path}: not a .npz file that can be read without pickle: {error}") from error
     spelt: dict[str, str] = {}  # how the file begins the keys of a state, where it has names of its own for it
