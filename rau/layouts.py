@@ -67,13 +67,23 @@ class Layout(NamedTuple):
     stats_head: int
 
     @property
+    def tokens_then_heads(self) -> tuple[int, ...]:
+        """Axes of the statistics, except the lanes: those of tokens, in the order in which the output has them, then heads."""
+        return (*_by_first((self.attn_batch, self.stats_batch), (self.attn_token, self.stats_token)), self.stats_head)
+
+    @property
     def row_order(self) -> tuple[int, ...]:
         """Axes of the statistics, except the lanes, in the order in which the output has its rows."""
-        places = [(self.attn_batch, self.stats_batch), (self.attn_token, self.stats_token)]
-        rows = sorted((attn, stats) for attn, stats in places if attn is not None and stats is not None)
         if self.attn_head is None:  # within a row of tokens, on the last axis
-            return (*(stats for _, stats in rows), self.stats_head)
-        return tuple(stats for _, stats in sorted([*rows, (self.attn_head, self.stats_head)]))
+            return self.tokens_then_heads
+        tokens = (self.attn_batch, self.stats_batch), (self.attn_token, self.stats_token)
+        return _by_first(*tokens, (self.attn_head, self.stats_head))
+
+
+def _by_first(*pairs: tuple[int | None, int | None]) -> tuple[int, ...]:
+    """Return the second of each pair, in the order of the first; pairs of an axis that is lacking are left out."""
+    there = sorted((first, second) for first, second in pairs if first is not None and second is not None)
+    return tuple(second for _, second in there)
 
 
 LAYOUTS: dict[str, Layout] = {

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -19,6 +20,16 @@ pytest.importorskip("ml_dtypes")
 
 def test_these_are_the_published_bits(backend):
     assert bits.digests(registry.get(backend)) == bits.published()
+
+
+def test_without_ml_dtypes_what_needs_it_is_not_taken_and_nothing_fails():
+    """As in an environment with NumPy and nothing else."""
+    code = "import sys; sys.modules['ml_dtypes'] = None; from rau.__main__ import main; sys.exit(main(['bits', '--backends', 'numpy', '--json']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads(done.stdout)["backends"]["numpy"]
+    assert not row["differ"] and row["same"] and {"float8_e4m3fn", "float8_e5m2"} < {*row["not_taken"]}
+    assert all("float" not in group or "bfloat16" in group or "float8" in group for group in row["not_taken"])
 
 
 def test_what_is_published_are_digests():

@@ -1,6 +1,8 @@
 """The block table against the address of every row, found by plain indexing in loops."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -261,3 +263,58 @@ def test_packed_row_stride(tokens, heads, token, head):
         assert found == steps.pop()
     else:
         assert found is not None  # one row: any number will do
+
+
+NEW = '''
+import importlib.util, sys
+import numpy as np
+
+spec = importlib.util.spec_from_file_location("rau.layouts", sys.argv[1])
+layouts = sys.modules["rau.layouts"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(layouts)
+layouts.LAYOUTS["SBND"] = layouts.Layout("(S, B, N, D)", "(B, N, S, {lanes})", 1, 0, 2, 0, 2, 1)  # the entry
+import rau
+from rau.backends import Capabilities
+from rau.backends.lse import LSEBackend
+
+class Kernel(LSEBackend):
+    name = "kernel"
+    capabilities = Capabilities(array_types=("numpy:ndarray",), statistics="lse", unpromised=("two-empty", "payload"))
+
+    def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
+        lse = np.logaddexp(prev_lse, cur_lse)
+        prev, cur = np.exp(prev_lse - lse)[..., None], np.exp(cur_lse - lse)[..., None]
+        return prev * prev_out + cur * cur_out, lse
+
+S, B, N, D = 6, 2, 3, 8
+rng = np.random.default_rng(0)
+pairs = [(rng.standard_normal((S, B, N, D), "f4"), rng.standard_normal((B, N, S), "f4")) for _ in range(3)]
+flat = [(out.reshape(S, B, N * D), lse) for out, lse in pairs]
+
+def both(call):
+    """The same call in the new layout and in SBH, whose rows lie alike."""
+    found = []
+    for layout, its in (("SBND", pairs), ("SBH", flat)):
+        states = [rau.AttentionState.from_lse(*pair, base="e", layout=layout) for pair in its]
+        found.append([np.asarray(part).ravel() for part in call(layout, states)])
+    assert found[0] and all(np.array_equal(new, known) for new, known in zip(*found, strict=True))
+
+def stream(layout, states):
+    running = rau.StreamingMerge(layout, backend="numpy")
+    running.update(*states[0])
+    running.update(states[1].attn_out[3:], *(part[:, :, 3:] for part in states[1][1:]), tokens="back")
+    return running.result()
+
+for backend in (*sys.argv[2:], Kernel()):
+    both(lambda layout, states: rau.merge_states(states, layout=layout, backend=backend))
+both(stream)
+both(lambda layout, states: [rau.merge_states(states, layout=layout, backend="numpy").lse(base="2", layout=layout)])
+print("as SBH has it")
+'''
+
+
+def test_a_new_layout_is_a_new_entry():
+    """docs/architecture.md: nothing else is needed for calls of it, by any kind of backend."""
+    backends = [name for name in ("cython", "numpy") if name in {status.name for status in rau.registry.status() if status.available}]
+    done = subprocess.run([sys.executable, "-c", NEW, rau.layouts.__file__, *backends], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "as SBH has it\n"), done.stderr

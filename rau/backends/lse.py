@@ -16,6 +16,7 @@ from rau.arrays import kind_of
 from rau.arrays.torch_ import TorchKind
 from rau.backends import AttentionState, Backend, Problem
 from rau.errors import RauError
+from rau.layouts import LAYOUTS
 from rau.lse import log_sum_exp, reordered, statistics
 
 __all__ = ["LSEBackend"]
@@ -183,18 +184,19 @@ class LSEBackend(Backend):
 
 def _by_tokens(attn_out: Any, problem: Problem) -> Any:
     """See an output as (A, B, N, D), A and B being axes of tokens, in the order in which they lie; never a copy."""
-    if problem.layout == "SBH":
-        return attn_out.reshape(*attn_out.shape[:2], problem.N, problem.D)
-    if problem.layout == "BNSD":
-        return attn_out.swapaxes(1, 2)
-    return attn_out[None] if problem.layout == "TND" else attn_out
+    axes = LAYOUTS[problem.layout]
+    if axes.attn_head is None:
+        attn_out = attn_out.reshape(*attn_out.shape[:-1], problem.N, problem.D)
+    else:
+        attn_out = library(attn_out).moveaxis(attn_out, axes.attn_head, -2)
+    return attn_out[None] if axes.attn_batch is None else attn_out
 
 
 def _stats_by_tokens(rows: Any, layout: str, back: bool = False) -> Any:
     """See statistics without lanes as (A, B, N), as :func:`_by_tokens` sees the output beside them, or `back`."""
-    if layout == "TND":
-        return rows[0] if back else rows[None]
-    if layout == "SBH":
-        move = library(rows).moveaxis
-        return move(rows, 0, -1) if back else move(rows, -1, 0)
-    return rows.swapaxes(1, 2)
+    order = LAYOUTS[layout].tokens_then_heads
+    ordered, move = tuple(range(len(order))), library(rows).moveaxis
+    if back:
+        return move(rows[0] if len(order) == 2 else rows, ordered, order)
+    rows = move(rows, order, ordered)
+    return rows[None] if len(order) == 2 else rows
