@@ -16,6 +16,7 @@ import threading
 import time
 
 import numpy as np
+from patience import LIMIT
 from states import sbh
 
 import rau
@@ -96,7 +97,7 @@ def sound(call, right):
     found = [call()]
 
     def elsewhere():
-        if plugins.lock.acquire(timeout=60):
+        if plugins.lock.acquire(timeout=LIMIT):
             plugins.lock.release()
             found.append(call())
 

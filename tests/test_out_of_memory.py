@@ -10,6 +10,7 @@ import sysconfig
 import textwrap
 
 import pytest
+from patience import LIMIT
 from states import sbh
 
 import rau
@@ -18,11 +19,11 @@ from rau import plugins, registry
 pytest.importorskip("rau._core", reason="test_packaging.py fails where it should be there")
 
 
-def alone(*code, timeout=120):
+def alone(*code):
     """Run code in a process of its own; what it printed."""
     command = [sys.executable, "-W", "ignore", "-c", "".join(map(textwrap.dedent, code))]
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env={**os.environ, "PYTHONPATH": path})
     return done.stdout + done.stderr
 
 
