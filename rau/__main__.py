@@ -40,23 +40,30 @@ def main(arguments: list[str] | None = None) -> int:
         command.formatter_class = Formatter
         command.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
         command.set_defaults(run=module.run)
-    parsed, unknown = parser.parse_known_args(arguments)
-    if unknown:  # told by the command's own parser, whose usage has what there is
-        parser = subparsers.choices.get(parsed.command, parser)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, parser)}")
-    if parsed.command is not None and parsed.json and getattr(parsed, "form", None):
-        subparsers.choices[parsed.command].error(f"--json: not allowed with --{parsed.form}")
-    if parsed.command is None:
-        parser.print_help(sys.stderr)
-        return 2
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a message may hold what the terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:  # started without one
+        sys.stdout = open(os.devnull, "w")
+    name = parser.prog
     try:
+        try:
+            parsed, unknown = parser.parse_known_args(arguments)
+        finally:
+            sys.stdout.flush()  # what cannot be written, of a help as well, is said here, and not by Python at its exit
+        if unknown:  # told by the command's own parser, whose usage has what there is
+            parser = subparsers.choices.get(parsed.command, parser)
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, parser)}")
+        if parsed.command is None:
+            parser.print_help(sys.stderr)
+            return 2
+        name += f" {parsed.command}"
+        if parsed.json and getattr(parsed, "form", None):
+            subparsers.choices[parsed.command].error(f"--json: not allowed with --{parsed.form}")
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a message may hold what the terminal cannot show
+                stream.reconfigure(errors="backslashreplace")
         with own_stdout() as own:
             with redirect_stdout(Visible(sys.stderr if parsed.json else own, own)):
                 status = int(parsed.run(parsed))
-            own.flush()  # what cannot be written is said here, and not by Python at its exit
+            own.flush()
         return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -65,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         _drop_output()
         return 141
     except (RauError, ImportError, OSError) as error:  # what was asked for, a library or a file is not to be had
-        print(visible(f"python -m rau {parsed.command}: error: {error}"), file=sys.stderr)
+        print(visible(f"{name}: error: {error}"), file=sys.stderr)
         if isinstance(error, OSError):
             _drop_output()
         return 2

@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "RAU_SIMD": 'instruction-set version of the compiled core: "baseline", "avx2" or "avx512"; the same bits',
     "RAU_TEST_BACKENDS": "test suite: names of the backends that must be present and are tested",
     "RAU_EXPECT_NO_CORE": "test suite: set to 1 where the compiled core is meant to be missing",
+    "RAU_TEST_PATIENCE": "test suite: how many times as long to wait before something is said to hang, as under an emulator",
     "RAU_BENCH_LARGE": "asv_bench: set to 1 to measure sizes above 64 MB and torch.compile too",
     "RAU_BUILD_REQUIRE_CORE": "build: set to 1 to make the install fail where compilation fails",
 }

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import torch
 import torch.distributed as dist
 from exact_attention import exact, kernel_errors, ring_bounds, share
+from patience import LIMIT
 from ring_cost import Ring, merge_received, sent_bytes
 
 import rau
@@ -303,7 +304,7 @@ class Problem:
             ends = {"actual_seq_qlen": qlen, "actual_seq_kvlen": torch.tensor(kvlen)}
         out_of_step()
         out, lse = ring_attention(
-            *leaves, causal=self.causal, layout=self.layout, sink=sink, scale=self.scale, timeout=30, **ends, **how
+            *leaves, causal=self.causal, layout=self.layout, sink=sink, scale=self.scale, timeout=LIMIT / 10, **ends, **how
         )
         assert not lse.requires_grad and out.dtype == leaves[0].dtype
         out_of_step()
@@ -575,7 +576,8 @@ VICTIM = 1
 
 @check
 def a_silent_rank_ends_in_one_error_in_time():
-    one, q = states()[RANK], torch.randn(1, 2, 4, 8, requires_grad=True)
+    """Not later: the group's own timeout is longer than these tests wait."""
+    one, q, timeout = states()[RANK], torch.randn(1, 2, 4, 8, requires_grad=True), LIMIT / 100
 
     def waited(call):
         start = time.monotonic()
@@ -588,33 +590,30 @@ def a_silent_rank_ends_in_one_error_in_time():
     for way in (merge, merge_scatter):
         with broken_group() as group:
             if RANK != VICTIM:
-                message, seconds = waited(lambda: way(one, group, timeout=1.5))
+                message, seconds = waited(lambda: way(one, group, timeout=timeout))
                 assert f"{way.__name__}: rank {RANK} of {SIZE}: a rank is lost or too slow" in message, message
-                assert 1.4 < seconds < 8, seconds
+                assert seconds > 0.9 * timeout, seconds
 
-    def slow_kernel(*given):
-        if RANK == VICTIM:
-            time.sleep(3.5)
-        return attend(*given)
+    def slow(phase, kernel):
+        def waits(*given):
+            while RANK == VICTIM and STORE.add(phase, 0) < SIZE - 1:  # until the others have given up
+                time.sleep(0.05)
+            return kernel(*given)
 
-    def slow_gradient(*given):
-        if RANK == VICTIM:
-            time.sleep(3.5)
-        return attend_backward(*given)
+        return waits
 
-    for kernel in ((slow_kernel, attend_backward), (attend, slow_gradient)):
-        names = {"forward": kernel[0], "backward": kernel[1]}
+    for phase, kernel in (("forward", attend), ("backward", attend_backward)):
+        names = {"forward": attend, "backward": attend_backward} | {phase: slow(phase, kernel)}
         with broken_group() as group:
-            message, seconds = waited(lambda: ring_attention(q, q, q, group, timeout=1.5, **names)[0].sum().backward())
-        phase = "forward" if kernel[0] is slow_kernel else "backward"
+            message, _ = waited(lambda: ring_attention(q, q, q, group, timeout=timeout, **names)[0].sum().backward())
+            STORE.add(phase, 1)
         before, after = (RANK - 1) % SIZE, (RANK + 1) % SIZE
         assert f"ring_attention: rank {RANK} of {SIZE}: a rank is lost or too slow, {phase}, step " in message, message
         assert f"waiting for rank {before} to send or rank {after} to receive" in message
-        assert seconds < 12, seconds
     # A rank that is slow, but not too slow, is waited for.
     if RANK == VICTIM:
         time.sleep(0.7)
-    ring_attention(q, q, q, timeout=10)
+    ring_attention(q, q, q, timeout=LIMIT)
 
 
 @check
@@ -627,11 +626,9 @@ def a_killed_rank_ends_in_one_error():
             os.kill(os.getpid(), 9)
         return attend(*given)
 
-    start = time.monotonic()
-    message = raised(LostRankError, q, q, q, forward=kernel, backward=attend_backward, timeout=20, call=ring_attention)
-    assert "ring_attention" in message and time.monotonic() - start < 25
-    message = raised(LostRankError, states()[RANK], timeout=5)
-    assert time.monotonic() - start < 35
+    message = raised(LostRankError, q, q, q, forward=kernel, backward=attend_backward, timeout=LIMIT / 15, call=ring_attention)
+    assert "ring_attention" in message
+    raised(LostRankError, states()[RANK], timeout=LIMIT / 60)
 
 
 # ---- the process ----------------------------------------------------------------------------------------------------
@@ -639,8 +636,8 @@ def a_killed_rank_ends_in_one_error():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     FOLDER, RESULTS = Path(sys.argv[3]), {}
-    store, patience = dist.FileStore(str(FOLDER / "store"), SIZE), timedelta(seconds=20)
-    dist.init_process_group("gloo", store=store, rank=RANK, world_size=SIZE, timeout=patience)
+    STORE, patience = dist.FileStore(str(FOLDER / "store"), SIZE), timedelta(seconds=LIMIT / 3)
+    dist.init_process_group("gloo", store=STORE, rank=RANK, world_size=SIZE, timeout=patience)
     LAST = list(CHECKS)[-1]
     GROUPS = {size: dist.new_group(list(range(size)), timeout=patience) for size in range(1, SIZE + 1)}
     for name, function in CHECKS.items():
@@ -652,9 +649,9 @@ if __name__ == "__main__":
             RESULTS[name] = traceback.format_exc()
         print(RANK, name, f"{time.monotonic() - start:.2f} s", file=sys.stderr)
         # A rank that has failed is out of step, and the others would wait for it in every check that follows.
-        store.set(f"{name} {RANK}", "failed" if RESULTS[name] else "passed")
+        STORE.set(f"{name} {RANK}", "failed" if RESULTS[name] else "passed")
         others = [rank for rank in range(SIZE) if name != LAST or rank != VICTIM]
-        if b"failed" in [store.get(f"{name} {rank}") for rank in others]:
+        if b"failed" in [STORE.get(f"{name} {rank}") for rank in others]:
             break
     (FOLDER / f"{RANK}.json").write_text(json.dumps(RESULTS))
     os._exit(0)  # leaving in good order would wait for the rank that is lost

@@ -25,6 +25,7 @@ import warnings
 
 import ml_dtypes
 import numpy as np
+from patience import LIMIT
 
 import rau
 from rau import compat
@@ -37,7 +38,6 @@ torch = None
 GUARD = 0xA5
 BESIDE = 64  # bytes of it before and after each array
 ORACLE_EVERY = 4  # of the updates and merges: more than a tenth of the results
-SECONDS = 60  # that one call may take
 
 
 class Buffers:
@@ -381,8 +381,8 @@ def work(first, count, step, threads, place):
                 outcome, wrong = fuzz(number)
             except BaseException as error:  # of the fuzzer itself, or an interrupt
                 outcome, wrong = "error", f"{type(error).__name__}: {error}"
-            if time.monotonic() - started > SECONDS:
-                wrong = wrong or "took more than a minute"
+            if time.monotonic() - started > LIMIT:
+                wrong = wrong or f"took more than {LIMIT:g} s"
             with lock:
                 tally[outcome] += 1
                 if wrong:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import LIMIT
 
 from rau import registry
 from rau.__main__ import main
@@ -162,7 +163,7 @@ def launch(*arguments):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LIMIT)
     return process.returncode, out, err
 
 
@@ -170,14 +171,14 @@ def finish(process):
 
 ENDS = {
     "lanes/8-SBH": r"crashed: SIGABRT \(Aborted\) \(kernels\.py:\d+, in end\)",
-    "lanes/8-TND": r"hung: no answer within 5 s \(--timeout\) \(kernels\.py:\d+, in end\)",
+    "lanes/8-TND": rf"hung: no answer within {LIMIT / 60:g} s \(--timeout\) \(kernels\.py:\d+, in end\)",
     "lanes/1-SBH": r"crashed: SIGSEGV \(Segmentation fault\) \(kernels\.py:\d+, in end\)",
     "lanes/1-TND": r"ended its process, exit status 3",
 }
 
 
 def test_whatever_ends_a_kernel_is_a_failure_of_its_case(folder, capsys):
-    assert main(["check", "kernels:Faulty", "--select", "lanes/*", "--timeout", "5", "--json"]) == 1
+    assert main(["check", "kernels:Faulty", "--select", "lanes/*", "--timeout", f"{LIMIT / 60:g}", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     failures = {failure["id"]: failure["message"] for failure in found["failures"]}
     assert failures.keys() == ENDS.keys() and all(re.fullmatch(ENDS[id], told) for id, told in failures.items()), failures
@@ -207,7 +208,7 @@ def test_difftest_says_who_it_was(folder, capsys):
 
 def test_ctrl_c_says_what_was_running_and_leaves_nothing_behind(folder):
     process = launch("check", "kernels:Hangs", "--select", "lanes/8-*")
-    end = time.monotonic() + 30
+    end = time.monotonic() + LIMIT
     while not (Path("pid").exists() and Path("pid").read_text()):
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+from patience import LIMIT
 from states import sbh, state, tnd
 
 import rau
@@ -22,11 +23,11 @@ HERE = [status.name for status in registry.status() if status.available]
 THREADS = 8
 
 
-def alone(*code, timeout=120):
+def alone(*code):
     """Run code in a process of its own; what it printed."""
     command = [sys.executable, "-W", "ignore", "-c", "".join(map(textwrap.dedent, code))]
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env={**os.environ, "PYTHONPATH": path})
     return done.stdout + done.stderr
 
 
@@ -35,7 +36,7 @@ def together(*works):
     start, found = threading.Barrier(len(works)), {}
 
     def run(number, work):
-        start.wait(60)
+        start.wait(LIMIT)
         found[number] = work()
 
     threads = [threading.Thread(target=run, args=pair) for pair in enumerate(works)]
@@ -149,14 +150,14 @@ def test_who_comes_second_waits_for_the_class(ask, monkeypatch):
 
     def load():
         loading.set()
-        go.wait(60)
+        go.wait(LIMIT)
         return Slow
 
     registry.names()
     monkeypatch.setitem(plugins._entries, "slow", plugins.Entry("a plugin", load))
     first = threading.Thread(target=registry.standings)
     first.start()
-    loading.wait(60)
+    loading.wait(LIMIT)
     second = threading.Thread(target=lambda: found.append(ask()))
     second.start()
     second.join(0.2)  # time enough for the wrong answer; the right one comes when it comes
@@ -229,7 +230,7 @@ def test_spawned_processes_after_calls_in_threads():
     right = together(*[lambda: rau.ring_attention_update(*prev, *cur)] * 2)[0]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         for future in [pool.submit(rau.ring_attention_update, *prev, *cur) for _ in range(4)]:
-            assert same_bits(right, future.result(60)) == []
+            assert same_bits(right, future.result(LIMIT)) == []
 
 
 FORK = """
@@ -237,6 +238,7 @@ FORK = """
     import numpy as np, rau
     from rau import problem
     from rau.testing import same_bits
+    from patience import LIMIT
     from states import sbh, tnd
     def call(seed=0):
         prev, cur = sbh(3000, 1, 4, 64, seed=seed), sbh(3000, 1, 4, 64, seed=1)
@@ -244,7 +246,7 @@ FORK = """
     def in_child(work):
         child = os.fork()
         if child == 0:
-            signal.alarm(60)  # ends a child that hangs
+            signal.alarm(int(LIMIT))  # ends a child that hangs
             os._exit(0 if work() else 1)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     rau.set_num_threads(2)
@@ -281,12 +283,12 @@ def test_a_fork_while_another_thread_describes_its_call():
         inside, leave, block_terms = threading.Event(), threading.Event(), problem.block_terms
         def slowly(*arguments):
             if threading.current_thread() is thread:
-                inside.set(); leave.wait(60)
+                inside.set(); leave.wait(LIMIT)
             return block_terms(*arguments)
         problem.block_terms = slowly
         thread = threading.Thread(target=call)
         rau.constraints.cache._problems.clear()
-        thread.start(); inside.wait(60)
+        thread.start(); inside.wait(LIMIT)
         found = in_child(lambda: good())
         leave.set(); thread.join()
         print(found)

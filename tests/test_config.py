@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from patience import LIMIT
 
 import rau
 from plugins import install
@@ -20,7 +21,7 @@ def info(*options, path="", **env):
     if path:
         kept["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [kept.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "rau", "info", *options]
-    done = subprocess.run(command, capture_output=True, timeout=60, env=kept | env)
+    done = subprocess.run(command, capture_output=True, timeout=LIMIT, env=kept | env)
     assert done.returncode == 0, done.stderr
     return done.stdout.decode()
 
@@ -118,7 +119,7 @@ def test_threads_of_the_environment(value, number, origin):
     )
     env = {**os.environ, "OMP_NUM_THREADS": value}
     # libgomp itself may complain about the value, on stderr.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT, env=env)
     got, said = done.stdout.strip().split(" ", 1)
     assert int(got) == (number or min(len(os.sched_getaffinity(0)), 1024))
     assert said == origin
@@ -129,7 +130,7 @@ def test_threads_are_as_many_as_the_cpus_at_hand():
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import rau; print(rau.get_num_threads())"
     )
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT, env=env)
     assert done.stdout.strip() == "1", done.stderr
 
 
@@ -199,7 +200,7 @@ def test_the_version(monkeypatch):
 
 def test_wrong_usage_of_the_command_line():
     for arguments in ([], ["inof"], ["info", "--jsn"]):
-        done = subprocess.run([sys.executable, "-m", "rau", *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-m", "rau", *arguments], capture_output=True, text=True, timeout=LIMIT)
         assert done.returncode == 2
         assert done.stdout == ""
         assert "usage: python -m rau" in done.stderr

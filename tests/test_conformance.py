@@ -11,6 +11,7 @@ from textwrap import dedent
 import numpy as np
 import pytest
 from mutants import NUMPY, OneLane, Plain
+from patience import LIMIT
 
 from rau import merge_states, registry, rows
 from rau.backends import AttentionState, Backend, Capabilities, Problem
@@ -463,7 +464,7 @@ def test_the_kit_as_a_pytest_class(tmp_path):
 
 def run_pytest(folder, *arguments):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT)
     return done.returncode, done.stdout + done.stderr
 
 

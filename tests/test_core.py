@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import LIMIT
 
 import rau
 from rau import arithmetic
@@ -24,11 +25,11 @@ from rau.testing.comparison import same_bits
 _core = pytest.importorskip("rau._core", reason="test_packaging.py fails where it should be there")
 
 
-def python(code, timeout=60, **env):
+def python(code, **env):
     import os
 
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT, env={**os.environ, **env}
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -109,7 +110,7 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert not _core.forked() and not same_bits(reference, case.make().run("cython"))
 """
-    python(code, timeout=60)
+    python(code)
 
 
 def test_the_gil_is_released():

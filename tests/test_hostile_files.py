@@ -178,10 +178,11 @@ def test_a_number_that_is_no_id(capsys):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-@pytest.mark.parametrize("words", [["info"], ["cases", "--select", "smallest/*"], ["cases", "--json", "--select", "smallest/*"]])
+@pytest.mark.parametrize("words", [["info"], ["--help"], ["cases", "--select", "smallest/*"], ["cases", "--json", "--select", "smallest/*"]])
 def test_a_full_disk(words):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "rau", *words], stdout=full, stderr=subprocess.PIPE, text=True)
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as a user has it
+        done = subprocess.run([sys.executable, "-m", "rau", *words], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("No space left on device") and "Traceback" not in done.stderr
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import interrupts
 import numpy as np
 import pytest
+from patience import LIMIT
 from states import sbh, tnd
 
 import rau
@@ -97,5 +98,5 @@ def test_signals():
     """At random moments, some of them inside the core, NumPy and torch; what has become of all is judged there."""
     script = Path(interrupts.__file__)
     command = [sys.executable, "-W", "ignore", script, "--interrupts", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr

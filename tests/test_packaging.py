@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import LIMIT
 
 import rau
 
@@ -47,7 +48,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter in the repository root, without the RAU_* variables of this one."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAU_")}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT, stdin=subprocess.DEVNULL)
 
 
 # ---------------------------------------------------------------------------------------------------------------- core
@@ -121,6 +122,17 @@ def test_the_metadata_keep_no_ascend_machine_out() -> None:
     assert [str(one) for one in extras["cuda"] if one.name == "triton"] == ["triton"]
     for extra in set(extras) - {"torch", "cuda"}:
         assert not any(one.name in ("torch", "triton") for one in extras[extra])
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+
+
+def test_no_test_has_a_limit_of_its_own() -> None:
+    """tests/patience.py has the one that there is, which the environment can stretch; nothing is wrong for being slow."""
+    own = re.compile(r"timeout=[1-9]|\.(?:wait|join|result|alarm)\([1-9]|(?:monotonic|perf_counter)\(\) - \w+ < \d")
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert path == Path(__file__) or not own.search(line), f"{path.name}:{number}: {line.strip()}"
 
 
 # --------------------------------------------------------------------------------------------------------------- words

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from patience import LIMIT
 from states import arguments, bits, sbh, tnd
 
 import rau
@@ -326,14 +327,14 @@ def test_many_threads_make_one_instance(loopback):
     barrier, found = threading.Barrier(8), []
 
     def ask():
-        barrier.wait(10)
+        barrier.wait(LIMIT)
         found.append(registry.get("loopback"))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(LIMIT)
     assert len(found) == 8
     assert len(set(map(id, found))) == loopback.made == 1
 

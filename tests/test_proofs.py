@@ -16,6 +16,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from patience import LIMIT
 
 import rau
 from rau import arithmetic
@@ -90,7 +91,7 @@ def with_tools(tmp_path: Path, gappa: str | None, *arguments: str) -> subprocess
         (tmp_path / name).write_text(f"#!/bin/sh\nwhile read -r line; do :; done\n{script}\n")
         (tmp_path / name).chmod(0o755)
     command = [sys.executable, str(PROOFS / "run.py"), *arguments]
-    return subprocess.run(command, env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=LIMIT)
 
 
 def test_without_the_tools_the_line_to_type_is_said(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from patience import LIMIT
 from states import arguments, bits, sbh
 
 import rau
@@ -65,7 +66,7 @@ def python(code, **env):
 
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAU_")}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, env=kept | env
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=LIMIT, env=kept | env
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

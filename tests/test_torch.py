@@ -1,9 +1,12 @@
 """Torch tensors: the zero-copy way through the core, the ATen backend, gradients, operators, compile and export."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from patience import LIMIT
 
 import rau
 from rau.testing.cases import Case, generated
@@ -418,3 +421,42 @@ def test_flushed_subnormals_change_nothing_in_the_core(dtype):
     finally:
         torch.set_flush_denormal(False)
     assert not same_bits(reference, result)
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+
+BESIDE = """
+import threading
+import {first}
+import {second}
+import numpy as np
+from rau.testing import same_bits
+from states import sbh
+
+cases = [(sbh(3000, 1, 4, 64, seed=k), sbh(3000, 1, 4, 64, seed=9)) for k in range(3)]
+matrix = torch.arange(400.0 * 400).reshape(400, 400).remainder(7)
+merged, product = [rau.ring_attention_update(*prev, *cur, backend="numpy") for prev, cur in cases], (matrix @ matrix).tolist()
+rau.set_num_threads(2)
+torch.set_num_threads(2)
+wrong = []
+def work(k):
+    for _ in range(10):
+        prev, cur = cases[k]
+        wrong.extend(same_bits(rau.ring_attention_update(*prev, *cur, backend="cython"), merged[k]))
+        wrong.extend([] if (matrix @ matrix).tolist() == product else ["torch"])
+threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(wrong)
+"""
+
+
+@pytest.mark.parametrize("order", [("rau", "torch"), ("torch", "rau")], ids=" first, ".join)
+def test_two_openmp_runtimes_in_one_process(order):
+    """torch brings its own beside the core's; whoever comes first, three threads that call both neither hang nor change bits."""
+    pytest.importorskip("rau._core", reason="test_packaging.py fails where it should be there")
+    code = BESIDE.format(first=order[0], second=order[1])
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=os.environ | {"PYTHONPATH": path})
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

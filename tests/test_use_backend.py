@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+from patience import LIMIT
 
 import rau
 from rau import registry
@@ -79,23 +80,23 @@ def test_threads_and_tasks_have_their_own():
 
     def first():
         with shared:
-            inside.wait(10)
-            leave.wait(10)
+            inside.wait(LIMIT)
+            leave.wait(LIMIT)
             found.append(registry.requested())
         found.append(registry.requested())
 
     def second():
         with rau.use_backend("cython"):
             with shared:
-                inside.wait(10)
+                inside.wait(LIMIT)
             found.append(registry.requested())
             leave.set()
 
     threads = [threading.Thread(target=target) for target in (first, second)]
     for thread in threads:
         thread.start()
-    inside.wait(10)
+    inside.wait(LIMIT)
     assert registry.requested() == (None, "automatic")
     for thread in threads:
-        thread.join(10)
+        thread.join(LIMIT)
     assert found == [("cython", "use_backend"), ("numpy", "use_backend"), (None, "automatic")]

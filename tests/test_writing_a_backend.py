@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from command import status
+from patience import LIMIT
 
 import plugins
 
@@ -31,7 +32,7 @@ def installed(tmp_path_factory):
 
 
 def run(*arguments, **options):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=LIMIT, **options)
 
 
 def test_the_kit_passes_it_by_its_name(installed):

@@ -78,6 +78,9 @@ class Visible(io.TextIOBase):
     def flush(self) -> None:
         self._stream.flush()
 
+    def close(self) -> None:
+        """Leave the stream open, which is not this one's: Python calls this when nobody refers to it any more."""
+
     def isatty(self) -> bool:
         return bool(self._stream.isatty())
 

@@ -50,7 +50,9 @@ RAU_INLINE RAU_TARGET SHORTS RAU_NAME(to_f16)(FLOATS x) {
 #endif
 
 /* bfloat16, in the upper half of each word. A NaN stays one without a look at it: its lower half is 0, in which rounding carries
-   nothing upwards, since a NaN comes from a bfloat16 number, from a weight (weigh.h sees to it) or from an operation. */
+   nothing upwards, since a NaN comes from a bfloat16 number, from a weight (weigh.h sees to it) or from an operation.
+   By integers everywhere: x86's vcvtneps2bf16 takes subnormal numbers for 0, and ARM's bfcvtn, whose manual promises this rounding,
+   came with Armv8.6, which many processors there do not have; it would want a version of its own. */
 RAU_INLINE RAU_TARGET WORDS RAU_NAME(to_bf16)(FLOATS x) {
     const WORDS bits = RAU_NAME(words_of)(x);
     return bits + (0x7fffu + ((bits >> 16) & 1u));
