@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from patience import LIMIT
 
 from rau import registry
 from rau.__main__ import main
@@ -25,7 +26,7 @@ def test_these_are_the_published_bits(backend):
 def test_without_ml_dtypes_what_needs_it_is_not_taken_and_nothing_fails():
     """As in an environment with NumPy and nothing else."""
     code = "import sys; sys.modules['ml_dtypes'] = None; from rau.__main__ import main; sys.exit(main(['bits', '--backends', 'numpy', '--json']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads(done.stdout)["backends"]["numpy"]
     assert not row["differ"] and row["same"] and {"float8_e4m3fn", "float8_e5m2"} < {*row["not_taken"]}

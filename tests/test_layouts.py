@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import LIMIT
 from states import state
 
 import rau
@@ -316,5 +317,5 @@ print("as SBH has it")
 def test_a_new_layout_is_a_new_entry():
     """docs/architecture.md: nothing else is needed for calls of it, by any kind of backend."""
     backends = [name for name in ("cython", "numpy") if name in {status.name for status in rau.registry.status() if status.available}]
-    done = subprocess.run([sys.executable, "-c", NEW, rau.layouts.__file__, *backends], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", NEW, rau.layouts.__file__, *backends], capture_output=True, text=True, timeout=LIMIT)
     assert (done.returncode, done.stdout) == (0, "as SBH has it\n"), done.stderr
