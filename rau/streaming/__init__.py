@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rau.arrays import Kind, plain
+from rau.arrays.jax_ import is_tracer
 from rau.constraints import FIELDS, Options, bind, check_options, checked
 from rau.constraints.hints import described
 from rau.constraints.lengths import bind_lengths
@@ -347,6 +348,10 @@ def _broken(call: str, rule: str, message: str) -> ConstraintError:
 
 
 def _refuse_gradients(call: str, partial: Any) -> None:
+    if any([is_tracer(array) for array in partial]):
+        from rau import jax_op  # imports JAX, which is loaded by now
+
+        jax_op.refuse_running(call)
     if "torch" not in sys.modules:
         return
     from rau import torch_op  # imports torch, which is loaded by now
