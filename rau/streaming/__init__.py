@@ -265,7 +265,8 @@ class StreamingMerge:
             rows, its = padded_rows(self._lengths, self._real, half)
             places, partial, half = part(whole, "TND", rows), part(partial, "TND", its), None
             lengths = np.array([0, count(rows)])
-        problem, states, _ = checked(UPDATE, (places, partial), names, lengths, self._whole, places, half)
+        into = None if running.kind.name == "jax" and not on_host else places  # which cannot be written into
+        problem, states, _ = checked(UPDATE, (places, partial), names, lengths, self._whole, into, half)
         if not as_wanted:
             bind(UPDATE, (partial,), _of_partial, lengths, self._options, None)
         running.merge(problem, whole, places, AttentionState(*states[1]), on_host=on_host, rows=rows)

@@ -108,7 +108,7 @@ class RunningState:
             calls = self._adapted(chosen, problem, whole, places, cur, on_host)
         else:
             prev = places if problem.half is None else whole
-            calls = [(places, problem, prev, cur, prev)]
+            calls = [(places, problem, prev, cur, prev if problem.out else None)]
         # Broken until the last line: wherever a fault or Ctrl-C stops an update once it may have written, nobody can tell
         # which rows are merged. Marked afterwards, it would go unmarked where an interrupt comes first.
         self.broken, written = True, False

@@ -169,7 +169,7 @@ def digests(backend: Any, progress: Callable[[str, float], None] = lambda name, 
     others = {name: (case, merge) for name, case, merge in rings(backend)}
     for name in (*groups, *others):
         merges = groups.get(name) or [others[name][0]]
-        if not any(excluded_by(backend, case) for case in merges):
+        if not any(excluded_by(backend, _wherever(backend, case)) for case in merges):
             numbers = [fill(case, number) for number, case in enumerate(merges)]
             try:
                 if name in groups:
@@ -183,10 +183,15 @@ def digests(backend: Any, progress: Callable[[str, float], None] = lambda name, 
     return found
 
 
+def _wherever(backend: Any, case: Case) -> Case:
+    """A case for a backend that may not write into given arrays: a result has the same bits wherever it is."""
+    return case if backend.capabilities.out else replace(case, out="fresh")
+
+
 def _merged(backend: Any, case: Case, states: list[AttentionState]) -> AttentionState:
     """Make the call of a case on a backend's own arrays, the result on its own memory where the case says so."""
     own = [own_state(backend, state) for state in states]
-    out = None
+    out, case = None, _wherever(backend, case)
     if case.out == "prev":
         out = own[0]
     elif case.out == "given":
