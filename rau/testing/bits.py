@@ -174,6 +174,9 @@ def digests(backend: Any, progress: Callable[[str, float], None] = lambda name, 
             try:
                 if name in groups:
                     results = [_merged(backend, case, states) for case, states in zip(merges, numbers, strict=True)]
+                    for case, states, result in zip(merges, numbers, results, strict=True):
+                        if case.out == "prev":  # what was written there, if it was: memory may be of the backend's own
+                            states[0] = result
                 else:
                     results = [host_state(backend, others[name][1]([own_state(backend, state) for state in numbers[0]]))]
                 found[name] = digest([state for states in numbers for state in states], results)
