@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import logging
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
@@ -24,7 +23,7 @@ TARGET = "rau_merge"
 _MAJOR = 0  # of the interface
 _METADATA, _INTERNAL = 1, 13  # XLA_FFI_Extension_Metadata, XLA_FFI_Error_Code_INTERNAL
 _DTYPES = {10: "float16", 11: "float32", 12: "float64", 16: "bfloat16"}  # XLA_FFI_DataType
-_HEAD = [("struct_size", c_size_t), ("extension_start", c_void_p)]
+_HEAD: Any = [("struct_size", c_size_t), ("extension_start", c_void_p)]
 
 
 class _Version(Structure):
@@ -94,7 +93,6 @@ def register(merge: Merge) -> None:
             else:
                 merge(json.loads(_text(call.attributes.items[0].contents)), _arrays(call.inputs), _arrays(call.results))
         except BaseException as error:  # nothing may be raised into XLA
-            logging.getLogger("rau").exception("a merge under jit failed")
             told = _NewError(ctypes.sizeof(_NewError), None, f"{type(error).__name__}: {error}".encode(), _INTERNAL)
             made: int | None = call.api.contents.error(ctypes.byref(told))
             return made
@@ -137,6 +135,6 @@ def _arrays(buffers: Any) -> list[np.ndarray]:
         buffer = buffers.items[k].contents
         shape, dtype = tuple(buffer.dims[: buffer.rank]), named_dtype(_DTYPES[buffer.dtype])
         size = int(np.prod(shape)) * dtype.itemsize
-        memory = (ctypes.c_char * size).from_address(buffer.data or 0) if size else b""
+        memory: Any = (ctypes.c_char * size).from_address(buffer.data or 0) if size else b""
         arrays.append(np.frombuffer(memory, dtype).reshape(shape))
     return arrays
