@@ -158,7 +158,7 @@ def test_the_conformance_kit_under_jit(cases):
     assert len(report.succeeded) > 30
 
 
-TINY = {"outputs/tiny-*32": "XLA makes subnormal numbers 0", "outputs/tiny-bfloat16": "XLA makes subnormal numbers 0"}
+TINY = dict.fromkeys(("outputs/tiny-*32", "outputs/tiny-bfloat16"), "XLA makes subnormal numbers 0")
 
 
 @needs_jax

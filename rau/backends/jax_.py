@@ -95,19 +95,23 @@ class JaxNumpyBackend(_OfJax):
     )
 
     def __init__(self) -> None:
-        self._jax = _jax()
+        self._merge = _jax().jit(_merged, static_argnums=(0, 1, 2, 3, 4))  # one program for all calls of one kind
 
     def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
+        lengths = tuple(problem.actual_seq_qlen.tolist()) if problem.packed else None
         with with_float64():
-            rows = _Rows(problem.layout, problem.packed, problem.actual_seq_qlen, states[0])
-            maxima, sums = ([rows.of(state[field]) for state in states] for field in (1, 2))
-            weighed = weigh(maxima, sums, wide(), _exponential)
-            merged = merge_rows(weighed.weights, [rows.heads(state[0]) for state in states])
-            parts = merged.reshape(problem.shape), weighed.maximum, weighed.total
-            return rows.state(parts, states[0], problem.statistics)
+            merged: AttentionState = self._merge(problem.layout, problem.packed, lengths, problem.statistics, wide(), states)
+        return merged
 
-    def synchronize(self) -> None:
-        pass  # to read an array is to wait for it
+
+def _merged(
+    layout: str, packed: bool, lengths: tuple[int, ...] | None, statistics: bool, wide: Any, states: Sequence[AttentionState]
+) -> AttentionState:
+    rows = _Rows(layout, packed, np.array(lengths), states[0])
+    maxima, sums = ([rows.of(state[field]) for state in states] for field in (1, 2))
+    weighed = weigh(maxima, sums, wide, _exponential)
+    merged = merge_rows(weighed.weights, [rows.heads(state[0]) for state in states])
+    return rows.state((merged.reshape(states[0][0].shape), weighed.maximum, weighed.total), states[0], statistics)
 
 
 class _Rows:
