@@ -1,4 +1,4 @@
-"""The arithmetic of a merge, which every backend follows bit for bit: written here in what NumPy and torch spell alike.
+"""The arithmetic of a merge, which every backend follows bit for bit: written here in what NumPy, torch and JAX spell alike.
 
 Rows are computed in float64 and rounded once, elements in the dtype of the weights, left to right, nothing fused. The kernels in C
 (rau/csrc/weigh.h, merge.h) and Triton (rau/backends/cuda_kernel.py) do the same operations in the same order.
@@ -14,7 +14,8 @@ would cost hundreds of units in the last place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,27 +44,31 @@ DIFFERENCE_BOUND = 2.42
 
 
 def library(array: Any) -> Any:
-    """The library of an array: numpy or torch."""
+    """The library of an array: numpy, torch or jax.numpy."""
     if isinstance(array, np.ndarray):
         return np
-    import torch  # is there, since its tensor is
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return torch
+    import jax.numpy  # is there, since its array is
 
-    return torch
+    return jax.numpy
 
 
 def cast(array: Any, dtype: Any) -> Any:
     """Convert an array to a dtype of its library; the array itself where it has it."""
     if not isinstance(array, np.ndarray):
-        return array.to(dtype)
+        return array.to(dtype) if hasattr(array, "to") else array.astype(dtype)
     with np.errstate(all="ignore"):  # beyond float32 it is infinite, of which torch does not speak either
         return array.astype(dtype, copy=False)
 
 
-def _fill(array: Any, mask: Any, value: float) -> None:
+def _filled(array: Any, mask: Any, value: float) -> Any:
+    """Replace some elements of an array that nobody else has; in place where its library writes into arrays."""
     if isinstance(array, np.ndarray):
         np.copyto(array, value, where=mask)
-    else:
-        array.masked_fill_(mask, value)
+        return array
+    return array.masked_fill_(mask, value) if hasattr(array, "masked_fill_") else library(array).where(mask, value, array)
 
 
 def difference(a: Any, b: Any) -> tuple[Any, Any]:
@@ -120,19 +125,23 @@ class Weighed(NamedTuple):
     total: Any
 
 
-def weigh(maxima: Sequence[Any], sums: Sequence[Any]) -> Weighed:
+def weigh(
+    maxima: Sequence[Any], sums: Sequence[Any], wide: Any = None, exponential: Callable[..., Any] = exp_nonpositive
+) -> Weighed:
     """Merge the statistics of K states, row by row; arrays of float32 or float64, of one shape.
 
     With m the largest maximum of the live sides: a_i = l_i * exp(m_i - m), l = a_1 + a_2 + ..., w_i = a_i / l. A side is empty
     where its sum is 0 or its maximum -inf.
+
+    On a device that lacks them, rows are computed in another dtype than float64, by another exponential: not the same bits.
     """
     xp, stats_dtype = library(sums[0]), sums[0].dtype
-    m, l = ([cast(part, xp.float64) for part in parts] for parts in (maxima, sums))
+    m, l = ([cast(part, wide or xp.float64) for part in parts] for parts in (maxima, sums))
     live = [(li != 0) & (mi != -np.inf) for mi, li in zip(m, l, strict=True)]
     maximum = xp.full_like(m[0], -np.inf)
     for mi, alive in zip(m, live, strict=True):
         maximum = xp.where(alive, xp.maximum(maximum, mi), maximum)  # both libraries' keep NaN
-    e = [xp.where(alive, exp_nonpositive(*difference(mi, maximum)), 0.0) for mi, alive in zip(m, live, strict=True)]
+    e = [xp.where(alive, exponential(*difference(mi, maximum)), 0.0) for mi, alive in zip(m, live, strict=True)]
     a = [xp.where(alive, li * ei, 0.0) for li, ei, alive in zip(l, e, live, strict=True)]
     total, scaled = xp.zeros_like(maximum), xp.zeros_like(maximum)
     for ai in a:
@@ -160,14 +169,40 @@ def merge_rows(weights: Sequence[Any], rows: Sequence[Any]) -> Any:
     xp, result = library(weights[0]), None
     for weight, row in zip(weights, rows, strict=True):
         term = row * weight[..., None]
-        _fill(term, (weight == 0)[..., None], -0.0)
+        term = _filled(term, (weight == 0)[..., None], -0.0)
         if result is None:
             result = term
         else:
             result += term
     assert result is not None
-    _fill(result, xp.stack([weight == 0 for weight in weights]).all(0)[..., None], 0.0)
-    return result
+    return _filled(result, xp.stack([weight == 0 for weight in weights]).all(0)[..., None], 0.0)
+
+
+def merge_smoothly(maxima: Sequence[Any], sums: Sequence[Any], rows: Sequence[Any], weighed: Weighed) -> tuple[Any, Any, Any]:
+    """The merge as torch and JAX can differentiate it, any number of times: out of place, all of it in the dtype of `weighed`.
+
+    Statistics of shape (...,), rows (..., D); `weighed` is what :func:`weigh` says of them, in which nothing is differentiated:
+    which weights are 0. Returns the output, the maximum and the sum.
+
+    Notes
+    -----
+    What is not to be read (empty sides, outputs of weight 0) is replaced by harmless numbers before it is computed with:
+    selected away behind that, its infinities would come back as 0 * inf.
+    """
+    xp, wide = library(weighed.total), weighed.total.dtype
+    read = xp.stack(weighed.weights) != 0
+    shared = read & ~weighed.alone  # a side that is alone has weight 1, whatever its statistics
+    live = xp.stack(weighed.live)
+    scale = xp.where(xp.isinf(weighed.total), 2.0**-64, 1.0)  # as in `weigh`
+    m = xp.where(live, cast(xp.stack(maxima), wide), -np.inf)
+    l = xp.where(live, cast(xp.stack(sums), wide), 0.0)
+    maximum = xp.amax(m, 0)  # equal ones share its gradient
+    a = l * xp.exp(xp.where(live, m - maximum, -np.inf))
+    part = xp.where(shared, a * scale, 0.0)
+    whole = xp.where(shared.any(0), part.sum(0), 1.0)
+    weights = xp.where(shared, part / whole, cast(read, wide))[..., None]
+    values = xp.where(read[..., None], cast(xp.stack(rows), wide), 0.0)
+    return (weights * values).sum(0), maximum, a.sum(0)
 
 
 def scaled(attn_out: Any, scale: Any, largest: float, layout: str, heads: int) -> Any:

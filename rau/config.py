@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "RAU_BENCH_LARGE": "asv_bench: set to 1 to measure sizes above 64 MB and torch.compile too",
     "RAU_BUILD_REQUIRE_CORE": "build: set to 1 to make the install fail where compilation fails",
 }
-_PACKAGES = ("numpy", "ml_dtypes", "torch", "triton", "mindspore", "rich")
+_PACKAGES = ("numpy", "ml_dtypes", "torch", "triton", "jax", "jaxlib", "mindspore", "rich")
 
 
 def version_of(distribution: str) -> str | None:

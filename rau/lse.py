@@ -1,11 +1,12 @@
 """Log-sum-exp: the layouts in which kernels hand it out, and what it has to do with a state's statistics.
 
-Written once for NumPy arrays and torch tensors, which spell alike all that is used here.
+Written once for arrays of NumPy, torch and JAX, which spell alike nearly all that is used here.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def arranged(lse: Any, lse_layout: str) -> Any:
 def joined(lse: Any, lse_layout: str, lengths: Any, tokens: int) -> Any:
     """Gather a log-sum-exp that is padded to the longest sequence, "BNS" or "BSN", into one of shape (T, N)."""
     lse = arranged(lse, lse_layout)
-    if isinstance(lse, np.ndarray):
+    if library(lse) is not sys.modules.get("torch"):
         sequence, place = numbered(np.diff(lengths))
     else:
         _, sequence, place = places_in_sequences(lengths, tokens, lse.device)
@@ -59,9 +60,17 @@ def statistics(maximum: Any, total: Any, dtype: str, base: str, lanes: int) -> t
         lost = xp.where(finite, natural, 0.0) - cast(xp.where(finite, maximum, 0.0), xp.float64)
         lost = xp.where(abs(lost) <= 64, lost, 0.0)  # beyond 2**30 a step of float32 is too much for l
         # What the maximum lost by rounding has no gradient: with it the two parts of one number would cancel.
-        total = cast(cast(total, xp.float64) * exp_nonpositive(lost if xp is np else lost.detach()), own)
+        total = cast(cast(total, xp.float64) * exp_nonpositive(_constant(lost)), own)
     shape = (*maximum.shape, lanes)
     return xp.broadcast_to(maximum[..., None], shape), xp.broadcast_to(total[..., None], shape)
+
+
+def _constant(array: Any) -> Any:
+    """Take an array out of its graph, if it is in one."""
+    xp = library(array)
+    if xp is np:
+        return array
+    return array.detach() if hasattr(array, "detach") else sys.modules["jax"].lax.stop_gradient(array)
 
 
 def log_sum_exp(maximum: Any, total: Any, base: str) -> Any:
@@ -83,8 +92,8 @@ def reordered(stats: Any, lengths: Any, to: str) -> Any:
     rows: Any
     tokens, heads = stats.shape[:2]
     # Where the statistics of rows in token-major order stand among packed ones.
-    if xp is np:
-        stats = np.asarray(stats)  # a subclass might index in its own way
+    if xp is not sys.modules.get("torch"):
+        stats = np.asarray(stats) if xp is np else stats  # a subclass might index in its own way
         row = (heads, 1, 1)  # strides of a (T, N, 1) array
         rows = row_index(block_terms("TND", True, (1, tokens, heads, 1), lengths, (row,) * 3).table(), 0, SUM)
     else:
@@ -93,5 +102,8 @@ def reordered(stats: Any, lengths: Any, to: str) -> Any:
     if to == "TND":
         return flat[rows].reshape(stats.shape)
     result = xp.empty_like(flat)
-    result[rows] = flat
+    if hasattr(result, "at"):  # JAX's, which nobody writes into
+        result = result.at[rows].set(flat)
+    else:
+        result[rows] = flat
     return result.reshape(stats.shape)

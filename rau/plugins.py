@@ -73,9 +73,9 @@ _BUILT_IN = {
     "cython": ("rau.backends.cython_", "CythonBackend"),
     "numpy": ("rau.backends.numpy_", "NumPyBackend"),
 }
-OURS = ("cython", "numpy", "torch", "cuda", "ascend")
+OURS = ("cython", "numpy", "torch", "cuda", "ascend", "jax", "jax_numpy")
 
-_RESERVED = ("torch", "cuda", "ascend")  # by entry points of our own distribution alone
+_RESERVED = tuple(name for name in OURS if name not in _BUILT_IN)  # by entry points of our own distribution alone
 _DISTRIBUTION = "ring-attention-update"
 
 

@@ -70,6 +70,8 @@ class Problem:
     array_types : tuple of str
         The arrays' type and its bases, as "module:qualname".
     device : str
+    out : bool
+        Whether there are arrays to write the result into.
     in_place : bool
         Whether the result is written over an input.
     half : {"front", "back"} or None
@@ -105,6 +107,7 @@ class Problem:
     kind: str
     array_types: tuple[str, ...]
     device: str
+    out: bool
     in_place: bool
     half: str | None
     runs: tuple[np.ndarray, np.ndarray] | None
@@ -158,6 +161,7 @@ class Problem:
             "dtype": dtype, "cur_dtype": kind.dtype(states[1][0]) if len(states) > 1 else dtype,
             "stats_dtype": kind.dtype(softmax_max), "actual_seq_qlen": lengths, "kind": kind.name,
             "array_types": type_names(type(attn_out)), "device": kind.device(attn_out), "in_place": in_place, "half": half,
+            "out": out is not None,
             "statistics": statistics, "runs": runs, "taken_by": None, "_kind": kind,
         }  # fmt: skip
         if lengths is None:

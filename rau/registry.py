@@ -53,6 +53,7 @@ _AUTOMATIC = {
     ("torch", "cpu"): ("cython", "torch"),
     ("torch", "cuda"): ("cuda", "torch"),
     ("torch", "npu"): ("ascend", "torch"),
+    ("jax", "cpu"): ("jax", "jax_numpy"),
     ("mindspore", "cpu"): ("cython", "numpy"),
     ("mindspore", "ascend"): ("ascend",),
 }
@@ -212,6 +213,8 @@ def automatic(problem: Problem) -> tuple[str, ...]:
         return ours
     if problem.kind == "torch":
         return ("torch",)
+    if problem.kind == "jax":
+        return ("jax_numpy",)
     # An array type of a plugin's own: the plugins that name it.
     takers = []
     for name in names():

@@ -149,15 +149,17 @@ def merge_rows(
         into = new()
     else:
         kind.will_write(as_state(into))
-    _put(kind, into, slice(None) if rows is None else rows, merged)
+    written = _put(kind, into, slice(None) if rows is None else rows, merged)
     _put(kind, into, rest, kept)
-    return as_state(into if out is None else out)
+    return as_state(written if out is None else out)
 
 
-def _put(kind: Kind, into: Sequence[Any], rows: Rows, values: Sequence[Any]) -> None:
-    """Write rows of a state, of as many fields as both have."""
-    for target, its in zip(into, values):
+def _put(kind: Kind, into: Sequence[Any], rows: Rows, values: Sequence[Any]) -> list[Any]:
+    """Write rows of a state, of as many fields as both have; return its arrays, which JAX makes anew."""
+    return [
         kind.put(target, rows, its if its.shape[-1] == target.shape[-1] else kind.lanes(its, target.shape[-1]))
+        for target, its in zip(into, values)
+    ]
 
 
 def merge_pair_rows(
@@ -189,9 +191,8 @@ def merge_pair_rows(
         kind.assign(out[1], kind.cast(given, kind.dtype(lse)))
     if rows is None:
         kind.assign(out[1], lse)
-    else:
-        kind.put(out[1], rows, lse, axes.index("T"))
-    return out[0], out[1]
+        return out[0], out[1]
+    return out[0], kind.put(out[1], rows, lse, axes.index("T"))
 
 
 def merge_counts(
@@ -224,9 +225,9 @@ def merge_counts(
     for number in np.unique(counts[counts > 0]).tolist():
         rows = np.flatnonzero(counts == number)
         chosen = [[kind.take(array, starts[rows] + k) for array in state] for k in range(number)]
-        for target, values in zip(merged, compute(chosen, np.array([0, len(rows)]), options, None)):
+        for field, values in enumerate(compute(chosen, np.array([0, len(rows)]), options, None)):
             if values is not None:
-                kind.put(target, rows, values)
+                merged[field] = kind.put(merged[field], rows, values)
     return AttentionState(*merged)
 
 
@@ -270,9 +271,9 @@ def _settled(call: str, state: Sequence[Any]) -> Kind:
     """Return the kind of arrays that were checked; UnsupportedError where rows of it cannot be chosen."""
     kind = kind_of(state[0])
     assert kind is not None
-    if kind.name not in ("numpy", "torch"):
+    if kind.name not in ("numpy", "torch", "jax"):
         raise UnsupportedError(
             f"{call}: tokens, cu_seqlens_padded, indptr or dtype are given with {kind.name} arrays, whose rows nobody takes out "
-            "and puts back here; expected NumPy arrays or torch tensors."
+            "and puts back here; expected NumPy arrays, torch tensors or JAX arrays."
         )
     return kind

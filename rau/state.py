@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rau.arithmetic import library
-from rau.arrays import looks_like_array, summary
+from rau.arrays import looks_like_array, summary, type_names
+from rau.arrays.jax_ import NAME as JAX
+from rau.arrays.jax_ import with_float64
 from rau.arrays.numpy_ import ITEMSIZE
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.lse_arguments import (
@@ -33,9 +35,11 @@ from rau.layouts import LAYOUTS, PADDED
 from rau.lse import arranged, joined, log_sum_exp, reordered, statistics
 
 
-def _silent(array: Any) -> AbstractContextManager[Any]:
-    """What the contract allows is no news, whatever the caller asks of NumPy; torch says nothing in the first place."""
-    return np.errstate(all="ignore") if isinstance(array, np.ndarray) else nullcontext()
+def _computing(array: Any) -> AbstractContextManager[Any]:
+    """Compute in float64 and without a word: NumPy would speak of what the contract allows, JAX would have float32."""
+    if isinstance(array, np.ndarray):
+        return np.errstate(all="ignore")
+    return with_float64() if type_names(type(array))[0] == JAX else nullcontext()
 
 
 class AttentionState(NamedTuple):
@@ -255,7 +259,7 @@ class AttentionState(NamedTuple):
             dtype = its.dtype
             rows.append(array)
         report.raise_if_broken()
-        with _silent(softmax_max):
+        with _computing(softmax_max):
             maximum, total = (arranged(array, axes) for array in rows)
             return cls(attn_out, *statistics(maximum, total, "float64" if wide else "float32", base, lanes))
 
@@ -336,7 +340,7 @@ class AttentionState(NamedTuple):
         maximum, total = self.softmax_max[..., 0], self.softmax_sum[..., 0]
         if lengths is not None:
             maximum, total = reordered(maximum, lengths, "TND"), reordered(total, lengths, "TND")
-        with _silent(maximum):
+        with _computing(maximum):
             result = log_sum_exp(maximum, total, base)
         return arranged(result, axes)
 
@@ -378,7 +382,7 @@ def states_of(
     report.raise_if_broken()
     states = []
     for (attn_out, lse), dtype in zip(pairs, dtypes, strict=True):
-        with _silent(lse):
+        with _computing(lse):
             lse = joined(lse, axes, lengths, attn_out.shape[0]) if padded else arranged(lse, axes)
             if inf_is_empty:
                 lse = library(lse).where(lse == math.inf, -math.inf, lse)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rau import registry
-from rau.arithmetic import merge_rows, weigh
+from rau.arithmetic import merge_rows, merge_smoothly, weigh
 from rau.arrays.torch_ import tensor_inside
 from rau.backends.torch_ import Geometry
 from rau.call import NAMES, run
@@ -274,30 +274,11 @@ def _gradients_in_a_graph(
 
 
 def _merged(states: Sequence[Sequence[Tensor]], geometry: Geometry, keeps_lse: bool) -> Triple:
-    """The merge as torch can differentiate it, any number of times: out of place, all of it in float64.
-
-    Notes
-    -----
-    What is not to be read (empty sides, outputs of weight 0) is replaced by harmless numbers before it is computed with:
-    selected away behind that, its infinities would come back as 0 * inf. Which weights are 0, `weigh` says.
-    """
+    """The merge as torch can differentiate it, any number of times, in float64."""
     maxima, sums = ([geometry.rows(state[field]) for state in states] for field in (1, 2))
     with torch.no_grad():
         weighed = weigh(maxima, sums)
-        read = torch.stack(weighed.weights) != 0
-        shared = read & ~weighed.alone  # a side that is alone has weight 1, whatever its statistics
-        live = torch.stack(weighed.live)
-        scale = torch.where(weighed.total.isinf(), 2.0**-64, 1.0)  # as in `weigh`
-    m = torch.where(live, torch.stack(maxima).double(), -torch.inf)
-    l = torch.where(live, torch.stack(sums).double(), 0.0)
-    maximum = m.amax(0)  # equal ones share its gradient
-    a = l * torch.where(live, m - maximum, -torch.inf).exp()
-    part = torch.where(shared, a * scale, 0.0)
-    whole = torch.where(shared.any(0), part.sum(0), 1.0)
-    weights = torch.where(shared, part / whole, read.double()).unsqueeze(-1)
-    rows = torch.stack([geometry.heads(state[0]).double() for state in states])
-    attn_out = (weights * torch.where(read.unsqueeze(-1), rows, 0.0)).sum(0)
-    total = a.sum(0)
+    attn_out, maximum, total = merge_smoothly(maxima, sums, [geometry.heads(state[0]) for state in states], weighed)
     if keeps_lse:
         maximum, total = maximum + torch.where(total == 0, 1.0, total).log(), torch.ones_like(total)
     maximum, total = (geometry.statistics(row).expand_as(states[0][1]) for row in (maximum, total))

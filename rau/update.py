@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 
 from rau import registry
 from rau.arrays import kind_of
+from rau.arrays.jax_ import is_tracer
 from rau.call import NAMES, run
 from rau.constraints import Options, bind, checked
 from rau.constraints.lse_arguments import (
@@ -420,16 +421,25 @@ def _refuse_graph(states: Sequence[Sequence[Any]]) -> None:
 
 
 _torch_op: Any = None  # the module rau.torch_op, once torch is in use: to import it takes as long as a thirtieth of a small call
+_jax_op: Any = None  # and rau.jax_op
 
 
 def _operators(states: Sequence[Sequence[Any]]) -> Any:
-    """Return the module of torch's operators where torch traces a call or wants a gradient of it, else None."""
-    global _torch_op
+    """Return the module of torch's operators where torch traces a call or wants a gradient of it, JAX's where that traces it."""
+    global _torch_op, _jax_op
     if _torch_op is None and "torch" in sys.modules:
         from rau import torch_op  # imports torch, which is loaded by now
 
         _torch_op = torch_op
-    return _torch_op if _torch_op is not None and _torch_op.graph_of(states) else None
+    if _torch_op is not None and _torch_op.graph_of(states):
+        return _torch_op
+    if "jax" not in sys.modules or not any([is_tracer(array) for state in states for array in state]):
+        return None
+    if _jax_op is None:
+        from rau import jax_op  # imports JAX, which is loaded by now
+
+        _jax_op = jax_op
+    return _jax_op
 
 
 def dispatch(
@@ -441,13 +451,14 @@ def dispatch(
     backend: Any,
     asked: Asked | None = None,
 ) -> AttentionState:
-    """Make a call here, or by its torch operator where torch traces it or wants a gradient; of some rows where that is asked."""
+    """Make a call here, or by its operator where torch or JAX traces it or wants a gradient; of some rows where that is asked."""
     operators = _operators(states)
     if asked is not None:
         if operators is not None and out is not None:
             operators.refuse_out(call, states)
         compute = _computing(call, backend)
-        return merge_rows(call, states, actual_seq_qlen, options, out, backend, asked, compute, operators is not None)
+        in_graph = operators is not None and operators is _torch_op  # for JAX it is nothing special
+        return merge_rows(call, states, actual_seq_qlen, options, out, backend, asked, compute, in_graph)
     if operators is not None:
         return AttentionState(*operators.through_operator(call, states, actual_seq_qlen, options, out, backend))
     return run(call, states, actual_seq_qlen, options, out, backend)

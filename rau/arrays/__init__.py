@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rau.arrays import jax_
 from rau.arrays.foreign import ForeignKind
 from rau.arrays.memory import Memory
 from rau.arrays.mindspore_ import MindSporeKind
@@ -71,8 +72,8 @@ class Kind(Protocol):
     def take(self, array: Any, rows: slice | np.ndarray, axis: int = 0) -> Any:
         """Return some rows along an axis: a view for a slice, else a copy."""
 
-    def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> None:
-        """Write values to some rows along an axis; part of a graph where torch makes one."""
+    def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> Any:
+        """Write values to some rows along an axis, as part of a graph where there is one; return the array, JAX another one."""
 
     def lanes(self, stats: Any, lanes: int) -> Any:
         """See statistics with a number of lanes, each of them lane 0."""
@@ -101,7 +102,9 @@ class Kind(Protocol):
 
 # Classes of the libraries themselves. Others come and go: what is kept of them would never be given back.
 _KINDS: dict[type, Kind] = {np.ndarray: NumPyKind()}
-_LIBRARIES: dict[str, Callable[[], Kind]] = {"torch:Tensor": TorchKind, "mindspore.common.tensor:Tensor": MindSporeKind}
+_LIBRARIES: dict[str, Callable[[], Kind]] = {
+    "torch:Tensor": TorchKind, "mindspore.common.tensor:Tensor": MindSporeKind, **dict.fromkeys(jax_.CLASSES, jax_.JaxKind),
+}  # fmt: skip
 
 
 def type_names(cls: type) -> tuple[str, ...]:
@@ -112,7 +115,10 @@ def type_names(cls: type) -> tuple[str, ...]:
     >>> type_names(bool)
     ('builtins:bool', 'builtins:int', 'builtins:object')
     """
-    return _NUMPY if cls is np.ndarray else tuple(f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__)
+    if cls is np.ndarray:
+        return _NUMPY
+    names = tuple(f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__)
+    return (jax_.NAME, *names) if any([name in jax_.CLASSES for name in names]) else names
 
 
 _NUMPY = ("numpy:ndarray", "builtins:object")

@@ -64,7 +64,7 @@ class MindSporeKind(TorchKind):
     def take(self, array: Any, rows: slice | np.ndarray, axis: int = 0) -> Any:
         raise NotImplementedError("its rows are not chosen")
 
-    def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> None:
+    def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> Any:
         raise NotImplementedError("its rows are not chosen")
 
     def lanes(self, stats: Any, lanes: int) -> Any:

@@ -101,8 +101,9 @@ class NumPyKind:
     def take(self, array: np.ndarray, rows: slice | np.ndarray, axis: int = 0) -> np.ndarray:
         return array[(slice(None),) * axis + (rows,)]
 
-    def put(self, array: np.ndarray, rows: slice | np.ndarray, values: np.ndarray, axis: int = 0) -> None:
+    def put(self, array: np.ndarray, rows: slice | np.ndarray, values: np.ndarray, axis: int = 0) -> np.ndarray:
         array[(slice(None),) * axis + (rows,)] = values
+        return array
 
     def lanes(self, stats: np.ndarray, lanes: int) -> np.ndarray:
         return np.broadcast_to(stats[..., :1], (*stats.shape[:-1], lanes))

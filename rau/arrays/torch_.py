@@ -171,7 +171,8 @@ class TorchKind:
             return array[(slice(None),) * axis + (rows,)]
         return array.index_select(axis, sys.modules["torch"].from_numpy(rows).to(array.device))
 
-    def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> None:
+    def put(self, array: Any, rows: slice | np.ndarray, values: Any, axis: int = 0) -> Any:
+        whole = array
         torch = sys.modules["torch"]
         with torch.inference_mode() if array.is_inference() else nullcontext():  # which else would turn gradients on
             if array.itemsize == 1:  # of which no gradient is wanted, and torch copies no rows
@@ -180,6 +181,7 @@ class TorchKind:
                 array[(slice(None),) * axis + (rows,)] = values
             else:
                 array.index_copy_(axis, torch.from_numpy(rows).to(array.device), values)
+        return whole
 
     def assign(self, array: Any, values: Any) -> None:
         torch = sys.modules["torch"]

@@ -77,6 +77,9 @@ class Capabilities:
         Whether it merges 16-bit states into a float32 one.
     layouts, softmax_layouts : tuple of str
     lanes : tuple of int
+    out : bool
+        Whether it writes into arrays that are given to it. Where not, as for a library whose arrays nobody can write into,
+        `in_place`, `halves` and `runs` are False, which speak of places in such arrays.
     in_place : bool
         Whether the result may be written over an input.
     halves : bool
@@ -124,6 +127,7 @@ class Capabilities:
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     softmax_layouts: tuple[str, ...] = ("TND", "SBH")
     lanes: tuple[int, ...] = (8, 1)
+    out: bool = True
     in_place: bool = True
     halves: bool = False
     runs: bool = False
@@ -176,6 +180,9 @@ class Capabilities:
         if self.contiguous:  # of a place within larger arrays there is no contiguous copy that is also the place
             object.__setattr__(self, "halves", False)
             object.__setattr__(self, "runs", False)
+        if not self.out:
+            for name in ("in_place", "halves", "runs"):
+                object.__setattr__(self, name, False)
 
     def unknown_names(self) -> list[str]:
         """List what is declared and does not exist in this version, which may be an older one than it was written for.
@@ -229,7 +236,9 @@ class Capabilities:
         if problem.lanes not in self.lanes:
             more = ": AttentionState.from_lse(..., lanes=8) makes 8" if problem.lanes == 1 else ""
             reasons.append(f"the number of lanes is {problem.lanes}, not {' or '.join(map(str, self.lanes))}{more}")
-        if problem.in_place and not self.in_place:
+        if problem.out and not self.out:
+            reasons.append("it does not write into arrays that are given: leave out=None")
+        elif problem.in_place and not self.in_place:
             reasons.append("it does not write over its inputs")
         if problem.half is not None and not self.halves:
             reasons.append("it does not take halves of sequences")

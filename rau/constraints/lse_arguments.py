@@ -67,7 +67,7 @@ def check_layouts(
 
 
 class Described(NamedTuple):
-    """What the checks ask of an array, of kind "numpy" or "torch"."""
+    """What the checks ask of an array, of kind "numpy", "torch" or "jax"."""
 
     kind: str
     dtype: str
@@ -75,7 +75,7 @@ class Described(NamedTuple):
 
 
 def check_array(report: Violations, name: str, array: Any, rule: str, dtypes: tuple[str, ...] = ()) -> Described | None:
-    """Check that something is a NumPy array or a torch tensor of one of some dtypes (any by default); None if not."""
+    """Check that something is an array of NumPy, torch or JAX, of one of some dtypes (any by default); None if not."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor) and not tensor_inside(type(array)):
         # Not through its kind: a compiler that traces this would guard the kinds' tables, which grow meanwhile.
@@ -88,12 +88,14 @@ def check_array(report: Violations, name: str, array: Any, rule: str, dtypes: tu
         if kind is None:
             report.add("array", not_an_array(name, array))
             return None
-        if kind.name != "numpy":
+        if kind.name not in ("numpy", "jax"):
             how = f"{name}.asnumpy()" if kind.name == "mindspore" else f"numpy.asarray({name})"
-            report.add("array", f"{name} is a {kind.name} array; expected a NumPy array or a torch tensor. "
-                       f"Convert it: {how}.")  # fmt: skip
+            report.add("array", f"{name} is a {kind.name} array; expected an array of NumPy, torch or JAX. Convert it: {how}.")
             return None
-        its = Described("numpy", kind.dtype(array), kind.device(array))
+        if fault := kind.fault(array):
+            report.add("array", f"{name} {fault}")
+            return None
+        its = Described(kind.name, kind.dtype(array), kind.device(array))
     if dtypes and its.dtype not in dtypes:
         expected = f"one of {', '.join(dtypes)}" if len(dtypes) > 1 else dtypes[0]
         hint = another_dtype(name, its.kind, its.dtype, dtypes[0]) if rule == "dtype-stats" else swapped(its.dtype)
@@ -201,6 +203,9 @@ def check_pair_out(
     like = check_array(report, "", first[1], "dtype-stats")
     assert like is not None  # it was made by us
     attn_out, lse = out
+    if like.kind == "jax":
+        report.add("out-writable", "out is given, and JAX arrays cannot be written into; expected None. Take what is returned.")
+        raise report.error()
     its, kind = check_array(report, "out[1]", lse, "out-dtype", (like.dtype,)), kind_of(lse)
     if its is not None and kind is not None:
         check_alike(report, "out[1]", its, names[0][1], like)

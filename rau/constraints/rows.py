@@ -43,7 +43,7 @@ def bind_tokens(report: Violations, tokens: Any, length: int) -> Rows | None:
     else:
         tokens = plain(tokens)
         kind = kind_of(tokens)
-        if kind is None or kind.name not in ("numpy", "torch") or kind.fault(tokens):
+        if kind is None or kind.name not in ("numpy", "torch", "jax") or kind.fault(tokens):
             report.add("tokens", f"tokens is {described(tokens)}; {expected}.")
             return None
         values = np.array(kind.to_numpy(tokens))  # a copy, on the host: what is checked is what is used

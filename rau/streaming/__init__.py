@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rau.arrays import Kind, plain
+from rau.arrays.jax_ import is_tracer
 from rau.constraints import FIELDS, Options, bind, check_options, checked
 from rau.constraints.hints import described
 from rau.constraints.lengths import bind_lengths
@@ -267,7 +268,8 @@ class StreamingMerge:
             rows, its = padded_rows(self._lengths, self._real, half)
             places, partial, half = part(whole, "TND", rows), part(partial, "TND", its), None
             lengths = np.array([0, count(rows)])
-        problem, states, _ = checked(UPDATE, (places, partial), names, lengths, self._whole, places, half)
+        into = None if running.kind.name == "jax" and not on_host else places  # which cannot be written into
+        problem, states, _ = checked(UPDATE, (places, partial), names, lengths, self._whole, into, half)
         if not as_wanted:
             bind(UPDATE, (partial,), _of_partial, lengths, self._options, None)
         running.merge(problem, whole, places, AttentionState(*states[1]), on_host=on_host, rows=rows)
@@ -350,6 +352,10 @@ def _broken(call: str, rule: str, message: str) -> ConstraintError:
 
 
 def _refuse_gradients(call: str, partial: Any) -> None:
+    if any([is_tracer(array) for array in partial]):
+        from rau import jax_op  # imports JAX, which is loaded by now
+
+        jax_op.refuse_running(call)
     if "torch" not in sys.modules:
         return
     from rau import torch_op  # imports torch, which is loaded by now

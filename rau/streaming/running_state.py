@@ -11,6 +11,7 @@ from rau import registry
 from rau.arithmetic import scaled
 from rau.arrays import kind_of
 from rau.arrays.foreign import ForeignKind
+from rau.arrays.jax_ import JaxKind
 from rau.arrays.numpy_ import EIGHT_BITS, NumPyKind
 from rau.call import full, hand_over
 from rau.constraints import FIELDS
@@ -36,7 +37,7 @@ class RunningState:
     """Three arrays that begin as the empty state, of the full shape, in the place and of the kind of a state like it.
 
     `state` is float32, or float64; `asked` is the Problem of which each update asks the registry who takes it. With
-    `own_kind` the arrays are a plugin's: nobody but its backend can make them, or knows what is in them, and after an update
+    `own_kind` the arrays are a plugin's or JAX's: nobody but a backend can make them, or write into them, and after an update
     they may be other ones.
     """
 
@@ -44,7 +45,7 @@ class RunningState:
         kind = kind_of(like[0])
         assert kind is not None  # the validator has seen to that
         self.kind, self._backend, self.broken = kind, backend, False
-        self.own_kind = isinstance(kind, ForeignKind)
+        self.own_kind = isinstance(kind, (ForeignKind, JaxKind))
         dtype = problem.stats_dtype
         fills = (problem.shape, 0.0), (problem.stats_shape, -np.inf), (problem.stats_shape, 0.0)
         chosen = registry.select(problem, backend)[0] if self.own_kind else None  # which alone can make them
@@ -107,7 +108,7 @@ class RunningState:
             calls = self._adapted(chosen, problem, whole, places, cur, on_host)
         else:
             prev = places if problem.half is None else whole
-            calls = [(places, problem, prev, cur, prev)]
+            calls = [(places, problem, prev, cur, prev if problem.out else None)]
         # Broken until the last line: wherever a fault or Ctrl-C stops an update once it may have written, nobody can tell
         # which rows are merged. Marked afterwards, it would go unmarked where an interrupt comes first.
         self.broken, written = True, False

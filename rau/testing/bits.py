@@ -192,7 +192,7 @@ def _digest(backend: Any, name: str) -> str:
     """Run a group: its digest or the exception, nothing if the backend does not take it."""
     others = {name: (case, merge) for name, case, merge in rings(backend)}
     merges = cases().get(name) or [others[name][0]]
-    if any(excluded_by(backend, case) for case in merges):
+    if any(excluded_by(backend, _wherever(backend, case)) for case in merges):
         return ""
     numbers = [fill(case, number) for number, case in enumerate(merges)]
     try:
@@ -200,15 +200,23 @@ def _digest(backend: Any, name: str) -> str:
             results = [host_state(backend, others[name][1]([own_state(backend, state) for state in numbers[0]]))]
         else:
             results = [_merged(backend, case, states) for case, states in zip(merges, numbers, strict=True)]
+            for case, states, result in zip(merges, numbers, results, strict=True):
+                if case.out == "prev":  # what was written there, if it was: memory may be of the backend's own
+                    states[0] = result
         return digest([state for states in numbers for state in states], results)
     except Exception as error:
         return described(error)
 
 
+def _wherever(backend: Any, case: Case) -> Case:
+    """A case for a backend that may not write into given arrays: a result has the same bits wherever it is."""
+    return case if backend.capabilities.out else replace(case, out="fresh")
+
+
 def _merged(backend: Any, case: Case, states: list[AttentionState]) -> AttentionState:
     """Make the call of a case on a backend's own arrays, the result on its own memory where the case says so."""
     own = [own_state(backend, state) for state in states]
-    out = None
+    out, case = None, _wherever(backend, case)
     if case.out == "prev":
         out = own[0]
     elif case.out == "given":

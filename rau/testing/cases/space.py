@@ -89,7 +89,7 @@ def choose_case(choose: Chooser, id: str, takes: Capabilities = EVERYTHING) -> C
         head_dim = 0  # N = 0 needs H = 0
     aliased = choose.chance(0.05) and cur_dtype == dtype
     goes = {"fresh": 0.3, "given": 0.35, "prev": 0.25, "cur": 0.1}
-    out = choose.one(goes if takes.in_place else _of(goes, ("fresh", "given")))
+    out = choose.one(goes if takes.in_place else _of(goes, ("fresh", "given") if takes.out else ("fresh",)))
     if out == "cur" and (states == 1 or cur_dtype != dtype):
         out = "prev"
     if aliased and out != "given":

@@ -175,7 +175,7 @@ def _output_alone(backend: Any, case: Case) -> list[str]:
     )  # fmt: skip
     whole = host_state(backend, merge(states))
     alone = {"a new array": merge(states, statistics=False)}
-    places = {"out=": np.full_like(whole.attn_out, np.nan)}
+    places = {"out=": np.full_like(whole.attn_out, np.nan)} if backend.capabilities.out else {}
     if backend.capabilities.in_place:
         places["in place"] = numbers[0].attn_out.copy()
     for how, place in places.items():
@@ -210,7 +210,7 @@ def some_tokens(backend: Any, dtype: str) -> list[str]:
     for how, (options, others) in asked.items():
         chosen = np.arange(9) >= 3 if how == "a slice" else mask
         unread = AttentionState(*(np.where(chosen[:, None, None], part, np.asarray(np.nan, part.dtype)) for part in other))
-        for place in ("a new state", "in place"):
+        for place in ("a new state", "in place") if backend.capabilities.out else ("a new state",):
             own = AttentionState(*(part.copy() for part in first))
             states = [own_state(backend, own), own_state(backend, unread)]
             given = states[0] if place == "in place" else None
@@ -274,6 +274,7 @@ def eight_bits(backend: Any, dtype: str) -> list[str]:
     return problems
 
 
+_KNOWN = {"numpy:ndarray", "torch:Tensor", "jax:Array"}  # arrays of which more is known than their shapes
 # Each law, and the dtypes that it can be held to: 16 bits are rounded at every merge.
 LAWS: dict[str, tuple[Law, tuple[str, ...]]] = {
     "neutral-element": (neutral_element, tuple(ITEMSIZE)),
@@ -300,12 +301,8 @@ def laws(backend: Any) -> Iterator[Check]:
             reasons = excluded_by(backend, case)
             if not reasons and name in ("commutativity", "permutations", "some-tokens", "states-by-row") and keeps_lse(backend):
                 reasons = ["statistics lse: the same bits are not promised"]
-            elif (
-                not reasons
-                and (of_tokens or name in ("sinks", "eight-bits"))
-                and not {*takes.array_types} & {"numpy:ndarray", "torch:Tensor"}
-            ):
-                reasons = ["array types of its own: rows of NumPy arrays and torch tensors are chosen"]
+            elif not reasons and (of_tokens or name in ("sinks", "eight-bits")) and not _KNOWN & {*takes.array_types}:
+                reasons = ["array types of its own: rows of NumPy arrays, torch tensors and JAX arrays are chosen"]
             elif not reasons and (of_tokens or name in ("output-alone", "sinks", "eight-bits")) and not takes.deterministic:
                 reasons = ["deterministic False: the same bits are not promised"]
             elif not reasons and name == "commutativity" and takes.tolerance != 1:
