@@ -195,3 +195,8 @@ def test_the_citation_is_of_this_version():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     version, name = (re.search(rf'^{key} = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1] for key in ("version", "license"))
     assert f"\nversion: {version}\n" in citation and f"\nlicense: {name}\n" in citation
+
+
+def test_the_tests_need_nothing_of_the_site():
+    (needs,), (site,) = (re.findall(rf"^{extra} = (\[.*\])$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M) for extra in ("test", "docs"))
+    assert not set(re.findall(r'"([\w-]+)', needs)) & set(re.findall(r'"([\w-]+)', site)) and "sphinx" in site

@@ -176,7 +176,7 @@ class Steps:
         if by_batch:
             return by_entry
         tokens_first = rows if order[-1] == 2 else by_entry  # heads side by side: tokens in the order of the output
-        return tokens_first.reshape(1, -1, sizes[2])
+        return tokens_first.reshape(1, sizes[0] * sizes[1], sizes[2])
 
     def last_tokens(self) -> Array:
         """Return a mask of the rows of each sequence's, or batch entry's, last token."""
