@@ -67,8 +67,18 @@ def through_operator(
             return jax.vjp(smoothly, *flat)[1](gradients)
 
     merge.defvjp(forward, backward)
-    made = merge(*[part for state in states for part in state])
+    made = merge(*_alike([part for state in states for part in state]))
     return (*made, *[None] * (3 - len(made)))
+
+
+def _alike(flat: Sequence[Any]) -> list[Any]:
+    """Inside of shard_map, let all arrays count as different on each device where any is: XLA's foreign functions do not do so."""
+    varying = [frozenset(getattr(getattr(jax.typeof(part), "manual_axis_type", None), "varying", ())) for part in flat]
+    axes: frozenset[str] = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(part, tuple(sorted(axes - its)), to="varying") if its != axes else part
+        for part, its in zip(flat, varying, strict=True)
+    ]
 
 
 def _states(flat: Sequence[Any]) -> list[AttentionState]:

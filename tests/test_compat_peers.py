@@ -63,7 +63,8 @@ class Way:
 
 
 # Backends are given arrays of their own, and those that take NumPy's are given tensors as well.
-WAYS = [(name, "own") for name in BACKENDS]
+# Not those that write into no array, as some of the peers' calls do.
+WAYS = [(name, "own") for name in BACKENDS if rau.registry.capabilities(name).out]
 WAYS += [(name, "torch") for name in BACKENDS if torch is not None and name in ("cython", "numpy")]
 
 

@@ -1,6 +1,7 @@
 """docs/interop.md: every code block is run, by the library that it is about or by a stand-in with its documented shapes."""
 
 import importlib.machinery
+import importlib.util
 import itertools
 import math
 import os
@@ -50,11 +51,23 @@ ROWS_LSE, ROWS_SUM = recipe("Rows without keys 0"), recipe("Rows without keys 1"
 SINKS = recipe("Attention sinks 0")
 TOKENS, SLOTS, RAGGED, EIGHT = (recipe(f"Some tokens, padded sequences, another dtype {k}") for k in range(4))
 OWN, PAIRS = recipe("A maximum and a sum of one's own 0"), recipe("A pair in, a pair out 0")
+JAX = recipe("JAX 0")
 ALONE, GRADIENTS = recipe("One lane or eight 0"), recipe("Gradients 0")
 
 
 def test_every_block_is_run():
     assert sorted(BLOCKS) == sorted(RUN)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="JAX is not installed")
+def test_jax():
+    import jax.numpy as jnp
+
+    q, k, v = map(jnp.asarray, inputs(B, N))
+    names = run(JAX, q=q, parts=[(k[:, :, :7], v[:, :, :7]), (k[:, :, 7:], v[:, :, 7:])])
+    close(np.asarray(names["merged"](q, names["parts"])), exact(q, k, v)[0], atol=1e-5)
+    whole = names["jax"].grad(lambda q: names["attend"](q, k, v)[0].sum())(q)
+    close(np.asarray(names["gradient"]), np.asarray(whole), atol=1e-5)
 
 
 def run(name, **names):

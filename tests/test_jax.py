@@ -151,6 +151,17 @@ if jax is not None:
 
 @needs_jax
 @needs_core
+def test_the_conformance_kit():
+    report = check_backend("jax")
+    assert report.passed, str(report)
+    assert len(report.succeeded) > 600
+    assert {excluded.message for excluded in report.excluded} == {
+        "it does not write into arrays that are given: leave out=None", "it takes no torch tensors",
+    }  # fmt: skip
+
+
+@needs_jax
+@needs_core
 @pytest.mark.parametrize("cases", ["tnd/*", "outputs/*"])
 def test_the_conformance_kit_under_jit(cases):
     report = check_backend(Jitted, select=cases)

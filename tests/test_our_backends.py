@@ -21,6 +21,7 @@ def test_the_conformance_kit(any_backend):
 
 
 def test_the_same_bits_from_all_of_them():
-    names = [status.name for status in rau.registry.status() if status.available]
+    available = [status.name for status in rau.registry.status() if status.available]
+    names = [name for name in available if rau.registry.capabilities(name).tolerance == 1]  # the others promise no bits
     report = run_differential(names, generated(5, 300))
     assert report.passed, str(report)

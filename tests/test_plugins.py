@@ -122,7 +122,7 @@ def test_kinds_and_devices_do_not_mix(loopback):
     with pytest.raises(rau.ConstraintError) as caught:
         rau.ring_attention_update(**wrapped, out=[*out, elsewhere])
     assert caught.value.rules == ("array-kind", "array-kind", "array-device")
-    with pytest.raises(rau.DTypeError, match="softmax_max is a rau_loopback:Array array; expected a NumPy array"):
+    with pytest.raises(rau.DTypeError, match="softmax_max is a rau_loopback:Array array; expected an array of NumPy, torch or JAX"):
         rau.AttentionState(None, *list(wrapped.values())[1:3]).lse(base="e")
 
 

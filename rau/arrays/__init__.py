@@ -118,7 +118,14 @@ def type_names(cls: type) -> tuple[str, ...]:
     if cls is np.ndarray:
         return _NUMPY
     names = tuple(f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__)
-    return (jax_.NAME, *names) if any([name in jax_.CLASSES for name in names]) else names
+    its_own = any([name in jax_.CLASSES and _own(name) is base for name, base in zip(names, cls.__mro__)])
+    return (jax_.NAME, *names) if its_own else names
+
+
+def _own(name: str) -> Any:
+    """Find a class that is in use by its name, "module:qualname"."""
+    module, _, own = name.partition(":")
+    return getattr(sys.modules.get(module), own, None)
 
 
 _NUMPY = ("numpy:ndarray", "builtins:object")
@@ -178,8 +185,7 @@ def _find(array: Any) -> Kind | None:
     names = type_names(cls)
     for name, make in _LIBRARIES.items():
         if name in names:
-            module, _, own = name.partition(":")
-            library = getattr(sys.modules.get(module), own, None)
+            library = _own(name)
             if library is None or not issubclass(cls, library) or tensor_inside(cls):
                 return None  # it bears the name, and is another one
             kind = make()

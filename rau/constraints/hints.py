@@ -44,7 +44,7 @@ def in_its_place(value: object) -> str:
     if type(value).__module__.partition(".")[0] == "cupy":
         return " Convert it with cupy.asnumpy(...)."
     if looks_like_array(value) and not isinstance(value, np.generic):
-        return " Convert it with numpy.asarray(...)."  # JAX, MLX, TensorFlow
+        return " Convert it with numpy.asarray(...)."  # MLX, TensorFlow
     return ""
 
 
