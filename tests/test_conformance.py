@@ -205,7 +205,7 @@ def test_the_kit_takes_a_module_and_class_that_nobody_has_registered(folder):
     report = check_backend("loopback:Loopback", cases=named())
     assert report.passed, str(report)
     assert {excluded.message for excluded in report.excluded} == {
-        "its arrays cannot be indexed", "it takes no torch tensors", "array types of its own: rows of NumPy arrays and torch tensors are chosen",
+        "its arrays cannot be indexed", "it takes no torch tensors", "array types of its own: rows of NumPy arrays, torch tensors and JAX arrays are chosen",
     }  # fmt: skip
     assert "loopback" not in registry.names()
 
