@@ -129,22 +129,23 @@ def test_limits_by_operator():
 
 def test_limits_by_backend():
     shown = table("limits.md", "By backend", "backend")
-    assert set(shown) == {"`cython`", "`numpy`", "`torch`", "`cuda`", "`ascend`"}
+    assert set(shown) == {"`cython`", "`numpy`", "`torch`", "`cuda`", "`ascend`", "`jax`", "`jax_numpy`"}
     for name, row in shown.items():
         takes = rau.registry.capabilities(name.strip("`"))
-        kinds = {"numpy": "NumPy", "torch": "torch", "mindspore": "MindSpore"}
+        kinds = {"numpy": "NumPy", "torch": "torch", "mindspore": "MindSpore", "jax": "JAX"}
         assert row["arrays"] == ", ".join(kinds[kind.partition(":")[0].partition(".")[0]] for kind in takes.array_types)
         assert row["dtypes"] == ", ".join(takes.dtypes) and row["layouts"] == ", ".join(takes.layouts)
         assert row["lanes"] == ", ".join(map(str, takes.lanes)) and row["rows held to"] == f"{takes.tolerance:g} × bound"
         if name != "`cuda`":  # under Triton's interpreter it is the CPU's
-            assert row["devices"] == ("any with float64" if takes.devices is None else ", ".join(takes.devices))
+            anywhere = "any with float64" if takes.tolerance == 1 else "any"
+            assert row["devices"] == (anywhere if takes.devices is None else ", ".join(takes.devices))
         assert (takes.max_heads, takes.max_head_dim, takes.max_states, takes.head_dim_multiple) == (None, None, None, 1)
         assert (takes.limits is None) is (name != "`ascend`")
 
 
 def test_who_runs_a_call_unasked():
     shown = table("choosing.md", "What chooses, in order of precedence", "arrays")
-    words = {"numpy": "NumPy", "mindspore": "MindSpore", "cpu": "the CPU", "cuda": "CUDA", "npu": "an NPU", "ascend": "Ascend"}
+    words = {"numpy": "NumPy", "mindspore": "MindSpore", "jax": "JAX", "cpu": "the CPU", "cuda": "CUDA", "npu": "an NPU", "ascend": "Ascend"}
     expected = {f"{words.get(kind, kind)} on {words[device]}": backends for (kind, device), backends in _AUTOMATIC.items()}
     expected["NumPy"] = expected.pop("NumPy on the CPU")
     assert {arrays: row["unasked"] for arrays, row in shown.items()} == {

@@ -35,6 +35,7 @@ PROPERTIES = {
     "infinity": "a statistic of +inf gives NaN; it is not read as an empty side",
     "nan": "NaN in a row's statistics gives NaN",
     "signed-zero": "zeros keep the sign that IEEE arithmetic gives them",
+    "subnormal": "numbers below the smallest normal one are not taken for 0",
 }
 
 

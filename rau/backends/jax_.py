@@ -91,8 +91,9 @@ class JaxNumpyBackend(_OfJax):
 
     name = "jax_numpy"
     capabilities = Capabilities(
-        array_types=(NAME,), devices=None, out=False, differentiable=True, without_statistics=True, tolerance=40.0
-    )
+        array_types=(NAME,), devices=None, out=False, differentiable=True, without_statistics=True, tolerance=40.0,
+        unpromised=("subnormal",),  # XLA makes them 0
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._merge = _jax().jit(_merged, static_argnums=(0, 1, 2, 3, 4))  # one program for all calls of one kind

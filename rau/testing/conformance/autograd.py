@@ -123,11 +123,11 @@ def _gradients(
     one, other, its_sink = leaves[:3], leaves[3:6], leaves[6]
     for leaf in leaves:
         leaf.requires_grad_()
-    result = merge(AttentionState(*one), AttentionState(*other), its_sink)
-    alive = torch.tensor([t for t, parts in enumerate(made) if parts], device=its_sink.device)  # the others have no log-sum-exp
-    maximum, total = (part[alive, :, 0].double() for part in result[1:])
-    upstream = [torch.as_tensor(part, device=its_sink.device) for part in (g, h)]
-    loss = (result.attn_out.double() * upstream[0]).sum() + ((maximum + total.log()) * upstream[1][alive]).sum()
+    # On the host, since not every device has float64.
+    attn_out, *stats = (part.cpu().double() for part in merge(AttentionState(*one), AttentionState(*other), its_sink))
+    alive = torch.tensor([t for t, parts in enumerate(made) if parts])  # the others have no log-sum-exp
+    maximum, total = (part[alive, :, 0] for part in stats)
+    loss = (attn_out * torch.from_numpy(g)).sum() + ((maximum + total.log()) * torch.from_numpy(h)[alive]).sum()
     found = torch.autograd.grad(loss, leaves, materialize_grads=True)
 
     unit = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(case.dtype, 2.0**-24)

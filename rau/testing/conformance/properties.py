@@ -24,6 +24,7 @@ _NUMBERS = {  # of the cases that show a property: statistics, outputs
     "infinity": (("infinite-max", "ordinary"), ("infinite-sum", "ordinary")),
     "nan": (("nan-max", "ordinary"), ("nan-sum", "ordinary")),
     "signed-zero": (("ordinary", "signed-zeros"), ("empty", "signed-zeros")),
+    "subnormal": (("ordinary", "tiny"),),
 }
 
 

@@ -371,6 +371,14 @@ def _of_any_weight(slab: Slab) -> Allowance:
     return Allowance(7 * u * np.sum(sizes, axis=0), 2 * u * (1 + np.where(np.isnan(apart), 0.0, apart)))
 
 
+def _of_nothing_subnormal(slab: Slab) -> Allowance:
+    """What is below the smallest normal number may be 0: an output, a weight, their product or sum; a sum, as of an empty side."""
+    least = np.finfo(np.float64 if slab.double else np.float32).tiny
+    sizes = np.sum([np.where(np.isfinite(part), np.abs(part), 0.0) for part in slab.parts], axis=0)
+    lost = (slab.live & (np.abs(slab.sums) < least)).any(axis=0)
+    return Allowance(elements=least * (sizes + 2 * len(slab.parts) + 1), nothing=lost)
+
+
 # What a kernel is allowed that does not promise a property of rau.backends.PROPERTIES.
 ALLOWANCES: dict[str, Callable[[Slab], Allowance]] = {
     "one-empty": lambda slab: Allowance(nothing=slab.live.any(axis=0) & ~slab.live.all(axis=0)),
@@ -380,4 +388,5 @@ ALLOWANCES: dict[str, Callable[[Slab], Allowance]] = {
     "infinity": lambda slab: Allowance(nothing=(slab.live & (np.isposinf(slab.maxima) | np.isposinf(slab.sums))).any(axis=0)),
     "nan": lambda slab: Allowance(nothing=(slab.live & (np.isnan(slab.maxima) | np.isnan(slab.sums))).any(axis=0)),
     "signed-zero": lambda slab: Allowance(elements=2.0**-1074),
+    "subnormal": _of_nothing_subnormal,
 }
