@@ -376,7 +376,7 @@ def _of_nothing_subnormal(slab: Slab) -> Allowance:
     least = np.finfo(np.float64 if slab.double else np.float32).tiny
     sizes = np.sum([np.where(np.isfinite(part), np.abs(part), 0.0) for part in slab.parts], axis=0)
     lost = (slab.live & (np.abs(slab.sums) < least)).any(axis=0)
-    return Allowance(elements=least * (sizes + 2 * len(slab.parts) + 1), nothing=lost)
+    return Allowance(elements=np.where(sizes == 0, 0.0, least * (sizes + 2 * len(slab.parts) + 1)), nothing=lost)
 
 
 # What a kernel is allowed that does not promise a property of rau.backends.PROPERTIES.
