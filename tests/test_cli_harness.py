@@ -211,7 +211,7 @@ def test_what_is_not_promised_can_be_tried_alone(folder, capsys):
     check = ["check", "lse_kernels:Weights", "--select"]
     assert main([*check, "unpromised/*"]) == 0
     out = capsys.readouterr().out
-    assert "; a log-sum-exp to base e; promises one-empty, small-weights, infinity, nan\n" in out
+    assert "; a log-sum-exp to base e; promises one-empty, small-weights, infinity, nan, subnormal\n" in out
     assert out.count("does not promise ") == 3 and "does not promise payload " in out and "does it: no: " in out
     assert out.splitlines()[-1].startswith("PASSED: weights: 0 passed, 3 not promised (")
     assert main([*check, "*/two-empty", "--json"]) == 0

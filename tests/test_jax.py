@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import LIMIT
 
 import rau
 from rau.backends.jax_ import JaxBackend, JaxNumpyBackend
@@ -465,7 +466,7 @@ print(json.dumps(told))
 def on_four_devices(*command):
     kept = {name: value for name, value in os.environ.items() if name != "RAU_BACKEND"}
     kept |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, env=kept, cwd=ROOT)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=LIMIT, env=kept, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
