@@ -16,6 +16,8 @@ from rau.backends.jax_ import JaxBackend, JaxNumpyBackend
 from rau.errors import BackendUnavailableError, ConstraintError, UnsupportedError
 from rau.testing import check_backend
 from rau.testing.cases import Case
+from rau.testing.conformance.autograd import MASK, ways_of_rows
+from rau.testing.reference.gradients import gradients_of_rows
 
 ROOT = Path(__file__).parent.parent
 asked = {"jax", "jax_numpy"} & {name.strip() for name in os.environ.get("RAU_TEST_BACKENDS", "").split(",")}
@@ -492,3 +494,32 @@ def test_the_ring_in_shard_map():
     errors = [float(word) for line in printed.splitlines()[:2] for word in line.split() if "e-" in word]
     assert len(errors) == 8
     assert all(0 < error < 1e-5 for error in errors)
+
+
+@needs_jax
+@pytest.mark.parametrize("backend", [pytest.param("jax", marks=needs_core), "jax_numpy"])
+@pytest.mark.parametrize("way", ["tokens", "padding", "indptr", "a sink"])
+def test_gradients_go_to_the_rows_that_were_merged(way, backend):
+    """As the kit's check of tensors: sixteen roundings, of a size without signs."""
+    merge, made = ways_of_rows(backend)[way]
+    states = numbers(layout="TND", tokens=9, lengths=(4, 5), qlen="array", lanes=1, statistics="ordinary")
+    for part, empty in zip(states[1], (np.nan, -np.inf, 0), strict=True):
+        part[~MASK], part[0] = np.nan, empty
+    logits = np.array([0.5, -1, 2], np.float32)
+    rng = np.random.default_rng(4)
+    g, h = (rng.integers(-16, 17, (len(made), 3, *more)) / 8 for more in ((8,), ()))
+    sink = np.zeros((1, 3, 8)), logits.reshape(1, 3, 1), np.ones((1, 3, 1))
+    wanted = gradients_of_rows([*states, sink], made, g, h)
+    alive = np.array([t for t, parts in enumerate(made) if parts])
+
+    def loss(one, other, sink):
+        attn_out, maximum, total = merge(one, other, sink)
+        lse = maximum[alive, :, 0] + jnp.log(total[alive, :, 0])
+        return (attn_out * np.float32(g)).sum() + (lse * np.float32(h)[alive]).sum()
+
+    found = jax.grad(loss, (0, 1, 2))(*map(of_jax, states), jnp.asarray(logits))
+    arrays = [*found[0], *found[1], found[2][None, :, None]]
+    for k, (array, (expected, size)) in enumerate(zip(arrays, [*wanted[0], *wanted[1], wanted[2][1]], strict=True)):
+        its = np.asarray(array, np.float64)
+        its = its if k in (0, 3) else its.sum(-1)
+        assert (np.abs(its - expected) <= 16 * 2.0**-24 * size).all(), (k, np.abs(its - expected).max())

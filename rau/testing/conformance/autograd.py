@@ -79,27 +79,34 @@ def _of_rows(backend: Any) -> Case:
     return replace(ordinary_case(backend, "autograd", 9), layout="TND", softmax_layout="TND", lengths=(4, 5), qlen="array")
 
 
-def check_gradients(backend: Any) -> list[str]:
-    """Merge some tokens, all but padding, as many states as each row has, a sink; compare the gradients with those of a softmax."""
-    mask = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0], bool)
-    merge = partial(merge_states, layout="TND", backend=backend.name)
+MASK = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0], bool)  # of nine tokens
+
+
+def ways_of_rows(name: str) -> dict[str, tuple[Callable[..., AttentionState], Sequence[Sequence[tuple[int, int]]]]]:
+    """Merges of two states and a sink by a backend in which rows matter, and the (state, row)s that each merged row is made of.
+
+    They merge some tokens, all but padding, as many states as each row has, and a sink, which is a state of one row.
+    """
+    mask, merge = MASK, partial(merge_states, layout="TND", backend=name)
     padding = {"cu_seqlens_padded": [0, 4, 6, 9], "actual_seq_qlen": [0, 2, 3, 5]}
     of_two = [[(0, row), (1, row)] for row in range(9)]
-    ways: dict[str, tuple[Callable[..., AttentionState], Sequence[Sequence[tuple[int, int]]]]] = {
+    return {
         "tokens": (lambda one, other, _: merge([one, other], tokens=mask), [of_two[t][: 1 + mask[t]] for t in range(9)]),
         "padding": (lambda one, other, _: merge([one, other], **padding), [of_two[t][: 2 * mask[t]] for t in range(9)]),
         "indptr": (
             lambda one, *_: merge(one, indptr=[0, 2, 2, 5, 9]),
             [[(0, row) for row in range(*ends)] for ends in ((0, 2), (2, 2), (2, 5), (5, 9))],
         ),
-        "a sink": (lambda one, _, sink: add_sink(one, sink, "TND", backend=backend.name), [[(0, t), (2, 0)] for t in range(9)]),
+        "a sink": (lambda one, _, sink: add_sink(one, sink, "TND", backend=name), [[(0, t), (2, 0)] for t in range(9)]),
     }
-    return [f"{how}: {problem}" for how, way in ways.items() for problem in _gradients(backend, *way, mask)]
 
 
-def _gradients(
-    backend: Any, merge: Callable[..., AttentionState], made: Sequence[Sequence[tuple[int, int]]], mask: np.ndarray
-) -> list[str]:
+def check_gradients(backend: Any) -> list[str]:
+    """Compare the gradients of rows that are merged with those of a softmax."""
+    return [f"{how}: {problem}" for how, way in ways_of_rows(backend.name).items() for problem in _gradients(backend, *way)]
+
+
+def _gradients(backend: Any, merge: Callable[..., AttentionState], made: Sequence[Sequence[tuple[int, int]]]) -> list[str]:
     """Compare the gradients of a merge, whose row t is made of the (state, row) in made[t], with the reference's.
 
     An element of (o_i - o) g takes three roundings in o, one each in the difference, in the product, in its weight and in the
@@ -110,7 +117,7 @@ def _gradients(
     case = _of_rows(backend)
     first, second = case.fill()
     for part, empty in zip(second, (np.nan, -np.inf, 0), strict=True):
-        part[~mask] = np.nan  # not to be read
+        part[~MASK] = np.nan  # not to be read
         if "one-empty" not in backend.capabilities.unpromised:
             part[0] = empty
     logits = np.array([0.5, -1, 2, -3], first.softmax_max.dtype)
