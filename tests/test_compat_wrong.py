@@ -61,7 +61,7 @@ CALLS = {  # what is called, what it is given, what it says
     ),
     "tokens with context": (
         vllm.merge_attn_states, [ones(T, N, D), ones(T, N, D), ones(N, T), ones(T, N, D), ones(N, T), None, np.int64(T + 1)],
-        "prefill_tokens_with_context is np.int64(7); expected a number of tokens, from 0 to T = 6",
+        f"prefill_tokens_with_context is {np.int64(T + 1)!r}; expected a number of tokens, from 0 to T = 6",
     ),
 }  # fmt: skip
 
