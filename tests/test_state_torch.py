@@ -329,7 +329,7 @@ def test_mindspore_tensors_are_refused_with_what_to_do(monkeypatch):
     with pytest.raises(rau.DTypeError) as caught:
         AttentionState.from_lse(out, Tensor(), base="e", **TND)
     assert str(caught.value) == (
-        "AttentionState.from_lse: [array] lse is a mindspore array; expected a NumPy array or a torch tensor. "
+        "AttentionState.from_lse: [array] lse is a mindspore array; expected an array of NumPy, torch or JAX. "
         "Convert it: lse.asnumpy()."
     )
 

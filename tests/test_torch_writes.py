@@ -255,8 +255,8 @@ def test_numpy_arrays_that_share_memory_are_torchs_own_blind_spot():
 
 @pytest.mark.parametrize("backend", ["cython", "torch", Silent], ids=str)
 def test_the_kit_notices(backend, monkeypatch):
-    select = "autograd/*"
-    assert check_backend(backend, select=select).succeeded == ["autograd/learns-of-writes"]
+    select = "autograd/learns-of-writes"
+    assert check_backend(backend, select=select).succeeded == [select]
     monkeypatch.setattr(frameworks.TorchKind, "will_write", lambda self, out: None)
     report = check_backend(backend, select=select)
     if backend == "torch":  # whose operations are torch's, and tell it themselves
