@@ -178,11 +178,14 @@ def merge_rows(weights: Sequence[Any], rows: Sequence[Any]) -> Any:
     return _filled(result, xp.stack([weight == 0 for weight in weights]).all(0)[..., None], 0.0)
 
 
-def merge_smoothly(maxima: Sequence[Any], sums: Sequence[Any], rows: Sequence[Any], weighed: Weighed) -> tuple[Any, Any, Any]:
+def merge_smoothly(
+    maxima: Sequence[Any], sums: Sequence[Any], rows: Sequence[Any], weighed: Weighed, keeps_lse: bool = False
+) -> tuple[Any, Any, Any]:
     """The merge as torch and JAX can differentiate it, any number of times: out of place, all of it in the dtype of `weighed`.
 
     Statistics of shape (...,), rows (..., D); `weighed` is what :func:`weigh` says of them, in which nothing is differentiated:
-    which weights are 0. Returns the output, the maximum and the sum.
+    which weights are 0. Returns the output, the maximum and the sum; if `keeps_lse`, as a backend that keeps a log-sum-exp has
+    them: that in the place of the maximum, and 1.
 
     Notes
     -----
@@ -202,7 +205,10 @@ def merge_smoothly(maxima: Sequence[Any], sums: Sequence[Any], rows: Sequence[An
     whole = xp.where(shared.any(0), part.sum(0), 1.0)
     weights = xp.where(shared, part / whole, cast(read, wide))[..., None]
     values = xp.where(read[..., None], cast(xp.stack(rows), wide), 0.0)
-    return (weights * values).sum(0), maximum, a.sum(0)
+    total = a.sum(0)
+    if keeps_lse:
+        maximum, total = maximum + xp.log(xp.where(total == 0, 1.0, total)), xp.ones_like(total)
+    return (weights * values).sum(0), maximum, total
 
 
 def scaled(attn_out: Any, scale: Any, largest: float, layout: str, heads: int) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from rau import registry
 from rau.arrays.jax_ import with_float64
 from rau.backends.jax_ import merged_smoothly
 from rau.call import NAMES, run
@@ -48,6 +49,8 @@ def through_operator(
                     ("array-kind",),
                 )
 
+    keeps_lse = registry.keeps_lse(backend)
+
     @jax.custom_vjp
     def merge(*flat: Any) -> tuple[Any, ...]:
         merged = run(call, _states(flat), actual_seq_qlen, options, None, backend)
@@ -60,7 +63,7 @@ def through_operator(
         problem, _ = bind(call, _states(flat), NAMES[call], actual_seq_qlen, options._replace(check="metadata"), None)
 
         def smoothly(*flat: Any) -> tuple[Any, ...]:
-            merged = merged_smoothly(_states(flat), problem.layout, problem.packed, problem.actual_seq_qlen)
+            merged = merged_smoothly(_states(flat), problem.layout, problem.packed, problem.actual_seq_qlen, keeps_lse)
             return tuple(merged)[: len(gradients)]
 
         with with_float64():

@@ -278,10 +278,8 @@ def _merged(states: Sequence[Sequence[Tensor]], geometry: Geometry, keeps_lse: b
     maxima, sums = ([geometry.rows(state[field]) for state in states] for field in (1, 2))
     with torch.no_grad():
         weighed = weigh(maxima, sums)
-    attn_out, maximum, total = merge_smoothly(maxima, sums, [geometry.heads(state[0]) for state in states], weighed)
-    if keeps_lse:
-        maximum, total = maximum + torch.where(total == 0, 1.0, total).log(), torch.ones_like(total)
-    maximum, total = (geometry.statistics(row).expand_as(states[0][1]) for row in (maximum, total))
+    attn_out, *stats = merge_smoothly(maxima, sums, [geometry.heads(state[0]) for state in states], weighed, keeps_lse)
+    maximum, total = (geometry.statistics(row).expand_as(states[0][1]) for row in stats)
     return attn_out.reshape(states[0][0].shape), maximum, total
 
 

@@ -12,6 +12,7 @@ import pytest
 from patience import LIMIT
 
 import rau
+from rau.backends import Backend, Capabilities
 from rau.backends.cython_ import CythonBackend
 from rau.backends.jax_ import JaxBackend, JaxNumpyBackend
 from rau.errors import BackendUnavailableError, ConstraintError, UnsupportedError
@@ -523,3 +524,37 @@ def test_gradients_go_to_the_rows_that_were_merged(way, backend):
         its = np.asarray(array, np.float64)
         its = its if k in (0, 3) else its.sum(-1)
         assert (np.abs(its - expected) <= 16 * 2.0**-24 * size).all(), (k, np.abs(its - expected).max())
+
+
+class Keeps(Backend):
+    """A kernel of JAX's arrays that keeps a log-sum-exp; TND, one lane."""
+
+    name = "keeps"
+    capabilities = Capabilities(
+        array_types=("jax:Array",), layouts=("TND",), lanes=(1,), dtypes=("float32",), mixed=False, out=False, statistics="lse"
+    )
+
+    def update(self, problem, prev, cur, out):
+        lses = jnp.stack([state.softmax_max + jnp.log(state.softmax_sum) for state in (prev, cur)])
+        outs = jnp.stack([prev.attn_out, cur.attn_out])
+        return rau.AttentionState((jax.nn.softmax(lses, 0) * outs).sum(0), jax.nn.logsumexp(lses, 0), jnp.ones_like(lses[0]))
+
+
+@needs_jax
+def test_gradients_of_a_kernel_that_keeps_a_log_sum_exp():
+    """Of the maximum alone too, in whose place it is, and none of the sum, which is 1."""
+    states = numbers(layout="TND", lengths=(6,), qlen="array", lanes=1, statistics="ordinary")
+    rng = np.random.default_rng(5)
+    upstream = [np.float32(rng.integers(-16, 17, part.shape) / 8) for part in states[0]]
+
+    def slope(merge):
+        def loss(one, other):
+            return sum((part * its).sum() for part, its in zip(merge(one, other), upstream, strict=True))
+
+        return jax.grad(loss, (0, 1))(*map(of_jax, states))
+
+    with rau.registry.provisionally(Keeps()):
+        found = slope(lambda one, other: rau.merge_states([one, other], layout="TND", backend="keeps"))
+    expected = slope(lambda one, other: Keeps().update(None, one, other, None))
+    for mine, its in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=0, atol=2**-16)  # both in float32: some 32 roundings of terms up to 8

@@ -173,11 +173,13 @@ def _exponential(d: Array, lost: Array) -> Array:
     return xp.where(d < UNDERFLOW, 0.0, q + q * lost)
 
 
-def merged_smoothly(states: Sequence[Sequence[Array]], layout: str, packed: bool, lengths: np.ndarray | None) -> AttentionState:
+def merged_smoothly(
+    states: Sequence[Sequence[Array]], layout: str, packed: bool, lengths: np.ndarray | None, keeps_lse: bool
+) -> AttentionState:
     """The merge as JAX can differentiate it, any number of times, on any device."""
     rows = _Rows(layout, packed, lengths, states[0])
     maxima, sums = ([rows.of(state[field]) for state in states] for field in (1, 2))
     lax = _jax().lax
     weighed = weigh([lax.stop_gradient(part) for part in maxima], [lax.stop_gradient(part) for part in sums], wide(), _exponential)
-    attn_out, maximum, total = merge_smoothly(maxima, sums, [rows.heads(state[0]) for state in states], weighed)
+    attn_out, maximum, total = merge_smoothly(maxima, sums, [rows.heads(state[0]) for state in states], weighed, keeps_lse)
     return rows.state((attn_out.reshape(states[0][0].shape), maximum, total), states[0])
