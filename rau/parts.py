@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -64,12 +65,9 @@ def merge_attention(
     The gradients of `q` are added up in float32 (float64 for float64), and rounded once. With `inf_is_empty`, rows without
     any key have +inf in the `lse` that `backward` is given, as the kernel writes it. docs/interop.md has an example.
     """
-    import torch  # which nobody who calls this is without
-
-    from rau.torch_op import AttentionToParts
-
+    torch = sys.modules.get("torch")  # without which there is no tensor
     report = Violations("merge_attention")
-    if not isinstance(q, torch.Tensor):
+    if torch is None or not isinstance(q, torch.Tensor):
         report.add("array", f"q is {described(q)}; expected a torch tensor. Where no gradient is wanted, rau.merge_lse merges what "
                    "a kernel returns.")  # fmt: skip
     if not isinstance(parts, (list, tuple)) or not all(isinstance(part, (list, tuple)) for part in parts):
@@ -79,6 +77,8 @@ def merge_attention(
             report.add("states", f"{name} is {described(kernel)}; expected a function, "
                        f"{name}({'grad_out, ' * (name == 'backward')}q, k, v{', out, lse' * (name == 'backward')}).")  # fmt: skip
     report.raise_if_broken()
+    from rau.torch_op import AttentionToParts  # imports torch, which is loaded by now
+
     merge = partial(
         merge_lse, layout=layout, base=base, lse_layout=lse_layout, inf_is_empty=inf_is_empty, heads=heads, backend=backend
     )

@@ -231,3 +231,9 @@ def test_every_rule_has_a_reason_a_source_and_an_error():
     elsewhere |= {"indptr", "qlen-padded", "scale"}  # test_rows.py
     elsewhere |= {"group", "timeout", "ranks", "method", "over", "attention"}  # distributed_checks.py
     assert tried | elsewhere == set(RULES)
+
+
+def test_attention_to_parts_is_of_tensors_and_says_so_where_there_is_no_torch():
+    q = np.ones((1, 2, 3, 4), np.float32)
+    with pytest.raises(rau.ConstraintError, match="q is of type numpy.ndarray; expected a torch tensor. Where no gradient is wanted"):
+        rau.merge_attention(q, [(q, q)], print, print, base="e")
