@@ -62,6 +62,8 @@ def states(size, dtype, count=3, lanes=8):
 
 def update(backend, how, size, arrays):
     """A function that makes one call and waits for its result; n/a where the backend does not take it."""
+    if how != "fresh" and not backend.capabilities.out:
+        raise NotImplementedError(f"arrays of {backend.name} cannot be written into")
     call = workload.modes(size, backend, [rau.AttentionState(*map(backend.asarray, state)) for state in arrays])[how]
     try:
         call()
