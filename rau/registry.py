@@ -175,7 +175,8 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
             entry = find(name)
             if entry is None:
                 continue
-            load(entry, name)
+            if entry.instance is None:
+                load(entry, name)
             if entry.failure is None:
                 if problem.taken_by is entry.instance or not reasons_against(entry.instance, problem):
                     vars(problem)["taken_by"] = entry.instance  # not a backend's to write, but ours

@@ -53,12 +53,12 @@ class Asked(NamedTuple):
     found: tuple[Rows | None, Any] | None = None  # what _find() has said of it
 
 
-def asked_of(call: str, *what: Any) -> Asked | None:
+def asked_of(call: str, tokens: Any, cu_seqlens_padded: Any, dtype: Any = None, scale: Any = None) -> Asked | None:
     """Return what a call asks, None if nothing; UnsupportedError for anything while torch traces."""
-    if all([value is None for value in what]):
+    if tokens is None and cu_seqlens_padded is None and dtype is None and scale is None:
         return None
     refuse_tracing(call)
-    return Asked(*what)
+    return Asked(tokens, cu_seqlens_padded, dtype, scale)
 
 
 def refuse_tracing(call: str) -> None:

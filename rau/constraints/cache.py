@@ -9,6 +9,7 @@ value, so that what is remembered cannot change a result.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from rau.arrays import kind_of
@@ -38,7 +39,7 @@ def signature(
         and (layout != "TND" or actual_seq_qlen is None)
     ):
         return None
-    arrays = [array for state in states for array in state]
+    arrays = list(chain.from_iterable(states))
     inputs = len(arrays)
     if out is not None:
         if not isinstance(out, (tuple, list)) or len(out) != (3 if statistics else 1):
