@@ -4,9 +4,10 @@ import os
 import platform
 import re
 import shutil
-import subprocess
+from pathlib import Path
 
 import pytest
+from disassembly import KERNELS, functions, hot_loops, innermost, jumps, listing
 
 _core = pytest.importorskip("rau._core", reason="test_packaging.py fails where it should be there")
 
@@ -20,23 +21,9 @@ LOOPS = [
 ]  # fmt: skip
 
 BYTES = {"BYTE": 1, "WORD": 2, "DWORD": 4, "QWORD": 8, "XMMWORD": 16, "YMMWORD": 32, "ZMMWORD": 64}
-INSTRUCTION = re.compile(r"^ +([0-9a-f]+):\t(\S+) *([^<#\n]*)", re.MULTILINE)
 ON_STACK = re.compile(r"(\w+) PTR \[(r[sb]p)([+-]0x[0-9a-f]+)?\]")
+MOVES = re.compile(r"(push|pop|(?:sub|add)(?= rsp,0x))\b(?: rsp,0x([0-9a-f]+))?")  # the place that rsp speaks of
 READS = re.compile(r"(cmp|test|v?u?comis|push|nop|prefetch|call|jmp|bt$)")  # of instructions with memory first, as stores have
-
-
-def functions(listing):
-    """Instructions by function: address, name, operands."""
-    parts = re.split(r"^[0-9a-f]+ <(.+)>:$", listing, flags=re.MULTILINE)
-    return {
-        name: [(int(address, 16), which, operands) for address, which, operands in INSTRUCTION.findall(body)]
-        for name, body in zip(parts[1::2], parts[2::2], strict=True)
-    }
-
-
-def jumps(code):
-    """Where each jump stands and goes."""
-    return [(address, int(to, 16)) for address, name, to in code if name[0] == "j" and re.fullmatch("[0-9a-f]+ *", to)]
 
 
 def not_forwarded(code, starts):
@@ -45,14 +32,17 @@ def not_forwarded(code, starts):
     A processor hands a stored value on to a load, before it is in the cache, only if one store holds all of it; otherwise the
     load waits until they are there, some 12 cycles. At the addresses `starts` nothing is known of earlier stores.
     """
-    found, stores = [], {}
+    found, stores, moved = [], {}, 0
     for address, name, operands in code:
         if address in starts:
             stores = {}
-        place = ON_STACK.search(operands)
+        place, base = ON_STACK.search(operands), moved
+        if moves := MOVES.match(f"{name} {operands}"):
+            moved += (1 if moves[1] in ("pop", "add") else -1) * int(moves[2] or "8", 16)
         if not place or name == "lea":
             continue
-        bytes_ = [(place[2], int(place[3] or "0", 16) + its) for its in range(BYTES[place[1]])]
+        start = int(place[3] or "0", 16) + (base if place[2] == "rsp" else 0)
+        bytes_ = [(place[2], start + its) for its in range(BYTES[place[1]])]
         if operands.startswith(place[0]) and not READS.match(name):
             stores.update(dict.fromkeys(bytes_, f"{address:x} {name} {operands}"))
         elif len(bytes_) >= 16:
@@ -64,12 +54,8 @@ def not_forwarded(code, starts):
 
 def failures(code):
     """Look at each straight piece of code, and at each innermost loop as if no branch within it were taken."""
-    found, there = set(not_forwarded(code, {to for _, to in jumps(code)})), jumps(code)
-    backward = [(to, address) for address, to in there if to <= address]
-    for first, last in backward:
-        if not any(first <= to and address <= last and (to, address) != (first, last) for to, address in backward):
-            found.update(not_forwarded([its for its in code if first <= its[0] <= last], ()))
-    return sorted(found)
+    found = set(not_forwarded(code, {to for _, to in jumps(code)}))
+    return sorted(found.union(*(not_forwarded(loop, ()) for loop in innermost(code))))
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +64,7 @@ def disassembled():
         if "cython" in os.environ.get("RAU_TEST_BACKENDS", ""):
             pytest.fail("objdump, of binutils, is missing; the compiled core was asked for")
         pytest.skip("objdump is missing, and the compiled core was not asked for")
-    command = ["objdump", "-d", "-M", "intel", "--no-show-raw-insn", _core.__file__]
-    return functions(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return functions(listing("objdump", _core.__file__))
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -87,6 +72,72 @@ def test_no_vector_is_stored_in_parts_and_loaded_whole(disassembled, name):
     """gcc 12 copied a struct of two vectors by 16 bytes over the stack: half of the speed with AVX2, and the same bits."""
     assert name in disassembled, "no such function: renamed, inlined, or the core is stripped"
     assert not failures(disassembled[name])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_hot_loops_are_as_long_as_the_page_says(disassembled, name):
+    """tests/kernels.py compares all of the page's table, NEON's part too; this is what the core itself shows of it."""
+    if not _core.build()["compiler"].startswith("gcc 12."):
+        pytest.skip("docs/benchmarks.md counts what gcc 12 makes")
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    (row,) = re.findall(rf"^\| {KERNELS[name]} \| (\S+) \| \S+ \| \S+ \| (\S+) \| \S+ \|$", page, re.MULTILINE)
+    of_two, of_many = hot_loops(disassembled[f"{name}_avx2"])
+    assert [float(its) for its in row] == [of_two[0], of_many]
+
+
+X86 = """
+0000000000001000 <rows>:
+    1000:	vmovups ymm0,YMMWORD PTR [rax]
+    1004:	vmulps ymm0,ymm0,ymm8
+    1008:	vmulps ymm1,ymm9,YMMWORD PTR [rbx]
+    100c:	vaddps ymm0,ymm0,ymm1{more}
+    1010:	{store} YMMWORD PTR [rcx],ymm0
+    1014:	jne    1000 <rows+0x0>
+    1020:	mov    rdx,QWORD PTR [rsi]        # 5 <rows>
+    1024:	vmulps ymm1,ymm9,YMMWORD PTR [rdx]
+    1028:	vaddps ymm0,ymm0,ymm1
+    102c:	jne    1020 <rows+0x20>
+    1030:	ret
+"""
+AARCH64 = """
+0000000000001000 <rows>:
+    1000:	ldr	q0, [x1], #16
+    1004:	fmul	v0.2d, v0.2d, v8.2d
+    1008:	ldr	q1, [x2], #16
+    100c:	fmul	v1.2d, v1.2d, v9.2d
+    1010:	fadd	v0.2d, v0.2d, v1.2d{more}
+    1014:	{store}	q0, [x3]
+    1018:	tbnz	w4, #3, 1000 <rows>	// b.any
+    1020:	ldr	q1, [x2]
+    1024:	fmul	v1.2d, v1.2d, v9.2d
+    1028:	fadd	v0.2d, v0.2d, v1.2d
+    102c:	b.ne	1020 <rows+0x20>  // b.any
+    1030:	fmul	d0, d0, d8
+    1034:	fadd	d0, d0, d1
+    1038:	cbz	x0, 1030 <rows+0x30>
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "store", "more", "expected"),
+    [
+        (X86, "vmovups", "", ({0: 12}, 8)), (X86, "vmovups", "\n    100e:\tnop", ({0: 14}, 8)),
+        (AARCH64, "str", "", ({0: 56}, 32)), (AARCH64, "str", "\n    1012:\tnop", ({0: 64}, 32)),
+    ],
+    ids=["x86", "x86, one more", "aarch64", "aarch64, one more"],
+)  # fmt: skip
+def test_instructions_are_counted_by_unit(text, store, more, expected):
+    assert hot_loops(functions(text.format(store=store, more=more))["rows"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "store", "more"),
+    [(X86, "vmovntps", ""), (X86, "vmovups", "\n    100e:\tvaddps ymm0,ymm0,ymm2"), (AARCH64, "ldr", "")],
+    ids=["around the cache alone", "other arithmetic", "nothing stored"],
+)
+def test_another_loop_is_not_taken_for_a_hot_one(text, store, more):
+    with pytest.raises(LookupError, match="no loop over two states"):
+        hot_loops(functions(text.format(store=store, more=more))["rows"])
 
 
 LISTING = """
@@ -113,3 +164,22 @@ LISTING = """
 def test_what_counts(store, load, within, count):
     code = functions(LISTING.format(store=store, load=load, within=within))["loop"]
     assert len(failures(code)) == count
+
+
+PUSHING = """
+0000000000001000 <call>:
+    1000:	sub    rsp,0x8
+    1004:	movaps XMMWORD PTR [rsp+0x78],xmm14
+    1008:	push   0x2
+    100c:	mov    QWORD PTR [rsp+{place}],rcx
+    1010:	pop    r11
+    1014:	add    rsp,0x8
+    1018:	movdqa xmm14,XMMWORD PTR [rsp+0x70]
+    101c:	ret
+"""
+
+
+@pytest.mark.parametrize(("place", "count"), [("0x70", 0), ("0x80", 1), ("0x88", 1), ("0x90", 0)])
+def test_a_place_is_where_rsp_was_then(place, count):
+    """gcc 16 stores between the arguments of a call that it pushes."""
+    assert len(failures(functions(PUSHING.format(place=place))["call"])) == count

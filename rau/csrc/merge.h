@@ -18,9 +18,7 @@ RAU_INLINE RAU_TARGET FLOATS RAU_NAME(from_f16)(const char *at) {
     memcpy(&halves, at, sizeof halves);
     return (FLOATS)vcvt_f32_f16(vreinterpret_f16_u16(halves));
 #else
-    SHORTS halves;
-    memcpy(&halves, at, sizeof halves);
-    const WORDS zero = {0}, h = CONVERT(WORDS, halves);
+    const WORDS zero = {0}, h = RAU_NAME(words_at)(at);
     const WORDS magnitude = (h & 0x7fffu) << 13;
     /* The exponent is still biased by 15: 2^112 corrects it, subnormals included. */
     WORDS bits = RAU_NAME(words_of)(RAU_NAME(floats_of)(magnitude) * 0x1p112f);
@@ -83,11 +81,8 @@ RAU_INLINE RAU_TARGET UNIT RAU_NAME(load_unit)(const char *at, const int format,
         unit.a = RAU_NAME(floats_of)(words << 16);
         unit.b = RAU_NAME(floats_of)(words & 0xffff0000u);
     } else {
-        SHORTS halves[2];
-        memcpy(&halves[0], at, sizeof halves[0]); /* one by one, as above */
-        memcpy(&halves[1], at + sizeof halves[0], sizeof halves[1]);
-        unit.a = RAU_NAME(floats_of)(CONVERT(WORDS, halves[0]) << 16);
-        unit.b = RAU_NAME(floats_of)(CONVERT(WORDS, halves[1]) << 16);
+        unit.a = RAU_NAME(floats_of)(RAU_NAME(words_at)(at) << 16);
+        unit.b = RAU_NAME(floats_of)(RAU_NAME(words_at)(at + sizeof(SHORTS)) << 16);
     }
     return unit;
 }

@@ -34,6 +34,24 @@ RAU_INLINE RAU_TARGET WORDS RAU_NAME(words_of)(FLOATS x) { WORDS bits; memcpy(&b
 RAU_INLINE RAU_TARGET FLOATS RAU_NAME(floats_of)(WORDS bits) { FLOATS x; memcpy(&x, &bits, sizeof x); return x; }
 RAU_INLINE RAU_TARGET LONGS RAU_NAME(longs_of)(DOUBLES x) { LONGS bits; memcpy(&bits, &x, sizeof bits); return bits; }
 RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(doubles_of)(LONGS bits) { DOUBLES x; memcpy(&x, &bits, sizeof x); return x; }
+/* Half as long numbers in memory, as many as there are words. gcc 12 converts such vectors number by number. */
+RAU_INLINE RAU_TARGET WORDS RAU_NAME(words_at)(const char *at) {
+#if RAU_BYTES == 64
+    return (WORDS)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
+#elif RAU_BYTES == 32
+    return (WORDS)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
+#elif defined(RAU_X86) && RAU_BYTES
+    return (WORDS)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i *)at), _mm_setzero_si128());
+#else
+    SHORTS halves;
+    memcpy(&halves, at, sizeof halves);
+#if defined(RAU_NEON) && RAU_BYTES
+    return (WORDS)vmovl_u16((uint16x4_t)halves);
+#else
+    return CONVERT(WORDS, halves);
+#endif
+#endif
+}
 RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(all)(double x) { DOUBLES zero = {0}; return zero + x; }
 /* Comparisons, and the choice between two vectors by one. */
 #if RAU_BYTES == 64
