@@ -17,7 +17,9 @@
 #error "rau needs IEEE arithmetic: no -ffast-math, no x87 (on 32-bit x86 add -msse2 -mfpmath=sse)"
 #endif
 
-#if defined(_MSC_VER) && !defined(__clang__)
+#if defined(_MSC_VER) && defined(__clang__)
+#pragma STDC FP_CONTRACT OFF /* clang in MSVC's mode fuses under /fp:precise where the processor can: on ARM */
+#elif defined(_MSC_VER)
 #pragma fp_contract(off) /* before Visual Studio 2022 17.0 a product and a sum became one instruction even under /fp:precise */
 #endif
 
@@ -40,7 +42,7 @@
 #define RAU_PREFETCH(address) __builtin_prefetch((address), 0, 3)
 #else
 #define RAU_INLINE static inline
-#define RAU_PREFETCH(address) ((void)0)
+#define RAU_PREFETCH(address) ((void)(address))
 #endif
 
 enum rau_format { RAU_F32, RAU_F16, RAU_BF16, RAU_F64, RAU_FORMATS };
