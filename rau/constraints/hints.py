@@ -73,7 +73,8 @@ def another_dtype(name: str, kind: str, dtype: str, wanted: str) -> str:
     has, needs = SIGNIFICANT.get(dtype), SIGNIFICANT.get(wanted)
     if has is None or needs is None:
         return swapped(dtype)
-    how = f"{name}.astype(numpy.{wanted})" if kind in ("numpy", "jax") else f"{name}.{'float' if wanted == 'float32' else 'double'}()"
+    method = f"astype(numpy.{wanted})" if kind in ("numpy", "jax") else {"float32": "float()", "float64": "double()"}[wanted]
+    how = f"{name}.{method}"
     if SIGNIFICANT["float32"] <= has < needs:
         return f" Pass {how}, which is exact."
     bits = min(has, needs)

@@ -29,7 +29,6 @@ from rau.layouts import (
     lse_layouts,
 )
 
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _BASES = " Natural logarithms: FlashAttention, PyTorch, vLLM. Base 2: FlashInfer."
 

@@ -52,7 +52,7 @@ def load(backend: Any) -> Any:
             meant = f"{module_name}:{class_name}"
             raise UnknownBackendError(f"{backend!r} is no backend; expected module:Class. Did you mean {meant}?")
         if not registry.known(backend) and not registry.nearly(backend):
-            if not (class_name[:1].isupper() and class_name.isidentifier()):  # as the name of a class is, whose module its author alone knows
+            if not (class_name[:1].isupper() and class_name.isidentifier()):  # else a class, whose module its author knows
                 module_name, class_name = backend, "MyKernel"
             if not all(part.isidentifier() for part in module_name.split(".")):
                 module_name = "mykernel"
