@@ -24,6 +24,7 @@ from rau.plugins import (
     load,
     missing_part,
     names,
+    nearly,
     provisionally,
     reason_of,
     refresh,
@@ -36,7 +37,7 @@ from rau.problem import Problem
 foreign_types.append(array_types)
 
 __all__ = [
-    "Status", "array_types", "blocked", "capabilities", "get", "keeps_lse", "known", "names", "provisionally", "refresh",
+    "Status", "array_types", "blocked", "capabilities", "get", "keeps_lse", "known", "names", "nearly", "provisionally", "refresh",
     "register", "select", "standings", "status", "use_backend",
 ]  # fmt: skip
 
