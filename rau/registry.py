@@ -273,9 +273,9 @@ def log_copies(call: str, backend: Any, count: int) -> None:
 def _log(line: str, *words: Any) -> None:
     global _logger
     if _logger is None:
-        logging = sys.modules.get("logging")
-        if logging is None:
+        named = getattr(sys.modules.get("logging"), "getLogger", None)  # another thread may be half way through importing it
+        if named is None:
             return  # nobody listens, and importing it would be a quarter of what `import rau` costs
-        _logger = logging.getLogger("rau")
+        _logger = named("rau")
     if _logger.isEnabledFor(_DEBUG):
         _logger.debug(line, *words)
