@@ -4,9 +4,8 @@
 
 The first four have shares: a call's roof is the sum of as many arrays as it has states, each of a state's bytes, with the same
 threads and stores (`rau._core.roof`; of two arrays it is the triad); for some heads of larger arrays over the same runs, as far
-apart. With `choices`, each is set to other values than the core
-has chosen (`rau._core.tuning`); the table has times by those of the core's choice. What is compared is measured in turn, in
-one process. Bits do not depend on any of the choices.
+apart. With `choices`, each is set to other values than the core has chosen (`rau._core.tuning`); the table has times by those of
+the core's choice. What is compared is measured in turn, in one process. Bits do not depend on any of the choices.
 """
 
 from __future__ import annotations
@@ -90,12 +89,16 @@ def held(case: Case) -> tuple[Call, Call]:
     if case.part:
         heads = int(case.part.split()[0])
         made = [AttentionState(*(array[:, :heads] for array in state)) for state in made]
-        each = [roof(sum(array.nbytes for array in arrays), count, case.how == "in place", size.tokens, heads / size.heads)
-                for arrays in zip(*made, strict=True)]  # fmt: skip
-        limit = lambda: [call() for call in each]  # noqa: E731
+        limits = [roof(sum(array.nbytes for array in arrays), count, case.how == "in place", size.tokens, heads / size.heads)
+                  for arrays in zip(*made, strict=True)]  # fmt: skip
     else:
-        limit = roof(sum(map(state_bytes, made)), count, case.how == "in place")
+        limits = [roof(sum(map(state_bytes, made)), count, case.how == "in place")]
     *inputs, out = made
+
+    def limit() -> None:
+        for one in limits:
+            one()
+
     if count == 2:
         return modes(size, registry.get("cython"), made)[case.how], limit
     return lambda: merge_states(inputs, out=out, backend="cython", **size.options), limit

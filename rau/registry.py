@@ -176,8 +176,7 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
             entry = find(name)
             if entry is None:
                 continue
-            if entry.instance is None:
-                load(entry, name)
+            load(entry, name)
             if entry.failure is None:
                 if problem.taken_by is entry.instance or not reasons_against(entry.instance, problem):
                     vars(problem)["taken_by"] = entry.instance  # not a backend's to write, but ours
