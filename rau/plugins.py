@@ -333,7 +333,7 @@ def nearly(name: Any) -> str:
     """Return the backend that is called nearly so, by its letters, large or small; empty if none is."""
     import difflib
 
-    close = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.8) if isinstance(name, str) else []
+    close = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.75) if isinstance(name, str) else []
     return close[0] if close else ""
 
 
