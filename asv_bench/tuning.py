@@ -3,9 +3,9 @@
     python asv_bench/tuning.py states|rows|parts|dtypes|choices [--seconds 2] [--threads 1]
 
 The first four have shares: a call's roof is the sum of as many arrays as it has states, each of a state's bytes, with the same
-threads and stores (`rau._core.roof`; of two arrays it is the triad). With `choices`, each is set to other values than the core
-has chosen (`rau._core.tuning`); the table has times by those of the core's choice. What is compared is measured in turn, in
-one process. Bits do not depend on any of the choices.
+threads and stores (`rau._core.roof`; of two arrays it is the triad); for some heads of larger arrays over the same runs, as far
+apart. With `choices`, each is set to other values than the core has chosen (`rau._core.tuning`); the table has times by those of
+the core's choice. What is compared is measured in turn, in one process. Bits do not depend on any of the choices.
 """
 
 from __future__ import annotations
@@ -65,14 +65,15 @@ def state_bytes(state: AttentionState) -> int:
     return sum(array.nbytes for array in state)
 
 
-def roof(bytes_: int, arrays: int, in_place: bool = False) -> Call:
-    """The roof of a merge that moves so many bytes, from so many arrays into another."""
-    size = bytes_ // (arrays + 1) // 64 * 16
-    made = [aligned((size,), np.float32) for _ in range(arrays + 1)]
+def roof(bytes_: int, arrays: int, in_place: bool = False, runs: int = 1, part: float = 1.0) -> Call:
+    """The roof of a merge that moves so many bytes, from so many arrays into another: from a part of each run of those that
+    would be `part` as long."""
+    size = int(bytes_ / (arrays + 1) / part) // (64 * runs) * 16
+    made = [aligned((runs, size), np.float32) for _ in range(arrays + 1)]
     for array in made:
         array[:] = 1
-    *sources, to = made
-    around = not in_place and 4 * size > _core.tuning()["stream_bytes"]
+    *sources, to = [array[:, : int(size * part)] for array in made]
+    around = not in_place and 4 * to.size > _core.tuning()["stream_bytes"]
     return lambda: _core.roof(sources[0] if in_place else to, tuple(sources), around, get_num_threads())
 
 
@@ -88,8 +89,16 @@ def held(case: Case) -> tuple[Call, Call]:
     if case.part:
         heads = int(case.part.split()[0])
         made = [AttentionState(*(array[:, :heads] for array in state)) for state in made]
+        limits = [roof(sum(array.nbytes for array in arrays), count, case.how == "in place", size.tokens, heads / size.heads)
+                  for arrays in zip(*made, strict=True)]  # fmt: skip
+    else:
+        limits = [roof(sum(map(state_bytes, made)), count, case.how == "in place")]
     *inputs, out = made
-    limit = roof(sum(map(state_bytes, made)), count, case.how == "in place")
+
+    def limit() -> None:
+        for one in limits:
+            one()
+
     if count == 2:
         return modes(size, registry.get("cython"), made)[case.how], limit
     return lambda: merge_states(inputs, out=out, backend="cython", **size.options), limit
@@ -99,8 +108,10 @@ def shared(case: Case, seconds: float) -> list[str]:
     """A line: a case's share of its roof, and its roof's rate by that of a triad over as many bytes."""
     call, limit = held(case)
     calls = {"call": call, "roof": limit}
-    if case.count > 2:
-        calls["triad"] = roof((case.count + 1) * state_bytes(states(case.size, case.dtype, 1)[0]), 2)
+    if case.count > 2 or case.part.endswith("heads"):
+        moved = (case.count + 1) * state_bytes(states(case.size, case.dtype, 1)[0])
+        heads = int(case.part.split()[0]) if case.part else case.size.heads
+        calls["triad"] = roof(moved * heads // case.size.heads, 2)
     times = interleaved(calls, seconds)
     share = ratio(times["roof"], times["call"])
     by_triad = f"{ratio(times['triad'], times['roof']).median:.2f}" if "triad" in times else ""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rau.constraints.hints import described
+from rau.constraints.lse_arguments import asks_base
 from rau.constraints.rules import Violations
 from rau.update import merge_lse
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@asks_base
 def merge_attention(
     q: Tensor,
     parts: Sequence[Sequence[Any]],

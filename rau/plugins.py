@@ -317,12 +317,9 @@ def get(name: str, origin: str = "") -> Any:
     asked = f" (asked for by {origin})" if origin else ""
     entry = find(name) if isinstance(name, str) else None
     if entry is None:
-        import difflib
-
         text = f"no backend is called {shown(name)}{asked}; the known ones are {', '.join(names())}."
-        close = difflib.get_close_matches(name, names(), n=1) if isinstance(name, str) else []
-        if close:
-            text += f' Did you mean "{close[0]}"?'
+        if close := nearly(name):
+            text += f' Did you mean "{close}"?'
         raise UnknownBackendError(f"{text} {INSTALL_HINT}")
     load(entry, name)
     if entry.failure is not None:
@@ -330,6 +327,14 @@ def get(name: str, origin: str = "") -> Any:
             f'backend "{name}" is not available{asked}: {reason_of(entry.failure)}', name=name
         ) from entry.failure
     return entry.instance
+
+
+def nearly(name: Any) -> str:
+    """Return the backend that is called nearly so, by its letters, large or small; empty if none is."""
+    import difflib
+
+    close = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.75) if isinstance(name, str) else []
+    return close[0] if close else ""
 
 
 def reason_of(failure: BaseException) -> str:

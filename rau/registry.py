@@ -24,6 +24,7 @@ from rau.plugins import (
     load,
     missing_part,
     names,
+    nearly,
     provisionally,
     reason_of,
     refresh,
@@ -36,7 +37,7 @@ from rau.problem import Problem
 foreign_types.append(array_types)
 
 __all__ = [
-    "Status", "array_types", "blocked", "capabilities", "get", "keeps_lse", "known", "names", "provisionally", "refresh",
+    "Status", "array_types", "blocked", "capabilities", "get", "keeps_lse", "known", "names", "nearly", "provisionally", "refresh",
     "register", "select", "standings", "status", "use_backend",
 ]  # fmt: skip
 
@@ -175,8 +176,7 @@ def select(problem: Problem, backend: Any = None) -> tuple[Any, str]:
             entry = find(name)
             if entry is None:
                 continue
-            if entry.instance is None:
-                load(entry, name)
+            load(entry, name)
             if entry.failure is None:
                 if problem.taken_by is entry.instance or not reasons_against(entry.instance, problem):
                     vars(problem)["taken_by"] = entry.instance  # not a backend's to write, but ours
@@ -272,9 +272,9 @@ def log_copies(call: str, backend: Any, count: int) -> None:
 def _log(line: str, *words: Any) -> None:
     global _logger
     if _logger is None:
-        logging = sys.modules.get("logging")
-        if logging is None:
+        named = getattr(sys.modules.get("logging"), "getLogger", None)  # another thread may be half way through importing it
+        if named is None:
             return  # nobody listens, and importing it would be a quarter of what `import rau` costs
-        _logger = logging.getLogger("rau")
+        _logger = named("rau")
     if _logger.isEnabledFor(_DEBUG):
         _logger.debug(line, *words)

@@ -16,6 +16,7 @@ from rau.arrays.jax_ import with_float64
 from rau.arrays.numpy_ import ITEMSIZE
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.lse_arguments import (
+    asks_base,
     check_alike,
     check_array,
     check_base,
@@ -82,6 +83,7 @@ class AttentionState(NamedTuple):
         return "\n".join([type(self).__name__, *lines])
 
     @classmethod
+    @asks_base
     def from_lse(
         cls,
         attn_out: Any,
@@ -179,6 +181,7 @@ class AttentionState(NamedTuple):
         return state if cls is AttentionState else cls(*state)
 
     @classmethod
+    @asks_base
     def from_max_sum(
         cls,
         attn_out: Any,
@@ -263,6 +266,7 @@ class AttentionState(NamedTuple):
             maximum, total = (arranged(array, axes) for array in rows)
             return cls(attn_out, *statistics(maximum, total, "float64" if wide else "float32", base, lanes))
 
+    @asks_base
     def lse(
         self,
         *,

@@ -12,6 +12,7 @@ from rau.arrays.jax_ import is_tracer
 from rau.call import NAMES, run
 from rau.constraints import Options, bind, checked
 from rau.constraints.lse_arguments import (
+    asks_base,
     check_base,
     check_layouts,
     check_pair_out,
@@ -258,6 +259,10 @@ def merge_states(
     exact result (to first order (K + 1) * u * S), a float64 one within (2*K + 6.85) * v * S + 2**-509 * O + 2**-1074 * K, if
     all sums are in [2**-256, 2**256]. proofs/README.md has the proofs, for K up to 2**20.
 
+    A state is three arrays, so that ``out, lse = rau.merge_states(...)`` ends in Python's "too many values to unpack
+    (expected 2)". Write ``merged.attn_out`` and ``merged.lse(base=...)``, or call :func:`merge_lse`, which takes pairs and
+    returns one.
+
     Examples
     --------
     >>> import numpy as np, rau
@@ -281,6 +286,7 @@ def merge_states(
     return dispatch("merge_states", states, actual_seq_qlen, options, None if out is None else (out,), backend, asked).attn_out
 
 
+@asks_base
 def merge_lse(
     pairs: Sequence[Sequence[Any]],
     layout: str = "SBH",

@@ -14,6 +14,7 @@ from command import status
 
 import rau
 from rau.__main__ import main
+from rau.arrays.memory import aligned
 from rau.cli.bench import peers, survey, timing, workload
 
 # One thread: on a machine with other work to do, several wait for each other.
@@ -157,27 +158,39 @@ def test_ratio_is_by_the_rounds_of_both():
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 1000])
 @pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_cores_roof_computes_what_it_says(threads, around, length):
+@pytest.mark.parametrize("runs", [1, 4])
+def test_the_cores_roof_computes_what_it_says(threads, around, length, runs):
     roof = importlib.import_module("rau._core").roof
-    a, b, c, to = (timing._ones(4 * (length + 16)) for _ in range(4))
-    a[:], b[:], c[:], to[:] = np.arange(length + 16), 3, 8, -1
-    roof(to[:length], (a[:length], b[:length]), around, threads)
-    np.testing.assert_array_equal(to[:length], a[:length] + 1.5)
-    roof(to[:length], (b[:length],), around, threads)
-    np.testing.assert_array_equal(to[:length], 3)
-    roof(to[:length], (a[:length], b[:length], c[:length]), around, threads)
-    np.testing.assert_array_equal(to[:length], a[:length] + 5.5)
-    roof(to[:length], (a[:length], *[b[:length]] * 15), around, threads)
-    np.testing.assert_array_equal(to[:length], a[:length] + 22.5)
-    roof(a[:length], (a[:length], b[:length]), around, threads)
-    np.testing.assert_array_equal(a[:length], np.arange(length) + 1.5)
-    assert (to[length:] == -1).all() and (a[length:] == np.arange(length, length + 16)).all()
-    for wrong in ((to[1:3], (a[:2], b[:2])), (to[:2], ()), (to[:2], (a[:2],) * 17)):
-        with pytest.raises(ValueError, match="expected 1 to 16 arrays, and `to` aligned to 64 bytes"):
-            roof(*wrong, around, threads)
-    for wrong in ((a[:3], b[:2]), (a[:2], b[:3])):
-        with pytest.raises(ValueError, match="expected arrays of 2 elements, as `to` has, got 3"):
-            roof(to[:2], wrong, around, threads)
+    whole = [np.resize(array, (runs, length // 16 * 16 + 32)) for array in (np.arange(5000, dtype=np.float32), 3, 8, -1)]
+    places = [aligned(array.shape, np.float32) for array in whole]
+    for place, array in zip(places, whole, strict=True):
+        place[...] = array
+    a, b, c, to = (place[:, :length] for place in places)
+    roof(to, (a, b), around, threads)
+    np.testing.assert_array_equal(to, a + 1.5)
+    roof(to, (b,), around, threads)
+    np.testing.assert_array_equal(to, b)
+    roof(to, (a, b, c), around, threads)
+    np.testing.assert_array_equal(to, a + 5.5)
+    roof(to, (a, *[b] * 15), around, threads)
+    np.testing.assert_array_equal(to, a + 22.5)
+    roof(a, (a, b), around, threads)
+    np.testing.assert_array_equal(a, whole[0][:, :length] + 1.5)
+    for place, array in zip(places, whole, strict=True):  # between the runs
+        np.testing.assert_array_equal(place[:, length:], array[:, length:])
+
+
+@pytest.mark.skipif(WITHOUT_CORE, reason="needs the compiled core")
+def test_what_the_cores_roof_does_not_take():
+    roof = importlib.import_module("rau._core").roof
+    a, b, to = (aligned((3, 64), np.float32) for _ in range(3))
+    apart = aligned((3, 80), np.float32)[:, :64]
+    for wrong in ((to[:, 1:3], (a[:, :2], b[:, :2])), (to, ()), (to, (a,) * 17), (to[:, ::2], (a[:, ::2],)), (to[:, :3].T, (a[:, :3].T,))):
+        with pytest.raises(ValueError, match="expected 1 to 16 arrays, and contiguous runs of `to` aligned to 64 bytes"):
+            roof(*wrong, True, 1)
+    for wrong in ((a[:, :3], b[:, :2]), (a[:, :2], b[:2, :2]), (a[:, :2], apart[:, :2]), (a[:, :2], b[:, :4:2])):
+        with pytest.raises(ValueError, match="expected arrays of 3 runs of 2 elements, 256 bytes apart, as `to` has"):
+            roof(to[:, :2], wrong, True, 1)
 
 
 def test_a_roof_without_the_core(monkeypatch):

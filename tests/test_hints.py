@@ -1,13 +1,17 @@
 """Refusals whose advice, followed to the letter, gives the right value."""
 
+import inspect
 import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from states import tnd
 
 import rau
 from rau import AttentionState
+from rau.compat.ring_flash_attention import flatten_varlen_lse
 from rau.layouts import LAYOUTS, OTHER_LAYOUTS, OTHER_LSE_LAYOUTS
 
 B, S, N, D = 2, 2, 2, 64  # alike, so that no shape gives a wrong layout away
@@ -161,6 +165,103 @@ def test_lengths_themselves():
     text = refusal(lambda: rau.reorder_softmax(stats, [16, 32, 16], to="TND"))
     assert "padding" not in text
     np.testing.assert_array_equal(eval(re.search(r"here (.*)\.$", text)[1]), [0, 16, 48, 64])
+
+
+def calls_with_lengths(state, pair):
+    """Every call that takes cumulative lengths, by theirs; token-major statistics of 8 tokens where nothing else is said."""
+    how = {"layout": "TND", "profile": "portable"}
+    pairs, of_lse = [pair, pair], {"base": "e", "layout": "TND", "lse_layout": "TN"}
+    return {
+        "actual_seq_qlen": [
+            lambda n: rau.ring_attention_update(*state, *state, n, "TND"),
+            lambda n: rau.ring_attention_update(*state, *state, n, **how),
+            lambda n: rau.merge_states([state] * 2, n, "TND", softmax_layout="SBH"),
+            lambda n: rau.StreamingMerge("TND", actual_seq_qlen=n, softmax_layout="SBH"),
+            lambda n: rau.add_sink(state, state[1][0, :, 0], "TND", softmax_layout="SBH", actual_seq_qlen=n),
+            lambda n: AttentionState(*state).lse(**of_lse, softmax_layout="SBH", actual_seq_qlen=n),
+            lambda n: rau.reorder_softmax(state[1], n, to="TND"),
+            lambda n: rau.merge_states([state] * 2, n, "TND", cu_seqlens_padded=[0, 4, 8]),
+            lambda n: rau.merge_lse(pairs, **of_lse, actual_seq_qlen=n, cu_seqlens_padded=[0, 4, 8]),
+        ],
+        "cu_seqlens_padded": [
+            lambda n: rau.merge_states([state] * 2, [0, 1, 2], "TND", cu_seqlens_padded=n),
+            lambda n: rau.StreamingMerge("TND", actual_seq_qlen=[0, 1, 2], cu_seqlens_padded=n),
+        ],
+        "indptr": [lambda n: rau.merge_states(state, layout="TND", indptr=n)],
+        "cu_seqlens": [lambda n: flatten_varlen_lse(pair[1].reshape(2, 2, 4), n)],
+        "actual_seq_qlen of the vendor's": [lambda n: rau.compat.npu_ring_attention_update(
+            *state, *state, actual_seq_qlen=n, input_layout="TND")],
+    }  # fmt: skip
+
+
+def lengths_are_converted_as_said(state, pair, make, names):
+    """Lengths of another integer type are refused with what to pass; that is taken."""
+    for name, calls in calls_with_lengths(state, pair).items():
+        for call in calls:
+            given = make([0, 4, 8])
+            text = refusal(lambda call=call, given=given: call(given))
+            advice = re.search(r"Pass (.*?)\.( |$)", text)[1]
+            call(eval(advice, {name.partition(" ")[0]: given, **names}))
+
+
+@pytest.mark.parametrize("dtype", ["int16", "uint32", "uint8", ">i8"])
+def test_lengths_of_another_integer_type(dtype):
+    state = tnd()
+    lengths_are_converted_as_said(state, (state[0], state[1][..., 0]), lambda n: np.array(n, dtype), {"numpy": np})
+
+
+def test_lengths_of_int32_where_the_vendor_has_int64():
+    """FlashAttention's, in other words."""
+    state, lengths = tnd(), np.array([0, 3, 8], np.int32)
+    text = refusal(lambda: rau.ring_attention_update(*state, *state, lengths, "TND"))
+    assert text == (
+        "ring_attention_update: [qlen-dtype] actual_seq_qlen has dtype int32; expected int64. Pass "
+        'actual_seq_qlen.astype(numpy.int64). profile="portable" takes int32 too.'
+    )
+    rau.ring_attention_update(*state, *state, lengths, "TND", profile="portable")
+    text = refusal(lambda: rau.compat.npu_ring_attention_update(
+        *state, *state, actual_seq_qlen=lengths, input_layout="TND"))  # fmt: skip
+    assert text.endswith("expected int64. Pass actual_seq_qlen.astype(numpy.int64).")  # it has no profile
+    text = refusal(lambda: rau.reorder_softmax(state[1], lengths.astype("f4"), to="TND"))
+    assert text.endswith("actual_seq_qlen has dtype float32; expected int64 or int32.")
+
+
+# -------------------------------------------------------------------------------------------------------------- base
+
+
+def test_a_forgotten_base():
+    """Which there are, and whose: nobody should have to guess, since a wrong one gives wrong numbers and no error."""
+    out, lse = np.ones((1, 1, 4), "f4"), np.zeros((1, 1, 1), "f4")
+    state = AttentionState.from_lse(out, lse, base="e")
+    calls = {
+        "AttentionState.from_lse": (AttentionState.from_lse, out, lse),
+        "AttentionState.from_max_sum": (AttentionState.from_max_sum, out, lse, lse),
+        "AttentionState.lse": (state.lse,),
+        "merge_lse": (rau.merge_lse, [(out, lse)]),
+        "merge_attention": (rau.merge_attention, out, [(out, out)], print, print),
+    }
+    for name, (call, *arguments) in calls.items():
+        with pytest.raises(rau.OptionError) as caught:
+            call(*arguments)
+        assert str(caught.value) == (
+            f'{name}: [base] base is missing, and has no default; expected "e" or "2". Natural logarithms: FlashAttention, '
+            "PyTorch, vLLM. Base 2: FlashInfer."
+        )
+        assert caught.value.rules == ("base",)
+        base = inspect.signature(call).parameters["base"]  # as help() and editors show it
+        assert (base.kind, base.default) == (base.KEYWORD_ONLY, base.empty)
+
+
+def test_a_state_taken_for_a_pair():
+    """Python's own words, which nobody can change, and where one finds what to write instead."""
+    state = AttentionState.from_lse(np.ones((1, 1, 4), "f4"), np.zeros((1, 1, 1), "f4"), base="e")
+    with pytest.raises(ValueError, match="unpack") as caught:
+        out, lse = rau.merge_states([state])
+    said = str(caught.value).partition(" (")[0]
+    for page in (rau.merge_states.__doc__, *(Path(__file__).parents[1].joinpath("docs", f"{name}.md").read_text()
+                                             for name in ("interop", "migration"))):  # fmt: skip
+        text = " ".join(page.split())
+        assert f"{said} (expected 2)" in text and "merge_lse" in text and "lse(base=...)" in text
 
 
 # ------------------------------------------------------------------------------------------------------------ dtypes

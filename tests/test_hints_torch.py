@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 from states import tnd
-from test_hints import refusal
+from test_hints import lengths_are_converted_as_said, refusal
 
 import rau
 from rau import AttentionState
@@ -206,3 +206,33 @@ def test_a_list_of_tensors_is_no_list_of_ints():
     )
     followed = rau.merge_states([state] * 2, cumulative.tolist(), "TND", softmax_layout="SBH")
     assert torch.equal(followed[0], rau.merge_states([state] * 2, np.array([0, 3, 8]), "TND", softmax_layout="SBH")[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8])
+def test_lengths_of_another_integer_type(dtype):
+    state = tensors()
+    lengths_are_converted_as_said(state, (state[0], state[1][..., 0]), lambda n: torch.tensor(n, dtype=dtype), {"torch": torch})
+
+
+def test_lengths_of_int32_where_the_vendor_has_int64():
+    state, lengths = tensors(), torch.tensor([0, 3, 8], dtype=torch.int32)
+    text = refusal(lambda: rau.ring_attention_update(*state, *state, lengths, "TND"))
+    assert text.endswith('expected int64. Pass actual_seq_qlen.to(torch.int64). profile="portable" takes int32 too.')
+
+
+def test_lengths_whose_memory_is_gone_are_not_read():
+    state, lengths = tensors(), torch.tensor([0, 3, 8])
+    lengths.untyped_storage().resize_(0)
+    for given in (lengths, torch._efficientzerotensor((3,), dtype=torch.int64)):
+        text = refusal(lambda given=given: rau.reorder_softmax(state[1], given, to="TND"))
+        assert "[array] actual_seq_qlen has no memory" in text
+
+
+def test_lazily_negated_numbers_are_read():
+    state = tensors()
+    lengths = torch._neg_view(torch.tensor([0, -3, -8]))
+    expected = rau.merge_states([state] * 2, [0, 3, 8], "TND", softmax_layout="SBH")
+    assert torch.equal(rau.merge_states([state] * 2, lengths, "TND", softmax_layout="SBH")[0], expected[0])
+    negated = AttentionState(state[0], torch._neg_view(-state[1]), torch._neg_view(-state[2]))
+    same = rau.merge_states([negated, tensors()], layout="TND", check="values")
+    assert torch.equal(same[0], rau.merge_states([state] * 2, layout="TND")[0])

@@ -419,6 +419,25 @@ def test_an_array_that_was_donated():
 
 @needs_jax
 @needs_core
+def test_lengths_and_log_sum_exps_of_another_dtype():
+    """The advice has JAX's own methods, and can be followed."""
+    states, lengths = two(), jnp.array([0, 6])
+    with pytest.raises(ConstraintError) as caught:
+        rau.merge_states(states, lengths, "TND", softmax_layout="SBH", profile="mindspore")
+    assert "expected int64. Pass numpy.asarray(actual_seq_qlen).astype(numpy.int64)." in str(caught.value)
+    rau.merge_states(states, np.asarray(lengths).astype(np.int64), "TND", softmax_layout="SBH")
+    narrow = states[0][1].astype("bfloat16")[..., 0]
+    with pytest.raises(ConstraintError) as caught:
+        rau.AttentionState.from_lse(states[0][0], narrow, base="e", layout="TND", lse_layout="TN")
+    assert "or pass lse.astype(numpy.float32), at the price" in str(caught.value)
+    rau.AttentionState.from_lse(states[0][0], narrow.astype(np.float32), base="e", layout="TND", lse_layout="TN")
+    lengths.delete()
+    with pytest.raises(ConstraintError, match="actual_seq_qlen has been deleted or donated"):
+        rau.merge_states(states, lengths, "TND", softmax_layout="SBH")
+
+
+@needs_jax
+@needs_core
 def test_what_goes_wrong_while_xla_runs_the_program_is_told(monkeypatch):
     monkeypatch.setattr(CythonBackend, "merge", lambda *arguments: 1 / 0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="ZeroDivisionError: division by zero"):

@@ -276,6 +276,16 @@ def test_one_line_a_call(caplog, merge):
     assert caplog.record_tuples == [("rau", logging.DEBUG, f"{call}: backend numpy (use_backend)")]
 
 
+def test_logging_that_another_thread_is_importing(monkeypatch):
+    """A module is in sys.modules before it has what it defines: nobody listens yet, and the next call asks again."""
+    monkeypatch.setattr(registry, "_logger", None)
+    with monkeypatch.context() as half_way:
+        half_way.setitem(sys.modules, "logging", type(sys)("logging"))
+        assert bits(rau.ring_attention_update(**arguments())) == bits(rau.ring_attention_update(**arguments()))
+    rau.ring_attention_update(**arguments())
+    assert registry._logger is logging.getLogger("rau")
+
+
 def test_a_request_is_strict(monkeypatch):
     registry.register(Picky)
     reasons = (

@@ -159,7 +159,7 @@ def test_refused(call, error, rules, says):
 
 
 def test_the_base_has_no_default():
-    with pytest.raises(TypeError, match="base"):
+    with pytest.raises(rau.OptionError, match="base is missing"):
         AttentionState.from_lse(OUT, LSE)
-    with pytest.raises(TypeError, match="base"):
+    with pytest.raises(rau.OptionError, match="base is missing"):
         sbh().lse()

@@ -204,7 +204,7 @@ LENGTHS = {
         rau.DTypeError,
         {"actual_seq_qlen": np.array(QLEN, "int32")},
         "TND",
-        says='actual_seq_qlen has dtype int32; expected int64. profile="portable" takes int32 too.',
+        says='actual_seq_qlen has dtype int32; expected int64. Pass actual_seq_qlen.astype(numpy.int64). profile="portable" takes int32 too.',
     ),
     "uint64": Wrong(("qlen-dtype",), rau.DTypeError, {"actual_seq_qlen": np.array(QLEN, "uint64")}, "TND"),
     "big-endian": Wrong(("qlen-dtype",), rau.DTypeError, {"actual_seq_qlen": np.array(QLEN, ">i8")}, "TND"),

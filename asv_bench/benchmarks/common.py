@@ -37,10 +37,13 @@ class EachBackend:
     def setup_cache(self):
         return {one.name: one.reason for one in rau.registry.status() if not one.available}
 
-    def load(self, missing, name):
+    def load(self, missing, name, how="fresh"):
         if name in missing:
             raise NotImplementedError(missing[name])
-        return rau.registry.get(name)
+        backend = rau.registry.get(name)
+        if how in ("out=", "in place") and not backend.capabilities.out:
+            raise NotImplementedError(f"arrays of {name} cannot be written into")
+        return backend
 
 
 def core():
@@ -62,8 +65,6 @@ def states(size, dtype, count=3, lanes=8):
 
 def update(backend, how, size, arrays):
     """A function that makes one call and waits for its result; n/a where the backend does not take it."""
-    if how != "fresh" and not backend.capabilities.out:
-        raise NotImplementedError(f"arrays of {backend.name} cannot be written into")
     call = workload.modes(size, backend, [rau.AttentionState(*map(backend.asarray, state)) for state in arrays])[how]
     try:
         call()

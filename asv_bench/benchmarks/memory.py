@@ -20,7 +20,7 @@ class Memory(EachBackend):
     param_names = ["backend", "how"]
 
     def setup(self, missing, backend, how):
-        self.backend = self.load(missing, backend)
+        self.backend = self.load(missing, backend, how)
         self.arrays = states(MEDIUM, "float32")
 
     def peakmem_update(self, missing, backend, how):
@@ -36,7 +36,7 @@ class Temporaries(EachBackend):
     unit = "outputs"
 
     def setup(self, missing, backend):
-        self.backend = self.load(missing, backend)
+        self.backend = self.load(missing, backend, "out=")
         devices = self.backend.capabilities.devices
         self.on_gpu = devices == ("cuda",)
         if not self.on_gpu and devices is not None and "cpu" not in devices:

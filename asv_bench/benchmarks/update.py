@@ -13,7 +13,7 @@ class Update(EachBackend):
     repeat = (3, 10, 2.0)
 
     def setup(self, missing, backend, size, dtype):
-        loaded = self.load(missing, backend)
+        loaded = self.load(missing, backend, "out=")
         self.call = update(loaded, "out=", SIZES[size], states(SIZES[size], dtype))
 
     def time_update(self, missing, backend, size, dtype):
@@ -28,7 +28,7 @@ class Ways(EachBackend):
     repeat = (3, 10, 2.0)
 
     def setup(self, missing, backend, how):
-        loaded = self.load(missing, backend)
+        loaded = self.load(missing, backend, how)
         self.call = update(loaded, how, MEDIUM, states(MEDIUM, "float32"))
 
     def time_update(self, missing, backend, how):

@@ -192,7 +192,7 @@ class TorchKind:
         return stats[..., :1].expand(*stats.shape[:-1], lanes)
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        array = array.detach().cpu()
+        array = array.detach().cpu().resolve_neg()
         name = self.dtype(array)
         return self.host_view(array).view(named_dtype(name)) if name in BITS else array.numpy()
 

@@ -124,9 +124,8 @@ def starts_of(call: str, cu_seqlens: Any, factor: int = 1, **rows: tuple[Any, bo
     ------
     ConstraintError
     """
-    report, kind = Violations(call), kind_of(cu_seqlens)
-    assert kind is not None  # as was checked
-    starts: np.ndarray = bind_lengths(report, kind.to_numpy(cu_seqlens), None, False, False, "cu_seqlens")
+    report = Violations(call)
+    starts: np.ndarray = bind_lengths(report, cu_seqlens, None, False, False, "cu_seqlens", wait=True)
     report.raise_if_broken()
     if (odd := starts[starts % factor != 0]).size:
         report.add("qlen-padded", f"cu_seqlens holds {odd[0]}; expected multiples of {factor}.")

@@ -53,6 +53,17 @@ def swapped(dtype: str) -> str:
     return " Convert it to native byte order: a.astype(a.dtype.newbyteorder('='))." if "byte-swapped" in dtype else ""
 
 
+def whole_numbers(name: str, kind: str, dtype: str) -> str:
+    """Word how cumulative lengths, which FlashAttention has as int32, come to int64; empty if nobody knows."""
+    how = {
+        "numpy": f"{name}.astype(numpy.int64)",
+        "torch": f"{name}.to(torch.int64)",
+        "jax": f"numpy.asarray({name}).astype(numpy.int64)",  # which has int32 alone, as it comes
+        "mindspore": f"{name}.astype(mindspore.int64)",
+    }.get(kind)
+    return f" Pass {how}." if how and "int" in dtype else ""
+
+
 def another_dtype(name: str, kind: str, dtype: str, wanted: str) -> str:
     """Word how statistics, or a log-sum-exp, come to the dtype they should have, and what that costs; empty if nobody knows.
 
@@ -62,7 +73,8 @@ def another_dtype(name: str, kind: str, dtype: str, wanted: str) -> str:
     has, needs = SIGNIFICANT.get(dtype), SIGNIFICANT.get(wanted)
     if has is None or needs is None:
         return swapped(dtype)
-    how = f"{name}.astype(numpy.{wanted})" if kind == "numpy" else f"{name}.{'float' if wanted == 'float32' else 'double'}()"
+    method = f"astype(numpy.{wanted})" if kind in ("numpy", "jax") else {"float32": "float()", "float64": "double()"}[wanted]
+    how = f"{name}.{method}"
     if SIGNIFICANT["float32"] <= has < needs:
         return f" Pass {how}, which is exact."
     bits = min(has, needs)

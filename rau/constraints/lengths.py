@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rau.arrays import kind_of, looks_like_array, plain
-from rau.constraints.hints import described, in_its_place
+from rau.constraints.hints import described, in_its_place, whole_numbers
 from rau.constraints.rules import Violations
 from rau.errors import shown
 
@@ -16,14 +16,14 @@ NAME = "actual_seq_qlen"
 
 
 def bind_lengths(
-    report: Violations, value: Any, tokens: int | None, packed: bool, vendor: bool, name: str = NAME
+    report: Violations, value: Any, tokens: int | None, packed: bool, vendor: bool, name: str = NAME, wait: bool = False
 ) -> Any:
     """Check the cumulative sequence lengths of a TND call, of `tokens` tokens if that is known; a `vendor` wants int64.
 
     `name` is what the caller knows them by.
 
-    Return them as an int64 array of shape (sequences + 1,), a device array as it is, and so anything while torch traces,
-    which has no values; None without any, or where they are wrong.
+    Return them as an int64 array of shape (sequences + 1,), a device array as it is (unless the caller can `wait` for it), and
+    so anything while torch traces, which has no values; None without any, or where they are wrong.
     """
     if value is None:
         end = "T" if tokens is None else f"T = {tokens}"
@@ -50,10 +50,13 @@ def bind_lengths(
             report.add("qlen-dtype", f"{name} is {described(value)}; expected an int64 array or a list of ints."
                        f"{in_its_place(value)}")  # fmt: skip
             return None
+        if fault := kind.fault(value):
+            report.add("array", f"{name} {fault}")
+            return None
         dtype, shape = kind.dtype(value), tuple(value.shape)
         if dtype != "int64" and (vendor or dtype != "int32"):
-            hint = ' profile="portable" takes int32 too.' if dtype == "int32" else ""
-            report.add("qlen-dtype", f"{name} has dtype {dtype}; expected int64.{hint}")
+            hint = whole_numbers(name, kind.name, dtype) + (' profile="portable" takes int32 too.' if dtype == "int32" else "")
+            report.add("qlen-dtype", f"{name} has dtype {dtype}; expected int64{'' if vendor else ' or int32'}.{hint}")
             dtype = ""
         if len(shape) != 1 or shape[0] == 0:
             report.add("qlen-rank", f"{name} has shape {shape}; expected one axis with one more entry than there are "
@@ -61,7 +64,7 @@ def bind_lengths(
             return None
         if not dtype:
             return None
-        if not kind.readable(value):
+        if not (wait or kind.readable(value)):
             return value
         # A copy: what is checked is what is used, whoever writes to the caller's meanwhile.
         lengths = np.array(kind.to_numpy(value), dtype=np.int64)

@@ -6,8 +6,9 @@ Everything here can be traced by torch.compile: shapes are compared, no value is
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,11 +29,30 @@ from rau.layouts import (
     lse_layouts,
 )
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_BASES = " Natural logarithms: FlashAttention, PyTorch, vLLM. Base 2: FlashInfer."
+
+
+def asks_base(function: _Function) -> _Function:
+    """Have a function that is called without ``base=``, which has no default, say which bases there are, and whose they are.
+
+    Python would say that it is missing, and no more. The signature stays as it is written.
+    """
+
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if "base" not in options:
+            report = Violations(function.__qualname__)
+            report.add("base", f'base is missing, and has no default; expected "e" or "2".{_BASES}')
+            raise report.error()
+        return function(*arguments, **options)
+
+    return call  # type: ignore[return-value]
+
 
 def check_base(report: Violations, base: object) -> str:
     """Check the base of the logarithm; return it, empty where it is wrong."""
-    note = " Natural logarithms: FlashAttention, PyTorch, vLLM. Base 2: FlashInfer."
-    return report.choice("base", "base", base, ("e", "2"), note)
+    return report.choice("base", "base", base, ("e", "2"), _BASES)
 
 
 def check_layouts(

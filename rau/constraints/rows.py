@@ -93,10 +93,7 @@ def bind_padded(report: Violations, lengths: Any, padded: Any, tokens: int | Non
             report.add("tnd-qlen-required", f"{name} is None; padded sequences expect actual_seq_qlen, the cumulative real "
                        f"lengths, and {PADDED}, the cumulative lengths of their slots.")  # fmt: skip
             continue
-        kind = kind_of(value)
-        if kind is not None and not kind.fault(value):
-            value = kind.to_numpy(value)  # also from a device, which is waited for: rows are found by them
-        both.append(bind_lengths(report, value, end, False, False, name))
+        both.append(bind_lengths(report, value, end, False, False, name, wait=True))  # rows are found by them, on the host
     if len(both) < 2 or both[0] is None or both[1] is None:
         return None
     real, slots = both
@@ -121,10 +118,7 @@ def rows_of_sequences(starts: np.ndarray, lengths: np.ndarray) -> Rows:
 
 def bind_counts(report: Violations, indptr: Any, states: int) -> np.ndarray | None:
     """Check where each row's states begin among all `states`, cumulative from 0; None where that is wrong."""
-    kind = kind_of(indptr)
-    if kind is not None and not kind.fault(indptr):
-        indptr = kind.to_numpy(indptr)
-    found: np.ndarray | None = bind_lengths(report, indptr, states, False, False, "indptr")
+    found: np.ndarray | None = bind_lengths(report, indptr, states, False, False, "indptr", wait=True)
     return found
 
 

@@ -60,7 +60,9 @@ RAU_ROOF(avx512, __attribute__((target("avx512f"))), __m512, _mm512_loadu_ps, _m
          _mm512_set1_ps, _mm512_add_ps, _mm512_mul_ps)
 #endif
 
-static void rau_roof(float *to, const float *const *from, int arrays, ptrdiff_t n, int around, int threads) {
+/* Over `runs` of n elements each, `stride` elements apart. */
+static void rau_roof(
+    float *to, const float *const *from, int arrays, ptrdiff_t n, ptrdiff_t runs, ptrdiff_t stride, int around, int threads) {
     const rau_version *found[3];
     const int versions = rau_versions(found); /* the roof is the machine's, whatever version the kernels run in */
 #ifdef RAU_VERSIONS
@@ -70,7 +72,7 @@ static void rau_roof(float *to, const float *const *from, int arrays, ptrdiff_t 
 #endif
     const rau_roof_kernel kernel = kernels[versions - 1];
     if (rau_forked || !RAU_OPENMP || threads < 2) { /* enters no parallel region */
-        kernel(to, from, arrays, 0, n, around);
+        for (ptrdiff_t r = 0; r < runs; r++) kernel(to, from, arrays, r * stride, r * stride + n, around);
         if (around) rau_fence();
         return;
     }
@@ -80,8 +82,13 @@ static void rau_roof(float *to, const float *const *from, int arrays, ptrdiff_t 
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
 #endif
     for (part = 0; part < threads; part++) {
-        const ptrdiff_t first = lines * part / threads * 16, last = lines * (part + 1) / threads * 16;
-        kernel(to, from, arrays, first, last < n ? last : n, around);
+        if (runs == 1) {
+            const ptrdiff_t first = lines * part / threads * 16, last = lines * (part + 1) / threads * 16;
+            kernel(to, from, arrays, first, last < n ? last : n, around);
+        } else {
+            for (ptrdiff_t r = runs * part / threads; r < runs * (part + 1) / threads; r++)
+                kernel(to, from, arrays, r * stride, r * stride + n, around);
+        }
         if (around) rau_fence();
     }
 }

@@ -51,6 +51,15 @@ def load(backend: Any) -> Any:
         if not registry.known(backend) and module_name and _is_module(module_name):
             meant = f"{module_name}:{class_name}"
             raise UnknownBackendError(f"{backend!r} is no backend; expected module:Class. Did you mean {meant}?")
+        if not registry.known(backend) and not registry.nearly(backend):
+            if not (class_name[:1].isupper() and class_name.isidentifier()):  # else a class, whose module its author knows
+                module_name, class_name = backend, "MyKernel"
+            if not all(part.isidentifier() for part in module_name.split(".")):
+                module_name = "mykernel"
+            raise UnknownBackendError(
+                f"no backend is called {backend!r}; the known ones are {', '.join(registry.names())}. A class of your own is named "
+                f"with its module: {module_name}:{class_name}, if it is in {module_name.replace('.', '/')}.py"
+            )
         return registry.get(backend)
     try:
         instance = backend() if isinstance(backend, type) else backend

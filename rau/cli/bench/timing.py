@@ -154,7 +154,7 @@ def device_copy(backend: Any, bytes_: int) -> Call | None:
 
 
 def _ones(bytes_: int) -> np.ndarray:
-    """Float32 ones, aligned to 64 bytes, every page touched; on huge pages where NumPy gets them."""
-    array = aligned((bytes_ // 4,), np.float32)
+    """Float32 ones in one run, aligned to 64 bytes, every page touched; on huge pages where NumPy gets them."""
+    array = aligned((1, bytes_ // 4), np.float32)
     array[:] = 1
     return array
