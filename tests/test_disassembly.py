@@ -4,10 +4,9 @@ import os
 import platform
 import re
 import shutil
-from pathlib import Path
 
 import pytest
-from disassembly import KERNELS, functions, hot_loops, innermost, jumps, listing
+from disassembly import functions, hot_loops, innermost, jumps, listing
 
 _core = pytest.importorskip("rau._core", reason="test_packaging.py fails where it should be there")
 
@@ -72,17 +71,6 @@ def test_no_vector_is_stored_in_parts_and_loaded_whole(disassembled, name):
     """gcc 12 copied a struct of two vectors by 16 bytes over the stack: half of the speed with AVX2, and the same bits."""
     assert name in disassembled, "no such function: renamed, inlined, or the core is stripped"
     assert not failures(disassembled[name])
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_the_hot_loops_are_as_long_as_the_page_says(disassembled, name):
-    """tests/kernels.py compares all of the page's table, NEON's part too; this is what the core itself shows of it."""
-    if not _core.build()["compiler"].startswith("gcc 12."):
-        pytest.skip("docs/benchmarks.md counts what gcc 12 makes")
-    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
-    (row,) = re.findall(rf"^\| {KERNELS[name]} \| (\S+) \| \S+ \| \S+ \| (\S+) \| \S+ \|$", page, re.MULTILINE)
-    of_two, of_many = hot_loops(disassembled[f"{name}_avx2"])
-    assert [float(its) for its in row] == [of_two[0], of_many]
 
 
 X86 = """
