@@ -102,6 +102,8 @@ TARGETS = (
     Target("torch.compile by fresh outputs", "composites", _slower("fresh", COMPILED), 1.5, True, "{:.1f}x"),
     Target("smallest call, NumPy, out=", "smallest, NumPy", _one("out=", 1e6), 8.0, False, "{:.1f} us"),
     Target("smallest call, NumPy, fresh", "smallest, NumPy", _one("fresh", 1e6), 10.0, False, "{:.1f} us"),
+    Target("smallest call, NumPy, out=: plain Python takes", "smallest, NumPy",
+           lambda found: {"": found[probes.PYTHON] / found["out="]}, 25.0, True, "{:.0f}x"),
     Target("smallest call, torch, out=", "smallest, torch", _one("out=", 1e6), 12.0, False, "{:.1f} us"),
     Target("smallest call, torch, fresh", "smallest, torch", _one("fresh", 1e6), 15.0, False, "{:.1f} us"),
     Target("smallest call, torch, fresh: of torch eager", "smallest, torch",

@@ -49,9 +49,18 @@ def test_the_targets(monkeypatch, capsys):
 def test_what_is_measured_in_a_process_of_its_own(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script that is run there
     found = targets._fresh(probes.smallest, 1, 0.0, False)
-    assert set(found) == {"out=", "fresh"} and min(found.values()) > 0
+    assert set(found) == {"out=", "fresh", probes.PYTHON} and min(found.values()) > 0
     with pytest.raises(MemoryError, match="was killed"):
         targets._fresh(os._exit, 9)
+
+
+def test_plain_python_does_the_same_work():
+    prev, cur, _ = workload.states(workload.Size("SBH", (5,), 3, 8), "float32", 3)
+    rows = probes.python_update(probes.python_rows(prev), probes.python_rows(cur))
+    expected = probes.python_rows(rau.ring_attention_update(*prev, *cur))
+    assert len(rows) == len(expected) == 15
+    for got, wanted in zip(map(list, zip(*rows)), map(list, zip(*expected))):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_the_table_is_printed(monkeypatch, capsys):

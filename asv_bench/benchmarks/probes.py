@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from rau.testing.reference.oracle import widen
 from rau.testing.reference.row_weights import half_ulp
 
 _CALLS_SECONDS = 1.0
+PYTHON = "plain Python"
 
 
 def dtypes() -> tuple[str, ...]:
@@ -49,14 +52,45 @@ def composites(threads: int, size: Size, seconds: float, compiled: bool) -> dict
     return {dtype: {row.name: row.slower or {} for row in group.peers} for dtype, group in groups.items()}
 
 
+Row = tuple[Sequence[float], float, float]  # of attn_out, softmax_max, softmax_sum
+
+
+def python_rows(state: rau.AttentionState) -> list[Row]:
+    """Take apart a state in SBH, all of whose lanes are alike, into Python's own numbers: a row for each head and token."""
+    attn_out, softmax_max, softmax_sum = state
+    batch, heads, tokens = softmax_max.shape[:3]
+    heads_first = attn_out.reshape(tokens, batch, heads, -1).transpose(1, 2, 0, 3)
+    vectors = heads_first.reshape(batch * heads * tokens, -1)
+    statistics = (one[..., 0].ravel().tolist() for one in (softmax_max, softmax_sum))
+    return list(zip(vectors.tolist(), *statistics, strict=True))
+
+
+def python_update(prev: Iterable[Row], cur: Iterable[Row]) -> list[Row]:
+    """Do an update as a loop of plain Python would, for ordinary statistics."""
+    rows = []
+    for (a, max_a, sum_a), (b, max_b, sum_b) in zip(prev, cur, strict=True):
+        largest = max(max_a, max_b)
+        weight_a, weight_b = sum_a * math.exp(max_a - largest), sum_b * math.exp(max_b - largest)
+        total = weight_a + weight_b
+        weight_a, weight_b = weight_a / total, weight_b / total
+        rows.append(([weight_a * x + weight_b * y for x, y in zip(a, b, strict=True)], largest, total))
+    return rows
+
+
 def smallest(threads: int, seconds: float, torch_tensors: bool) -> dict[str, float]:
-    """Seconds of the smallest call with all defaults; those of the eager composite too, where the tensors are torch's."""
+    """Seconds of the smallest call with all defaults, and of what it is compared with.
+
+    That is the eager composite where the tensors are torch's, and a loop of plain Python where they are NumPy's.
+    """
     prev, cur, out = states(SMALLEST, "float32", 3)
     after: dict[str, Call] = {}
     if torch_tensors:
         peers = Peers(False)
         prev, cur, out = map(peers.tensors, (prev, cur, out))
         after[EAGER] = lambda: peers.eager(prev, cur)
+    else:
+        lists = python_rows(prev), python_rows(cur)
+        after[PYTHON] = lambda: python_update(*lists)
     calls: dict[str, Call] = {
         "out=": lambda: rau.ring_attention_update(*prev, *cur, out=out),
         "fresh": lambda: rau.ring_attention_update(*prev, *cur),

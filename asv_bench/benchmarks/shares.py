@@ -74,6 +74,26 @@ class Accuracy(EachBackend):
         return max(probes.accuracy(self.backend)["share"].values())
 
 
+class SmallestCall:
+    """The smallest call by a loop of plain Python (NumPy's arrays), and by torch's eager composite (torch's tensors)."""
+
+    params = [["out=", "fresh"], [probes.PYTHON, EAGER]]
+    param_names = ["how", "other"]
+    unit = "of the other"
+
+    def setup(self, how, other):
+        core()
+        if other == EAGER:
+            try:
+                Peers(False)
+            except ImportError as error:
+                raise NotImplementedError("torch is not installed") from error
+
+    def track_by_other(self, how, other):
+        found = probes.smallest(rau.get_num_threads(), _SECONDS, other == EAGER)
+        return found[how] / found[other]
+
+
 class Sequences:
     """10,000 sequences of one token by one sequence of 10,000, packed."""
 
