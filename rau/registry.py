@@ -209,9 +209,9 @@ def keeps_lse(backend: Any = None) -> bool:
 
 def automatic(problem: Problem) -> tuple[str, ...]:
     """Names to try for a problem for which no backend was asked, best first."""
-    ours = _AUTOMATIC.get((problem.kind, problem.device.partition(":")[0]))
-    if ours is not None:
-        return ours
+    place = problem.kind, problem.device.partition(":")[0]
+    if place in _AUTOMATIC:  # and no get(), as rau.constraints.cache says
+        return _AUTOMATIC[place]
     if problem.kind == "torch":
         return ("torch",)
     if problem.kind == "jax":

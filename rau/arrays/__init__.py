@@ -138,10 +138,10 @@ def kind_of(array: Any) -> Kind | None:
     together.
     """
     try:
-        kind = _KINDS.get(type(array))
+        known = type(array) in _KINDS
     except Exception:  # a metaclass with a hash of its own
         return None
-    return _find(array) if kind is None else kind
+    return _KINDS[type(array)] if known else _find(array)
 
 
 def looks_like_array(value: Any) -> bool:

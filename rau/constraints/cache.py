@@ -52,8 +52,12 @@ def signature(
 
 def recall(signature: tuple[Any, ...]) -> Problem | None:
     """Return the problem of an earlier call of this signature."""
-    found = _problems.get(signature)
-    return None if found is None else found[0]
+    # Not get(): without the interpreter's lock it holds the dictionary's own while it compares, and a process that is forked
+    # by another thread meanwhile waits for that lock for ever. An index is looked up without one.
+    try:
+        return _problems[signature][0]
+    except KeyError:
+        return None
 
 
 def remember(signature: tuple[Any, ...], problem: Problem, states: Sequence[Sequence[Any]], out: Any) -> None:
