@@ -13,7 +13,8 @@ from _thread import (
 )
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 from rau.errors import BackendUnavailableError, RauError, UnknownBackendError, shown
 
@@ -24,6 +25,28 @@ INSTALL_HINT = (
 )
 
 lock = RLock()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _one_at_a_time(function: _Function) -> _Function:
+    """Have a function called under the lock, which is given back whenever Ctrl-C comes.
+
+    A `with` block does not promise that: Python 3.14 looks for signals between taking the lock and entering the block.
+    """
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        held = lock  # a child that is forked meanwhile has another one
+        try:
+            held.acquire()
+            return function(*arguments)
+        finally:
+            try:
+                held.release()
+            except RuntimeError:  # interrupted while waiting: it is not ours
+                pass
+
+    return call  # type: ignore[return-value]
 
 
 class Entry:
@@ -91,15 +114,17 @@ _scanned: dict[str, Entry] | None = None
 
 def _scan() -> dict[str, Entry]:
     """Return the table, its entry points read; nothing is imported."""
+    entries = _entries
+    return entries if entries is _scanned else _read_entry_points()
+
+
+@_one_at_a_time
+def _read_entry_points() -> dict[str, Entry]:
     global _scanned
     entries = _entries
-    if entries is _scanned:
-        return entries
-    with lock:
-        entries = _entries
-        if entries is not _scanned:
-            entries.update(_declared(entries))
-            _scanned = entries
+    if entries is not _scanned:
+        entries.update(_declared(entries))
+        _scanned = entries
     return entries
 
 
@@ -147,6 +172,7 @@ _PATIENCE = 30.0  # seconds that a fork waits for a plugin to be loaded
 def _before_fork() -> None:
     """Wait until nothing is being loaded: a library that another thread has half imported cannot be imported in the child."""
     global _held
+    _held = True  # already: an interrupt may come between the two
     _held = lock.acquire(timeout=_PATIENCE)
 
 
@@ -214,22 +240,30 @@ def find(name: str) -> Entry | None:
 def load(entry: Entry, name: str) -> Entry:
     """Load a backend if that has not been tried; what came of it is in its entry."""
     if entry.instance is None:
-        with lock:
-            load_class(entry, name)
-            if entry.instance is None and entry.cls is not None and _to_be_tried(entry):
-                _attempt(entry, "instance", lambda: entry.cls() if isinstance(entry.cls, type) else entry.cls)
+        _make_instance(entry, name)
     return entry
+
+
+@_one_at_a_time
+def _make_instance(entry: Entry, name: str) -> None:
+    load_class(entry, name)
+    if entry.instance is None and entry.cls is not None and _to_be_tried(entry):
+        _attempt(entry, "instance", lambda: entry.cls() if isinstance(entry.cls, type) else entry.cls)
 
 
 def load_class(entry: Entry, name: str) -> Any:
     """Import a backend's class, without making an instance; None where that fails. Who comes second waits for the first."""
     if entry.cls is None:
-        with lock:
-            if entry.origin != "built in":
-                _guard_forks()
-            if entry.cls is None and _to_be_tried(entry):
-                _attempt(entry, "cls", lambda: _unless_blocked(name, entry))
+        _import_class(entry, name)
     return entry.cls
+
+
+@_one_at_a_time
+def _import_class(entry: Entry, name: str) -> None:
+    if entry.origin != "built in":
+        _guard_forks()
+    if entry.cls is None and _to_be_tried(entry):
+        _attempt(entry, "cls", lambda: _unless_blocked(name, entry))
 
 
 def _to_be_tried(entry: Entry) -> bool:
@@ -266,10 +300,10 @@ def _attempt(entry: Entry, part: str, load: Callable[[], Any]) -> None:
         entry.failure = error
 
 
+@_one_at_a_time
 def first_told(entry: Entry) -> bool:
     """Tell whether nobody has been told of an entry's failure before; from now on somebody has."""
-    with lock:
-        news, entry.told = not entry.told, True
+    news, entry.told = not entry.told, True
     return news
 
 
@@ -405,12 +439,16 @@ def register(backend: Any, name: str | None = None) -> None:
         raise UnknownBackendError(f"{shown(backend)} has no name; expected a class attribute `name`, a str.")
     if fault := missing_part(backend):
         raise UnknownBackendError(f"{shown(backend)} is not a backend: {fault}.")
-    with lock:
-        entries = _scan()
-        if name in entries:
-            taken = entries[name].origin
-            raise UnknownBackendError(f'the name "{name}" is taken ({taken}); choose another one.')
-        entries[name] = Entry("registered", lambda: backend)
+    _take_name(name, backend)
+
+
+@_one_at_a_time
+def _take_name(name: str, backend: Any) -> None:
+    entries = _scan()
+    if name in entries:
+        taken = entries[name].origin
+        raise UnknownBackendError(f'the name "{name}" is taken ({taken}); choose another one.')
+    entries[name] = Entry("registered", lambda: backend)
 
 
 @contextmanager
@@ -436,11 +474,11 @@ def provisionally(backend: Any) -> Iterator[None]:
             entries[backend.name] = before
 
 
+@_one_at_a_time
 def refresh() -> None:
     """Forget what was loaded, what failed and what was registered; entry points are scanned anew on first need."""
     global _entries
-    with lock:
-        _entries = _built_in()
+    _entries = _built_in()
 
 
 def array_types() -> set[str]:

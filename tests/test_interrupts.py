@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def contexts_are_left():
     """An interrupt on the way into or out of numpy.errstate leaves it entered: that is Python's, and promised by nobody."""
     with np.errstate():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_lock_is_left():
+    """Held by a thread that has gone on, it would stop the next one that loads a backend, for good."""
+    yield
+    lock, found = plugins.lock, []
+    thread = threading.Thread(target=lambda: found.append(lock.acquire(timeout=LIMIT) and lock.release()))
+    thread.start()
+    thread.join()
+    assert found == [None]
 
 
 @pytest.mark.parametrize("backend", HOST)
