@@ -272,9 +272,11 @@ def log_copies(call: str, backend: Any, count: int) -> None:
 def _log(line: str, *words: Any) -> None:
     global _logger
     if _logger is None:
-        named = getattr(sys.modules.get("logging"), "getLogger", None)  # another thread may be half way through importing it
-        if named is None:
+        if "logging" not in sys.modules:
             return  # nobody listens, and importing it would be a quarter of what `import rau` costs
-        _logger = named("rau")
+        try:
+            _logger = sys.modules["logging"].getLogger("rau")
+        except (KeyError, AttributeError):  # another thread is half way through importing it, or has failed to
+            return
     if _logger.isEnabledFor(_DEBUG):
         _logger.debug(line, *words)
