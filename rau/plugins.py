@@ -35,11 +35,11 @@ def _one_at_a_time(function: _Function) -> _Function:
     """
 
     @wraps(function)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
         held = lock  # a child that is forked meanwhile has another one
         try:
             held.acquire()
-            return function(*arguments)
+            return function(*arguments, **options)
         finally:
             try:
                 held.release()
