@@ -171,14 +171,14 @@ _PATIENCE = 30.0  # seconds that a fork waits for a plugin to be loaded
 
 def _before_fork() -> None:
     """Wait until nothing is being loaded: a library that another thread has half imported cannot be imported in the child."""
-    global _held
-    _held = True  # already: an interrupt may come between the two
-    _held = lock.acquire(timeout=_PATIENCE)
+    lock.acquire(timeout=_PATIENCE)
 
 
 def _after_in_parent() -> None:
-    if _held:
+    try:
         lock.release()
+    except RuntimeError:  # the wait was too long, or interrupted: it is not ours
+        pass
 
 
 def _after_in_child() -> None:
@@ -190,7 +190,7 @@ def _after_in_child() -> None:
             entry.failure = None
 
 
-_held = _guarded = False
+_guarded = False
 
 
 def _guard_forks() -> None:

@@ -55,6 +55,13 @@ def test_a_plugin_that_is_loaded(monkeypatch):
         assert registry.get("elsewhere").name == "elsewhere"
 
 
+def test_a_fork():
+    """What is raised while the lock is taken for a fork is printed by Python, which forks all the same."""
+    for _ in interrupts.at_every_place(plugins._before_fork):
+        plugins._after_in_parent()
+    plugins._after_in_parent()  # of the last one, which was not interrupted
+
+
 @pytest.mark.parametrize("backend", HOST)
 def test_an_update(backend, monkeypatch):
     """Checked, chosen and run anew each time; `numpy` in two pieces."""

@@ -138,10 +138,10 @@ def kind_of(array: Any) -> Kind | None:
     together.
     """
     try:
-        known = type(array) in _KINDS
+        kind = _KINDS[type(array)] if type(array) in _KINDS else None  # and no get(), as rau.constraints.cache says
     except Exception:  # a metaclass with a hash of its own
         return None
-    return _KINDS[type(array)] if known else _find(array)
+    return _find(array) if kind is None else kind
 
 
 def looks_like_array(value: Any) -> bool:
