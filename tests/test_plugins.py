@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -323,8 +324,15 @@ def test_a_plugin_that_crashes_can_be_blocked(site, monkeypatch):
     assert_numpy_is_as_before()
 
 
-def test_many_threads_make_one_instance(loopback):
+def test_many_threads_make_one_instance(loopback, monkeypatch):
     barrier, found = threading.Barrier(8), []
+    init = loopback.LoopbackBackend.__init__
+
+    def slowly(self):  # so that each has begun before the first is done
+        time.sleep(0.1)
+        init(self)
+
+    monkeypatch.setattr(loopback.LoopbackBackend, "__init__", slowly)
 
     def ask():
         barrier.wait(LIMIT)
