@@ -27,15 +27,15 @@ from rich.table import Table
 import rau
 from rau.cli.bench.peers import COMPILED, EAGER, Peers
 from rau.cli.bench.timing import interleaved, on_host, ratio
-from rau.cli.bench.workload import LARGE, SEQUENCES, SERVING, SMALLEST, Size, states
+from rau.cli.bench.workload import DECODE, LARGE, SEQUENCES, SERVING, SMALLEST, Size, states
 from rau.testing.comparison import same_bits
 
 PAIRS = [
     LARGE, LARGE._replace(layout="BNSD"), Size("TND", (8192,), 32, 128), LARGE._replace(heads=64), LARGE._replace(lengths=(32768,)),
     LARGE._replace(lengths=(65536,)), SEQUENCES, SERVING, SERVING._replace(heads=64, head_dim=64),
-    SERVING._replace(head_dim=256), SERVING._replace(head_dim=80),
+    SERVING._replace(head_dim=256), SERVING._replace(head_dim=80), DECODE, DECODE._replace(lengths=(256,)),
 ]  # fmt: skip
-MANY = (3, 4, 8)  # states, of LARGE
+MANY = [(LARGE, 3), (LARGE, 4), (LARGE, 8), (DECODE, 4), (DECODE, 8)]  # states
 SMOKE = [Size("SBH", (5,), 2, 16), Size("TND", (3, 4), 2, 64), Size("TND", (3, 4), 2, 64, "SBH")]
 DTYPES = ("bfloat16", "float16", "float32")
 GOAL = 0.92  # of a copy
@@ -258,8 +258,9 @@ def main():
         for size, dtype in pairs:
             bench.values(size, dtype)
             bench.compete(size, dtype)
-        for K, dtype in [(3, "bfloat16")] if arguments.smoke else itertools.product(MANY, DTYPES):
-            bench.compete(SMOKE[0] if arguments.smoke else LARGE, dtype, K)
+        many = [((SMOKE[0], 3), "bfloat16")] if arguments.smoke else itertools.product(MANY, DTYPES)
+        for (size, K), dtype in many:
+            bench.compete(size, dtype, K)
         bench.small()
         right = bench.summary()
     print(f"{time.monotonic() - began:.0f} s; records: {arguments.records}")

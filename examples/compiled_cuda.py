@@ -92,11 +92,12 @@ class Figures(NamedTuple):
 # ---- compiling without a device ---------------------------------------------------------------------------------------
 
 
-def without_a_device():
-    """An instance of the backend as it would be on a machine with a GPU."""
+def without_a_device(at_once=0):
+    """An instance of the backend as it would be on a machine with a GPU that runs so many programs at once."""
     backend = CudaBackend.__new__(CudaBackend)
     backend._torch, backend._kernel, backend._alone = torch, cuda_kernel, nullcontext
-    backend._rows, backend._by_integers, backend._plans, backend._compiled = 32, False, WeakKeyDictionary(), {}
+    backend._rows, backend._at_once, backend._by_integers = 32, at_once, False
+    backend._plans, backend._compiled = WeakKeyDictionary(), {}
     return backend
 
 
@@ -118,15 +119,15 @@ def call(layout="SBH", B=2, S=40, N=3, D=64, dtype="float32", cur_dtype="", K=2,
     return problem, [array for state in states for array in state], lengths
 
 
-def compiled(architecture, problem, arrays, lengths=None):
-    """Compile as a launch would, for a device that is not there: the kernel, and its constants."""
+def compiled(architecture, problem, arrays, lengths=None, at_once=0):
+    """Compile as a launch would, for a device that is not there: the kernel, and its constants. 0: as of many rows."""
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
     triton.runtime.driver.set_active(SimpleNamespace(
         get_current_target=lambda: target,
         get_current_device=lambda: architecture,  # each has a cache of its own
         get_current_stream=lambda device: 0,
     ))  # fmt: skip
-    plan, aligned, arguments = without_a_device().launch(problem, arrays, lengths)
+    plan, aligned, arguments = without_a_device(at_once).launch(problem, arrays, lengths)
     constants = plan.constants[aligned]
     return cuda_kernel.merge.warmup(*arguments, grid=plan.grid, **constants, **COMPILE), constants
 

@@ -20,7 +20,7 @@ else:
     torch = pytest.importorskip("torch", reason="torch is not installed and cuda was not asked for")
     triton = pytest.importorskip("triton", reason="triton is not installed and cuda was not asked for")
 from rau.backends import cuda_kernel
-from rau.backends.cuda_ import COMPILE, MAX_STATES, row_axes
+from rau.backends.cuda_ import AT_ONCE, COMPILE, FEWEST_ROWS, MAX_STATES, row_axes
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -129,8 +129,8 @@ def compile_for(monkeypatch):
         cache = cuda_kernel.merge.device_caches
         cache.pop(architecture, None)
 
-        def compiled(*described):
-            return compiled_cuda.compiled(architecture, *described)
+        def compiled(*described, **options):
+            return compiled_cuda.compiled(architecture, *described, **options)
 
         return compiled, lambda: len(cache[architecture][0])
 
@@ -150,9 +150,12 @@ def test_machine_code(compile_for, architecture, dtype, cur_dtype):
     """Nothing fused, IEEE divisions, subnormals kept, no register spilled; memory asked for in few and wide requests."""
     compiled, _ = compile_for(architecture)
     narrow = [(2, 19), (MAX_STATES, 19)] if architecture == 90 else []
-    for K, D in [(2, 128), (4, 128), (MAX_STATES, 128), *narrow]:
+    few = [(2, 128), (MAX_STATES, 128)] if architecture == 90 else []  # rows
+    sizes = [(2, 128), (4, 128), (MAX_STATES, 128), *narrow]
+    for K, D, at_once in [*((*size, 0) for size in sizes), *((*size, 1 << 20) for size in few)]:
         described = call(dtype=dtype, cur_dtype=cur_dtype, D=D, K=K)
-        kernel, constants = compiled(*described)
+        kernel, constants = compiled(*described, at_once=at_once)
+        assert constants["ROWS"] == (FEWEST_ROWS if at_once else 32)
         code = kernel.asm["ptx"]
         operations = set(OPERATION.findall(code))
         kinds = {operation.removesuffix("x2") for operation in operations}
@@ -162,7 +165,7 @@ def test_machine_code(compile_for, architecture, dtype, cur_dtype):
         assert "fma" not in code and ".ftz" not in code
         registers, stack = resources(kernel)
         assert registers <= COMPILE["maxnreg"] and not stack, (K, D, registers, stack)
-        if D == 128:
+        if D == 128 and not at_once:
             found = figures(described[0], kernel, constants)
             # One row at a time of several states: 256 bytes of a later one, a warp's threads have 8 of them each.
             assert found.rows == (64 if cur_dtype and K > 2 else 128, 128), (K, found)
@@ -245,6 +248,16 @@ def test_no_size_and_no_stride_is_compiled_in(compile_for):
     for lengths in ([0, 40], [0, 1, 2, 40], [0, 16, 16, 40]):
         compiled(*call("TND", qlen=lengths))
     assert count() == 4, "one more for packed statistics"
+
+
+def test_few_rows_go_to_more_programs():
+    """As few to each as let all programs run at once, on a device of two multiprocessors."""
+    backend = compiled_cuda.without_a_device(2 * AT_ONCE)
+    for tokens, rows in [(1, 4), (128, 4), (129, 8), (256, 8), (257, 16), (512, 16), (513, 32), (10000, 32)]:
+        problem, arrays, _ = call("TND", S=tokens, N=1)
+        plan, aligned, _ = backend.launch(problem, arrays, None)
+        assert plan.constants[aligned]["ROWS"] == rows, tokens
+        assert plan.grid == (-(-tokens // rows), 1, 1)
 
 
 def test_axes():

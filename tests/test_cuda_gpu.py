@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -56,8 +57,21 @@ def equal(one, other):
 # ---- values -------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_bits_as_cython(cuda):
-    report = run_differential(["cython", cuda], [*named(), *generated(2, 2000)])
+@pytest.mark.parametrize("two", [True, False], ids=["at most two states", "more"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_the_same_bits_as_cython(cuda, dtype, two):
+    """All cases; most of the time goes by compiling, which parts of the cases can share among processes."""
+    cases = [case for case in (*named(), *generated(2, 2000)) if case.dtype == dtype and (case.states <= 2) == two]
+    report = run_differential(["cython", cuda], cases)
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("two", [True, False], ids=["at most two states", "more"])
+def test_the_same_bits_with_more_rows_a_program(cuda, monkeypatch, two):
+    """As on a device that runs two programs at once: there few rows are many."""
+    monkeypatch.setattr(cuda, "_at_once", 2)
+    monkeypatch.setattr(cuda, "_plans", WeakKeyDictionary())
+    report = run_differential(["cython", cuda], [case for case in generated(3, 300) if (case.states <= 2) == two])
     assert report.passed, str(report)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_STATES = 8  # of more, the kernel would not have registers enough for the weights and addresses
+FEWEST_ROWS = 4  # of a program: fewer were no faster, and each number is compiled anew
+AT_ONCE = 16  # programs that a multiprocessor runs at once, since 64 Ki registers are 16 times 32 threads' 128
 # Triton's own switch: its interpreter runs the kernel on the CPU, slowly, and cannot read a GPU's memory.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -88,6 +90,9 @@ class CudaBackend(TorchBackend):
         self._alone = _interpreting if INTERPRETED else nullcontext
         self._on = torch.cuda.device_of if torch.cuda.device_count() > 1 else nullcontext
         self._rows = 64 if torch.version.hip else 32  # as many as a warp has threads; a program is one warp
+        self._at_once = 2 if INTERPRETED else AT_ONCE * min(  # programs; few, so that tests of few rows take every way
+            torch.cuda.get_device_properties(index).multi_processor_count for index in range(torch.cuda.device_count())
+        )
         # Triton's interpreter cuts off, and devices before sm_80 cannot; elsewhere than on NVIDIA's nobody has looked.
         self._by_integers = INTERPRETED or bool(torch.version.hip) or any(
             torch.cuda.get_device_capability(index) < (8, 0) for index in range(torch.cuda.device_count())
@@ -127,8 +132,8 @@ class CudaBackend(TorchBackend):
         """Describe a call of the kernel on the arrays of inputs and result: plan, whether addresses are aligned, arguments.
 
         The plan's constants alone decide what is compiled: dtypes, states, lanes, whether all rows are aligned to 16 bytes,
-        whether statistics are packed, which half is meant, and the head dimension's next power of 2. No length or stride
-        does. `lengths` is None unless rows are found by it.
+        whether statistics are packed, which half is meant, the head dimension's next power of 2, and rows of a program: 4,
+        8, 16 or 32. No length or stride does otherwise. `lengths` is None unless rows are found by it.
         """
         plan = self._plans.get(problem)
         if plan is None:
@@ -142,9 +147,13 @@ class CudaBackend(TorchBackend):
 
     def _plan(self, problem: Problem) -> Plan:
         """Say all of a launch that the addresses of the arrays do not decide."""
-        axes = row_axes(problem, self._rows)
+        # A program merges rows in turn, so of few each takes fewer, as long as all programs run at once.
+        rows = self._rows
+        while rows > FEWEST_ROWS and problem.T * problem.N <= self._at_once * rows // 2:
+            rows //= 2
+        axes = row_axes(problem, rows)
         (outers, _), (middles, _), (inners, _) = axes
-        tiles = -(-inners // self._rows)
+        tiles = -(-inners // rows)
         steps = [tuple([strides[index] for _, strides in axes]) for index in range(3 * (problem.K + 1))]
         lanes = problem.lanes if problem.statistics else 0
         wide = [index for index in range(len(steps)) if index % 3 == 0 or (index >= 3 * problem.K and lanes > 1)]
@@ -154,7 +163,7 @@ class CudaBackend(TorchBackend):
         constants = {
             "K": problem.K, "FIRST": dtypes[problem.dtype], "LATER": dtypes[problem.cur_dtype],
             "STATS": dtypes[problem.stats_dtype], "LANES": lanes, "ALIGNED": None, "PACKED": problem.packed,
-            "HALF": problem.half or "", "ROWS": self._rows, "GROUP": None, "BLOCK_D": None, "BY_INTEGERS": self._by_integers,
+            "HALF": problem.half or "", "ROWS": rows, "GROUP": None, "BLOCK_D": None, "BY_INTEGERS": self._by_integers,
         }  # fmt: skip
 
         def compiled(aligned: bool) -> dict[str, Any]:
@@ -162,12 +171,12 @@ class CudaBackend(TorchBackend):
             # element takes an address of its own where 16 bytes cannot be had at once.
             bytes_ = (2048 if problem.K <= 2 else 512) >> (0 if aligned else 2)
             block = min(1 << (problem.D - 1).bit_length(), min(512, bytes_) // sizes[0])
-            group = min(self._rows, bytes_ // (block * sizes[0]))
+            group = min(rows, bytes_ // (block * sizes[0]))
             return constants | {"ALIGNED": aligned, "GROUP": group, "BLOCK_D": block}
 
         both = compiled(False), compiled(True)
         key = (problem.device, problem.dtype, problem.cur_dtype, problem.stats_dtype, problem.K, lanes,
-               problem.packed, problem.half, both[True]["BLOCK_D"])  # fmt: skip
+               problem.packed, problem.half, both[True]["BLOCK_D"], rows)  # fmt: skip
         return Plan(
             grid=(outers * middles * tiles, 1, 1),
             steps=[tuple(map(self._kernel.word, its)) for its in steps],
