@@ -183,22 +183,36 @@ RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(doubles_at)(const char *row, ptrdiff_t j)
     return some;
 }
 
-RAU_INLINE RAU_TARGET void RAU_NAME(merge_doubles)(
-    char *to, const char *const *sources, const double *shares, const ptrdiff_t used, ptrdiff_t head_dim, int around) {
-    ptrdiff_t j = 0;
-    for (; j + DOUBLES_IN <= head_dim; j += DOUBLES_IN) {
-        DOUBLES sum = RAU_NAME(doubles_at)(sources[0], j) * shares[0];
+RAU_INLINE RAU_TARGET DOUBLES RAU_NAME(merge_some_doubles)(
+    const char *const *sources, const double *shares, const ptrdiff_t used, ptrdiff_t first) {
+    DOUBLES sum = RAU_NAME(doubles_at)(sources[0], first) * shares[0];
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 4
 #endif
-        for (ptrdiff_t k = 1; k < used; k++) sum += RAU_NAME(doubles_at)(sources[k], j) * shares[k];
+    for (ptrdiff_t k = 1; k < used; k++) sum += RAU_NAME(doubles_at)(sources[k], first) * shares[k];
+    return sum;
+}
+
+RAU_INLINE RAU_TARGET void RAU_NAME(merge_doubles)(
+    char *to, const char *const *sources, const double *shares, const ptrdiff_t used, ptrdiff_t head_dim, int around) {
+    const ptrdiff_t end = head_dim - DOUBLES_IN;
+    if (end < 0) {
+        for (ptrdiff_t j = 0; j < head_dim; j++) {
+            double sum = ((const double *)sources[0])[j] * shares[0];
+            for (ptrdiff_t k = 1; k < used; k++) sum += ((const double *)sources[k])[j] * shares[k];
+            ((double *)to)[j] = sum;
+        }
+        return;
+    }
+    DOUBLES last = {0};
+    const int ragged = head_dim % DOUBLES_IN != 0;
+    if (ragged) last = RAU_NAME(merge_some_doubles)(sources, shares, used, end);
+    for (ptrdiff_t j = 0; j <= end; j += DOUBLES_IN) {
+        const DOUBLES sum = RAU_NAME(merge_some_doubles)(sources, shares, used, j);
         RAU_NAME(put)(to + j * sizeof(double), &sum, sizeof sum, around);
     }
-    for (; j < head_dim; j++) {
-        double sum = ((const double *)sources[0])[j] * shares[0];
-        for (ptrdiff_t k = 1; k < used; k++) sum += ((const double *)sources[k])[j] * shares[k];
-        ((double *)to)[j] = sum;
-    }
+    to += end * sizeof(double);
+    if (ragged) RAU_NAME(put)(to, &last, sizeof last, RAU_NAME(way)(to, around));
 }
 
 /* The rows of a tile run along the axis on which those of the result are closer together. */
