@@ -171,3 +171,11 @@ def test_as_typed():
 
 def test_the_registry_names_what_asv_measures():
     assert import_module("benchmarks.common").BACKENDS == rau.registry.names()
+
+
+def test_the_baseline_is_the_one_that_is_named():
+    named = re.search(r"asv compare -m (\S+) -f 1\.2 (\w{8}) HEAD", (SCRIPT.parent / "README.md").read_text())
+    results = SCRIPT.parent / "results" / named[1]
+    assert (results / "machine.json").exists()
+    (found,) = results.glob(f"{named[2]}-*.json")
+    assert json.loads(found.read_text())["commit_hash"].startswith(named[2])

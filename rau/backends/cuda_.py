@@ -90,7 +90,8 @@ class CudaBackend(TorchBackend):
         self._alone = _interpreting if INTERPRETED else nullcontext
         self._on = torch.cuda.device_of if torch.cuda.device_count() > 1 else nullcontext
         self._rows = 64 if torch.version.hip else 32  # as many as a warp has threads; a program is one warp
-        self._at_once = 2 if INTERPRETED else AT_ONCE * min(  # programs; few, so that tests of few rows take every way
+        # Programs; few for the interpreter, whose tests then meet every number of rows.
+        self._at_once = 2 if INTERPRETED else AT_ONCE * min(
             torch.cuda.get_device_properties(index).multi_processor_count for index in range(torch.cuda.device_count())
         )
         # Triton's interpreter cuts off, and devices before sm_80 cannot; elsewhere than on NVIDIA's nobody has looked.
