@@ -157,7 +157,8 @@ def folder(tmp_path, monkeypatch):
 def launch(*arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "rau", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "RAU_BLOCK": "torch,cuda,ascend"},  # to import torch takes seconds
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "RAU_BLOCK": "torch,cuda,ascend",  # to import torch takes seconds
+             "PYTHONUNBUFFERED": ""},  # or C would keep nothing of what a kernel prints, either
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None, start_new_session=True,
     )  # fmt: skip
 

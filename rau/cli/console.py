@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 import math
 import os
@@ -13,6 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from rau.testing.under_test import write_out
 
 Step: TypeAlias = Callable[..., None]
 _PAGE = """\
@@ -109,8 +110,7 @@ def own_stdout() -> Iterator[Any]:
         with open(kept, "w", buffering=1 if stream.line_buffering else -1, **how) as own:
             yield own
     finally:
-        if os.name == "posix":
-            ctypes.CDLL(None).fflush(None)  # C keeps what a kernel printed
+        write_out()
         os.dup2(kept, 1)
         os.close(kept)
 

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from rau.errors import BackendUnavailableError, RauError
-from rau.testing.under_test import described, load
+from rau.testing.under_test import described, load, write_out
 
 T = TypeVar("T")
 PATIENCE = 10  # answers in a row that fail to come: then no more are asked for
@@ -245,4 +245,5 @@ def _serve(connection: Connection, words: Connection, names: Sequence[str]) -> N
             answer = "", function(*arguments)
         except BaseException as error:  # of the kernel's: SystemExit, too
             answer = described(error), None
+        write_out()
         connection.send_bytes(_packed(answer, backends))
