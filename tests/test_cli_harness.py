@@ -460,7 +460,8 @@ def test_other_bits_within_the_bound(folder, capsys):
     folder("last bit")
     assert main(["difftest", *select, "kernel_at_hand:Loose,numpy"]) == 0
     out = capsys.readouterr().out
-    assert "loose (tolerance 8)" in out and "PASSED: 1 case in 0 s, 1 with different bits, none beyond the bound" in out
+    assert "loose (tolerance 8)" in out
+    assert re.search(r"PASSED: 1 case in \d+ s, 1 with different bits, none beyond the bound$", out)
 
 
 def test_a_backend_that_runs_nothing_fails(folder, capsys):
@@ -483,7 +484,7 @@ def test_a_backend_that_nobody_named_may_run_nothing(folder, capsys):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAU_BLOCK", ",".join(set(rau.registry.names()) - {"narrow"}))
             assert main(["difftest", "--select", "dtype/float16", "--cases", "0", "--in-process"]) == 1
-            assert "FAILED: 1 case in 0 s, of which narrow ran none" in capsys.readouterr().out
+            assert re.search(r"FAILED: 1 case in \d+ s, of which narrow ran none$", capsys.readouterr().out)
     finally:
         rau.registry.refresh()
 
