@@ -149,10 +149,10 @@ OPERATION = re.compile(r"^\s+(?:@!?%p\d+ )?((?:fma|mad|add|sub|mul|div|rcp|ex2)\
 def test_machine_code(compile_for, architecture, dtype, cur_dtype):
     """Nothing fused, IEEE divisions, subnormals kept, no register spilled; memory asked for in few and wide requests."""
     compiled, _ = compile_for(architecture)
-    narrow = [(2, 19), (MAX_STATES, 19)] if architecture == 90 else []
-    few = [(2, 128), (MAX_STATES, 128)] if architecture == 90 else []  # rows
-    sizes = [(2, 128), (4, 128), (MAX_STATES, 128), *narrow]
-    for K, D, at_once in [*((*size, 0) for size in sizes), *((*size, 1 << 20) for size in few)]:
+    sizes = [(2, 128, 0), (4, 128, 0), (MAX_STATES, 128, 0)]
+    if architecture == 90:
+        sizes += [(2, 19, 0), (MAX_STATES, 19, 0), (2, 128, 1 << 20), (MAX_STATES, 128, 1 << 20)]
+    for K, D, at_once in sizes:
         described = call(dtype=dtype, cur_dtype=cur_dtype, D=D, K=K)
         kernel, constants = compiled(*described, at_once=at_once)
         assert constants["ROWS"] == (FEWEST_ROWS if at_once else 32)

@@ -63,8 +63,12 @@ PARTS = 12  # of the cases: most of their time goes by compiling kernels, which 
 
 def part_of(cases, part):
     """Those of a kernel are in one part."""
-    kernels = {case: (case.dtype, case.cur_dtype, case.states, case.lanes, case.head_dim) for case in cases}
-    return [case for case, kernel in kernels.items() if crc32(repr(kernel).encode()) % PARTS == part]
+
+    def its(case):
+        kernel = case.dtype, case.cur_dtype, case.states, case.lanes, case.head_dim
+        return crc32(repr(kernel).encode()) % PARTS
+
+    return [case for case in cases if its(case) == part]
 
 
 @pytest.mark.parametrize("part", range(PARTS))
