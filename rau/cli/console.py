@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rau.testing.under_test import write_out
-
 Step: TypeAlias = Callable[..., None]
 _PAGE = """\
 <!DOCTYPE html>
@@ -100,6 +98,8 @@ def own_stdout() -> Iterator[Any]:
     if not ordinary:
         yield stream  # a test's, or a notebook's
         return
+    from rau.testing.under_test import write_out  # ten milliseconds, which parsing arguments need not take
+
     assert isinstance(stream, io.TextIOWrapper)
     stream.flush()
     kept = os.dup(1)
