@@ -83,8 +83,12 @@ class BuildCore(build_ext):
         ext.extra_compile_args = flags
         ext.extra_link_args = [] if msvc else flags
         ext.libraries = [] if msvc else ["m"]  # fegetenv and fesetenv, off x86
+        import numpy  # what builds has it; a sdist is made without
+
+        ext.include_dirs.append(numpy.get_include())
         # What `python -m rau info` prints.
         ext.define_macros = [("RAU_COMPILE_FLAGS", f'"{" ".join(flags)}"'), ("RAU_OPENMP", str(int(has_openmp)))]
+        ext.define_macros.append(("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"))
 
     def links_with(self, flag):
         """Whether a program that needs OpenMP compiles and links (it is not run: that would fail when cross-compiling)."""

@@ -163,8 +163,15 @@ def build():
     }
 
 
-def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:, ::1] terms, tuple arrays, str dtype,
-          str cur_dtype, Py_ssize_t whole, Py_ssize_t heads, Py_ssize_t head_dim, Py_ssize_t lanes, bint statistics, bint in_place,
+cdef inline const int64_t *_numbers(ndarray array) except? NULL:
+    """Where the numbers of a block table are."""
+    if PyArray_TYPE(array) != NPY_INT64 or not PyArray_FLAGSWAP(array, NPY_ARRAY_CARRAY_RO):
+        raise ValueError("a block table: expected contiguous arrays of int64")
+    return <const int64_t *>PyArray_DATA(array)
+
+
+def merge(ndarray starts not None, ndarray lengths not None, ndarray terms not None, tuple arrays, str dtype, str cur_dtype,
+          Py_ssize_t whole, Py_ssize_t heads, Py_ssize_t head_dim, Py_ssize_t lanes, bint statistics, bint in_place,
           Py_ssize_t threads):
     """Merge K states.
 
@@ -188,12 +195,11 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
     cdef Call call
     cdef Py_ssize_t i, part, rows, row_bytes, weight_item
     cdef Py_ssize_t states = len(arrays) // 3 - 1
+    cdef bint lost
     cdef int64_t tokens = 0, elements, bytes_  # of which 32 bits may not be enough
 
-    call.blocks, call.columns = starts.shape[0], terms.shape[1]
-    if call.blocks == 0:
-        return
-    call.starts, call.lengths, call.terms = &starts[0], &lengths[0], &terms[0, 0]
+    call.blocks, call.columns = PyArray_SIZE(starts), PyArray_SIZE(terms) // 3
+    call.starts, call.lengths, call.terms = _numbers(starts), _numbers(lengths), _numbers(terms)
     for i in range(call.blocks):
         tokens += _entry(&call, i, 0)
     if tokens == 0 or heads == 0:
@@ -245,11 +251,13 @@ def merge(const int64_t[::1] starts, const int64_t[::1] lengths, const int64_t[:
             # What was checked may have been changed since, by a log handler or another thread: seen for the last time here,
             # where nobody else can run.
             elements = whole * heads * (lanes if i % 3 else head_dim)
-            if type(array) is _ndarray:
-                call.arrays[i] = data_of(array, &elements)
+            if PyArray_CheckExact(array):
+                call.arrays[i] = <char *>PyArray_DATA(<ndarray>array)
+                lost = PyArray_SIZE(<ndarray>array) < elements
             else:
                 call.arrays[i] = <char *><uintptr_t>array.data_ptr()
-            if elements and (elements < 0 or call.arrays[i] == NULL):
+                lost = elements != 0 and call.arrays[i] == NULL
+            if lost:
                 raise ValueError("an array lost its memory after it was checked (resized or freed meanwhile); nothing was written")
         with nogil:
             if call.workers == 1:  # enters no parallel region, which would start OpenMP's threads

