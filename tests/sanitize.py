@@ -9,7 +9,7 @@ Builds the core in a copy of the sources, and runs there: the conformance checks
 the core, and the fuzzer, with nothing but the tool's own guard beside its arrays. For each version, reports come in full,
 and a line says what ran; with a report, or a command that fails, the exit status is 1. Minutes; with valgrind an hour.
 
-Needs Linux, gcc with its sanitizers, Cython, setuptools, what the tests need, and torch for those of tensors;
+Needs Linux, gcc with its sanitizers, what the tests need, and torch for those of tensors;
 `apt-get install valgrind libomp-dev` for the last two.
 - `thread`: how libgomp synchronizes threads is not seen, and every parallel loop would be reported. LLVM's OpenMP runtime
   answers to libgomp's names, and tells the sanitizer by way of Archer. Races within the interpreter and NumPy are not seen.
@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 from glob import glob
-from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +43,6 @@ LARGE, SMALL = "{1 << 18, 1 << 23, 1 << 18, 0}", "{1 << 18, 0, 1, 0}"  # of rau_
 
 def build(tool, folder):
     """Build the core in a copy of the sources."""
-    if not (find_spec("Cython") and find_spec("setuptools")):
-        sys.exit("The core is built from its Cython sources: pip install cython setuptools")
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "*.so", "__pycache__"))
     tuning = folder / "rau" / "csrc" / "versions.h"
     text = tuning.read_text()
@@ -56,7 +53,9 @@ def build(tool, folder):
     # own flags, whose -fwrapv makes overflow defined: nothing would be reported.
     environment = os.environ | {"CC": f"gcc -g {flags}", "RAU_BUILD_REQUIRE_CORE": "1"}
     environment["CFLAGS"] = "-fstrict-overflow" if tool == "undefined" else ""
-    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, env=environment, check=True)
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder / "wheel", folder]  # by what pyproject.toml requires
+    subprocess.run(wheel, env=environment, check=True)
+    shutil.unpack_archive(*folder.glob("wheel/*.whl"), folder, "zip")
 
 
 def prepare(tool, reports):
