@@ -8,6 +8,7 @@ The core is optional: without a C compiler the install succeeds, this file says 
 import os
 import tempfile
 from glob import glob
+from importlib.metadata import distribution
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -83,9 +84,8 @@ class BuildCore(build_ext):
         ext.extra_compile_args = flags
         ext.extra_link_args = [] if msvc else flags
         ext.libraries = [] if msvc else ["m"]  # fegetenv and fesetenv, off x86
-        import numpy  # what builds has it; a sdist is made without
-
-        ext.include_dirs.append(numpy.get_include())
+        # Not get_include(): of a cross build NumPy is the target's, and cannot be imported.
+        ext.include_dirs.append(str(distribution("numpy").locate_file("numpy/_core/include")))
         # What `python -m rau info` prints.
         ext.define_macros = [("RAU_COMPILE_FLAGS", f'"{" ".join(flags)}"'), ("RAU_OPENMP", str(int(has_openmp)))]
         ext.define_macros.append(("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"))
