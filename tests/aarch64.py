@@ -46,15 +46,21 @@ def sdist(folder: Path) -> Path:
     return made
 
 
-def wheel(python: str | Path, source: Path, folder: Path, processor: str, compiler: str, **environment: str) -> Path:
-    """Build a wheel for the version of a Python that runs here, and for another processor than it may run on."""
+def wheel(
+    python: str | Path, source: Path, folder: Path, processor: str, compiler: str, suffix: str = "", **environment: str
+) -> Path:
+    """Build a wheel for the version of a Python that runs here, and for another processor than it may run on.
+
+    `suffix` is of the core's file; by default it names version and processor.
+    """
     code = "import sys; print('.cpython-{}{}'.format(*sys.version_info))"
     version = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     run(
         python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source,
         CC=compiler, LDSHARED=f"{compiler} -shared", RAU_BUILD_REQUIRE_CORE="1",
         # How CPython's own cross builds name the platform, and setuptools what is compiled for it.
-        _PYTHON_HOST_PLATFORM=f"linux-{processor}", SETUPTOOLS_EXT_SUFFIX=f"{version}-{processor}-linux-gnu.so", **environment,
+        _PYTHON_HOST_PLATFORM=f"linux-{processor}", SETUPTOOLS_EXT_SUFFIX=suffix or f"{version}-{processor}-linux-gnu.so",
+        **environment,
     )  # fmt: skip
     (made,) = folder.glob("*.whl")
     return made
