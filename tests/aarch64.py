@@ -19,10 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RELEASE, VERSION = "bookworm", "3.11"  # of Debian, and of the Python there
 PACKAGES = "apt-get install mmdebstrap arch-test qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
 PLATFORMS = [f"--platform=manylinux{which}_aarch64" for which in ("_2_28", "_2_27", "_2_17", "2014")] + ["--platform=linux_aarch64"]
-CHECKS = [  # each group of merges by two backends; then as many of the usual cases by two seeds, held to the oracle too
-    ["bits", "--backends", "cython,numpy"],
-    *(["difftest", "--backends", "cython,numpy", "--select", f"generated/{seed}/*", "--seed", seed, "--cases", "60"] for seed in "12"),
-]
 
 
 def run(*command: str | Path, **environment: str) -> None:
@@ -66,6 +62,12 @@ def wheel(
     return made
 
 
+def checks(backends: str = "cython,numpy") -> list[list[str]]:
+    """List what is asked of ``python -m rau``: each group of merges; then as many of the usual cases by two seeds, held to the oracle."""
+    seeds = [["--select", f"generated/{seed}/*", "--seed", seed, "--cases", "60"] for seed in "12"]
+    return [["bits", "--backends", backends], *(["difftest", "--backends", backends, *its] for its in seeds)]
+
+
 class Emulated:
     """A folder with Debian's Python for aarch64 and the libraries that the package needs, of which nothing was run."""
 
@@ -100,7 +102,7 @@ def main() -> int:
         headers = emulated.root / "usr" / "include"
         compiler = f"aarch64-linux-gnu-gcc -I{headers / f'python{VERSION}'} -idirafter {headers}"
         made = wheel(sys.executable, sdist(folder), folder / "wheel", "aarch64", compiler)
-        for command in CHECKS:
+        for command in checks():
             emulated.check(made, folder / "installed", *command)
     return 0
 

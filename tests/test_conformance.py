@@ -297,6 +297,12 @@ def test_what_there_is_no_room_for_is_listed(monkeypatch):
     assert found.standings["plain"].excluded == {"far/out-SBH": "Cannot allocate memory"}
 
 
+def test_where_no_offset_needs_64_bits_that_is_listed(monkeypatch):
+    monkeypatch.setattr("sys.maxsize", 2**31 - 1)
+    (reason,) = {failure.message for failure in check_backend(Plain, select="far/*").excluded}
+    assert reason == "no room here: this system does not reserve so much memory without taking it"
+
+
 class NotInPlace(Plain):
     name = "not-in-place"
 

@@ -96,9 +96,9 @@ def place(values: np.ndarray, placement: str, token_axis: int = 0) -> Placed:
 
 def _far(values: np.ndarray, token_axis: int) -> np.ndarray:
     """Put three tokens or fewer far apart; wherever an offset of 32 bits wraps to is reserved as well, and zero."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        raise OSError("this system does not reserve memory without taking it")
     reach = _FAR * values.itemsize
+    if not hasattr(mmap, "MAP_PRIVATE") or 4 * reach > sys.maxsize:
+        raise OSError("this system does not reserve so much memory without taking it")
     untaken = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named from Python 3.13 on
     reserved = np.frombuffer(
         mmap.mmap(-1, 4 * reach, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | untaken), values.dtype
