@@ -111,6 +111,22 @@ def test_outputs_that_are_alike_but_for_one_thing():
         )
 
 
+@pytest.mark.parametrize("field", rau.AttentionState._fields)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("state", range(2))
+def test_an_output_that_meets_an_input_by_one_element(state, after, field):
+    states, good = [sbh(seed=1), sbh(seed=2)], outputs()
+    rau.ring_attention_update(*states[0], *states[1], out=good)
+    array = getattr(states[state], field)
+    memory = np.zeros(2 * array.size - 1, np.float32)
+    parts = [part.reshape(array.shape) for part in (memory[: array.size], memory[array.size - 1 :])]
+    mine, other = parts if after else parts[::-1]
+    mine[...] = array
+    states[state] = states[state]._replace(**{field: mine})
+    with pytest.raises(rau.ConstraintError, match="out-overlap"):
+        rau.ring_attention_update(*states[0], *states[1], out=good._replace(**{field: other}))
+
+
 def test_an_output_on_statistics_of_its_own_shape():
     """In BSND attn_out and statistics can have one shape: then their roles alone tell them apart."""
     prev, cur, out = (state((2, 3, 3, 8), (2, 3, 3, 8), seed=seed) for seed in range(3))

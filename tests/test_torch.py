@@ -140,12 +140,17 @@ def test_lazily_negated_views():
         rau.ring_attention_update(*prev, *cur, out=prev._replace(attn_out=view))
 
 
-def test_overlapping_outputs_are_refused():
-    prev, cur = state(lanes=8, dtype=torch.float32), state(lanes=8, dtype=torch.float32)
-    flat = torch.zeros(prev.attn_out.numel() + 1)
+@pytest.mark.parametrize("reach", ["by all but one element", "by one"])
+@pytest.mark.parametrize("after", [False, True])
+def test_overlapping_outputs_are_refused(after, reach):
+    prev, cur, good = (state(lanes=8, dtype=torch.float32, seed=seed) for seed in range(3))
+    rau.ring_attention_update(*prev, *cur, out=good)  # what is like it but for the overlap is not this call
+    size = prev.attn_out.numel()
+    flat = torch.zeros(size + 1 if reach == "by all but one element" else 2 * size - 1)
+    parts = [part.view_as(prev.attn_out) for part in (flat[:size], flat[-size:])]
+    mine, other = parts if after else parts[::-1]
     with pytest.raises(rau.ShapeError, match="out.attn_out shares memory with prev_attn_out"):
-        moved = prev._replace(attn_out=flat[:-1].view_as(prev.attn_out))
-        rau.ring_attention_update(*moved, *cur, out=(flat[1:].view_as(prev.attn_out), *(p.clone() for p in prev[1:])))
+        rau.ring_attention_update(mine, *prev[1:], *cur, out=good._replace(attn_out=other))
 
 
 def test_meta_tensors_give_meta_tensors():
