@@ -289,9 +289,15 @@ def test_what_nobody_can_tune(wrong, tuning):
 
 
 def test_threads_start_from_the_environment():
-    code = "import rau; print(rau.get_num_threads())"
-    assert python(code, OMP_NUM_THREADS="3,1").strip() == "3"
-    assert int(python(code, OMP_NUM_THREADS="many")) >= 1
+    assert python("import rau; print(rau.get_num_threads())", OMP_NUM_THREADS="3,1").strip() == "3"
+
+
+@pytest.mark.xfail(
+    _core.build()["compiler"].startswith("clang"), strict=False,
+    reason="LLVM's OpenMP itself ends a program that is started so, every second time (version 14, a C program of two lines)",
+)  # fmt: skip
+def test_threads_where_the_environment_has_no_number_of_them():
+    assert int(python("import rau; print(rau.get_num_threads())", OMP_NUM_THREADS="many")) >= 1
 
 
 def test_the_number_of_threads_can_be_set():
