@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,3 +295,50 @@ def test_a_fork_while_another_thread_describes_its_call():
         print(found)
     """
     assert alone(FORK, code) == "True\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc for the libraries that are loaded")
+@pytest.mark.parametrize("first", ["ours", "another's"])
+def test_beside_another_openmp_runtime(first, tmp_path):
+    """As torch's wheels bring one: ours runs within the other's threads, and within Python's that start some of them."""
+    pytest.importorskip("rau._core", reason="test_packaging.py fails where it should be there")
+    libraries = """
+        def loaded():
+            return {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line.rpartition("/")[2]}
+    """
+    own = alone(libraries, "import rau; rau.registry.get('cython'); print(*loaded())").split()
+    if len(own) != 1:
+        pytest.skip(f"the core was not built with gcc's OpenMP alone: {own}")
+    name = b"libgomp.so.1\0"  # under another name than its own, which would be taken for the one that is there
+    another = tmp_path / "another-libgomp.so"
+    another.write_bytes(Path(own[0]).read_bytes().replace(name, b"another.so.1".ljust(len(name), b"\0")))
+    code = f"""
+        import ctypes, threading
+        def ours():
+            import rau
+            rau.registry.get("cython")
+        def others():
+            global lib
+            lib = ctypes.CDLL({str(another)!r})
+        for load in (ours, others) if {first!r} == "ours" else (others, ours):
+            load()
+        import numpy as np, rau
+        from states import sbh
+        states = sbh(4000, 1, 4, 64), sbh(4000, 1, 4, 64, seed=1)
+        rau.set_num_threads(2)
+        expected, seen = rau.merge_states(states, backend="cython"), []
+        @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        def merge(_):
+            merged = rau.merge_states(states, backend="cython")
+            seen.append((lib.omp_get_thread_num(), all(map(np.array_equal, merged, expected))))
+        def parallel():
+            for _ in range(5):
+                lib.GOMP_parallel(merge, None, 3, 0)
+        threads = [threading.Thread(target=parallel) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(len(loaded()), len(seen), {{number for number, _ in seen}}, all(same for _, same in seen))
+    """
+    assert alone(libraries, code).strip() == "2 45 {0, 1, 2} True"
