@@ -133,6 +133,19 @@ def test_what_is_not_taken_or_not_promised_is_said(monkeypatch, capsys):
     assert "Its capabilities do not promise them." in capsys.readouterr().out
 
 
+def test_what_is_not_promised_is_compared_only_where_it_is_named(monkeypatch, capsys):
+    class Fast(Mine):
+        name = "fast"
+        capabilities = replace(Mine.capabilities, tolerance=4.0)
+        wrong = staticmethod(lambda problem, result: pytest.fail("it was asked"))
+
+    monkeypatch.setattr("rau.cli.session.choose", lambda names: ([Mine(), Fast()], {}))
+    assert main(["bits", "--in-process"]) == 0
+    told = capsys.readouterr().out
+    assert "mine: these are the published bits" in told and "fast: " not in told
+    assert "not run: fast (it promises no bits; --backends fast compares them)\n" in told
+
+
 def test_what_needs_ml_dtypes_is_not_taken_without(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     assert main(["bits", "--backends", "numpy", "--json"]) == 0
