@@ -8,6 +8,14 @@ from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
+from numpy cimport (  # to ask arrays by their attributes costs more than the smallest merge
+    NPY_ARRAY_CARRAY, NPY_ARRAY_CARRAY_RO, NPY_FLOAT, NPY_INT64, PyArray_CheckExact, PyArray_DATA, PyArray_DESCR, PyArray_DIMS,
+    PyArray_FLAGSWAP, PyArray_ISBEHAVED, PyArray_ISBEHAVED_RO, PyArray_NBYTES, PyArray_NDIM, PyArray_SIZE, PyArray_STRIDES,
+    PyArray_TYPE, import_array, ndarray,
+)
+
+import_array()
+
 include "csrc/signatures.pxi"
 include "csrc/roof.pxi"
 

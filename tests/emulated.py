@@ -1,6 +1,6 @@
 """The conformance kit where words have 32 bits, bytes come in the other order, or vectors are NEON's: Debian's own Python and NumPy, emulated.
 
-    python tests/emulated.py [PROCESSOR ...]       aarch64, armhf, s390x; all three by default; half an hour each
+    python tests/emulated.py [PROCESSOR ...]       aarch64, armhf, s390x; all three by default; some ten minutes each
 
 For each processor: the package built by a cross compiler, the published bits, generated cases by two backends, and
 `python -m rau check cython`. tests/aarch64.py is the short form for one of them, with NumPy's own wheel.

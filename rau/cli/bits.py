@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _promises(backend: Any) -> bool:
+    """Tell whether a backend promises our bits in all that it takes."""
     from rau.testing.trial.judge import keeps_lse  # late, as above
 
     takes = backend.capabilities

@@ -1,16 +1,7 @@
 # Where arrays lie, and the signatures of calls by which a call that is like an earlier one is recognised: a part of
-# rau/_core.pyx. These two read arrays of NumPy and tensors of torch by their own means, since asking them by attributes costs
-# more than the smallest merge.
+# rau/_core.pyx.
 
 from libc.string cimport memcmp, memset
-
-from numpy cimport (
-    NPY_ARRAY_CARRAY, NPY_ARRAY_CARRAY_RO, NPY_FLOAT, NPY_INT64, PyArray_CheckExact, PyArray_DATA, PyArray_DESCR, PyArray_DIMS,
-    PyArray_FLAGSWAP, PyArray_ISBEHAVED, PyArray_ISBEHAVED_RO, PyArray_NBYTES, PyArray_NDIM, PyArray_SIZE, PyArray_STRIDES,
-    PyArray_TYPE, import_array, ndarray,
-)
-
-import_array()
 
 
 def address(ndarray array not None):
