@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy
 from disassembly import functions, listing, table
 
 from rau import _core
@@ -104,7 +105,8 @@ def as_msvc(processor: str, folder: Path) -> str:
 
 def core_warnings(compiler: str, options: list[str], core: Path) -> str:
     """Read the core's C, as Cython has written it: a warning that is not excused by name is a failure."""
-    include = [f"-I{sysconfig.get_path('include')}", f"-I{HEADERS}"]
+    # Of a system, so that NumPy's own warnings are not the core's.
+    include = [f"-I{sysconfig.get_path('include')}", f"-I{HEADERS}", "-isystem", numpy.get_include()]
     command = [compiler, *FLAGS, *WARNINGS, *options, *include, "-fopenmp", "-fsyntax-only", str(core)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     lines, excused = core.read_text().splitlines(), 0
