@@ -154,7 +154,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     step = 1
     for length in reversed(shape):
         strides.append(step)
-        step *= length
+        step = step * length
     return tuple(reversed(strides))
 
 
@@ -329,7 +329,7 @@ def block_terms(
     if not packed and half is None and runs is None:
         terms = np.zeros((3, len(line)), dtype=np.int64)
         terms[0] = line
-        if attn_batch is None or stats_batch is None or batch == 1:
+        if attn_batch is None or stats_batch is None or batch == 1 or 0 in (tokens, heads):  # of which there may be any number
             return BlockTerms(_NONE, _NONE, _frozen(terms))
         terms[1, 2::3] = [stride[stats_batch if index % 3 else attn_batch] for index, stride in enumerate(strides)]
         return BlockTerms(_frozen(np.arange(batch, dtype=np.int64)), _frozen(np.zeros(batch, dtype=np.int64)), _frozen(terms))

@@ -34,6 +34,7 @@ class Graph(NamedTuple):
     operators_take_it: bool = True
 
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _TRACED = Graph("torch traces the call", "call it outside of the graph")
 _TRANSFORMED = Graph("a transform of torch.func is at work", "call it outside of the transform", operators_take_it=False)
 _FORWARD = Graph("forward-mode AD is at work", "call it outside of torch.autograd.forward_ad", operators_take_it=False)
@@ -49,7 +50,8 @@ def graph_of(states: Sequence[Sequence[Any]]) -> Graph | None:
     arrays = [array for state in states for array in state]
     if type(arrays[0]) is not Tensor and not any([isinstance(array, Tensor) for array in arrays]):
         return None
-    if torch.compiler.is_compiling():
+    # The tracer of torch.jit, whose shapes are of tensors; and make_fx on real tensors, which would take results for constants.
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None:
         return _TRACED
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _TRANSFORMED
