@@ -210,7 +210,7 @@ def merge(ndarray starts not None, ndarray lengths not None, ndarray terms not N
     call.starts, call.lengths, call.terms = _numbers(starts), _numbers(lengths), _numbers(terms)
     for i in range(call.blocks):
         tokens += _entry(&call, i, 0)
-    if tokens == 0 or heads == 0:
+    if tokens == 0 or heads == 0 or not (head_dim or statistics):  # nothing to write
         return
     call.tokens, call.states, call.heads, call.head_dim = tokens, states, heads, head_dim
     call.lanes = lanes if statistics else 0  # that are written
@@ -263,8 +263,10 @@ def merge(ndarray starts not None, ndarray lengths not None, ndarray terms not N
                 call.arrays[i] = <char *>PyArray_DATA(<ndarray>array)
                 lost = PyArray_SIZE(<ndarray>array) < elements
             else:
-                call.arrays[i] = <char *><uintptr_t>array.data_ptr()
-                lost = elements != 0 and call.arrays[i] == NULL
+                # Of its class: an attribute of its own may hide the method.
+                call.arrays[i] = <char *><uintptr_t>type(array).data_ptr(array)
+                bytes_ = elements * _item(&call, i // 3, i % 3)
+                lost = elements != 0 and (call.arrays[i] == NULL or array.nbytes < bytes_)
             if lost:
                 raise ValueError("an array lost its memory after it was checked (resized or freed meanwhile); nothing was written")
         with nogil:
@@ -392,16 +394,17 @@ cdef Py_ssize_t _merge_run(const Call *call, rau_tile *tile, rau_plane *planes, 
     return tokens
 
 
+cdef inline Py_ssize_t _item(const Call *call, Py_ssize_t operand, Py_ssize_t part) noexcept nogil:
+    """Bytes of an element of an operand's attn_out, softmax_max or softmax_sum."""
+    if part:
+        return call.stats_item
+    return call.first_item if operand == 0 or operand == call.states else call.later_item
+
+
 cdef inline rau_plane _plane(const Call *call, Py_ssize_t block, Py_ssize_t operand, Py_ssize_t part) noexcept nogil:
     """Where a block lies in an operand's attn_out, softmax_max or softmax_sum."""
-    cdef Py_ssize_t array = 3 * operand + part, column = 2 + 3 * array, item
+    cdef Py_ssize_t array = 3 * operand + part, column = 2 + 3 * array, item = _item(call, operand, part)
     cdef rau_plane plane
-    if part:
-        item = call.stats_item
-    elif operand == 0 or operand == call.states:
-        item = call.first_item
-    else:
-        item = call.later_item
     plane.base = call.arrays[array] + _entry(call, block, column) * item
     plane.token, plane.head = _entry(call, block, column + 1) * item, _entry(call, block, column + 2) * item
     return plane

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
 
 
 class RauError(Exception):
@@ -20,7 +19,7 @@ class ConstraintError(RauError, RuntimeError):
     ----------
     message : str
         The text shown to the caller.
-    rules : iterable of str, optional
+    rules : tuple of str, optional
         Ids of the broken rules, such as ``"tnd-head-dim-64"``; see `rau.constraints.RULES`.
 
     Attributes
@@ -29,12 +28,14 @@ class ConstraintError(RauError, RuntimeError):
         Ids of the broken rules, in the validator's order.
     """
 
-    def __init__(self, message: str, rules: Iterable[str] = ()) -> None:
-        super().__init__(message)
-        self.rules = tuple(rules)
+    # No __init__: torch.compile shows the words of exceptions that have none of their own.
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
-        return type(self), (str(self), self.rules)
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        return self.args[1] if len(self.args) > 1 else ()
 
 
 class ShapeError(ConstraintError, ValueError):

@@ -32,7 +32,7 @@ from rau.constraints.rows import (
     runs_of,
 )
 from rau.constraints.rules import Violations
-from rau.constraints.values import check_values
+from rau.constraints.values import check_memory, check_values
 from rau.errors import UnsupportedError
 from rau.layouts import FIELDS
 from rau.problem import Problem
@@ -64,9 +64,9 @@ def asked_of(call: str, tokens: Any, cu_seqlens_padded: Any, dtype: Any = None, 
 def refuse_tracing(call: str) -> None:
     """Refuse a graph: which rows there are is to be known for it."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.compiler.is_compiling():
+    if torch is not None and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         raise UnsupportedError(
-            f"{call}: tokens, cu_seqlens_padded, indptr or dtype are given while torch compiles or exports, and which rows "
+            f"{call}: tokens, cu_seqlens_padded, indptr or dtype are given while torch compiles, exports or traces, and which rows "
             "there are is not known then. Call it outside of the graph, or take the rows by torch's own operations."
         )
 
@@ -136,6 +136,7 @@ def merge_rows(
         picked, lengths = [[kind.take(array, rows) for array in state] for state in states], np.array([0, count(rows)])
         if options.check != "metadata":
             check_values(report, kind, picked, NAMES[call], options.check, np.arange(problem.T)[rows])
+            check_memory(report, kind, states, picked, NAMES[call])
             report.raise_if_broken()
             options = metadata
     if dtype != problem.dtype and problem.dtype != "float32":  # later states may be narrower than a float32 one

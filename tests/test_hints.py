@@ -1,5 +1,6 @@
 """Refusals whose advice, followed to the letter, gives the right value."""
 
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -345,6 +346,16 @@ def test_a_kernel_that_reuses_its_buffers(base):
     for part in range(3):
         ring.update(*AttentionState.from_lse(*kernel(part), **how))
     np.testing.assert_allclose(merged.attn_out, ring.result().attn_out, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [{}, {"tokens": slice(1, 3)}, {"tokens": [0, 2]}])
+def test_a_buffer_that_is_used_again_after_a_part_without_keys(rows):
+    """As under a causal mask, where the first part is empty: it may share its memory, and the others may not."""
+    stats, buffer = np.ones((3, N, 8), "f4"), np.ones((3, N, D), "f4")
+    empty, seen = (buffer, stats * -np.inf, stats * 0), (buffer, stats, stats)
+    call = functools.partial(rau.merge_states, layout="TND", check="values", **rows)
+    call([empty, seen, empty])
+    assert "states[2].attn_out is in the same memory as states[1].attn_out" in refusal(lambda: call([empty, seen, seen]))
 
 
 def test_one_state_twice_is_the_same_mistake():

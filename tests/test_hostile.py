@@ -272,6 +272,26 @@ def test_states_are_counted_before_they_are_looked_at():
         rau.merge_states((np.empty((2**40, 0, 1, 4), np.float32), stats, stats))
     with pytest.raises(rau.ShapeError, match="has K = 65537 states"):
         rau.merge_states([sbh()] * 65537)
+    none = np.empty((2**40, 0, 8), np.float32)
+    with pytest.raises(rau.ShapeError, match="indptr gives row 1 1099511627775 states; expected at most 65536"):
+        rau.merge_states((none, none, none), layout="TND", indptr=[0, 1, 2**40])
+
+
+@pytest.mark.parametrize("backend", HOST)
+def test_calls_that_have_nothing_to_write_walk_over_no_rows(backend):
+    """Ways to have any number of rows in no memory: one number behind all of them, and batch entries without a token."""
+    status, text = alone(f"""
+        import rau
+        many, one = 2**40, np.ones((1, 1, 1), "f4")
+        rows = np.broadcast_to(one[..., :0], (many, 1, 0)), *[np.broadcast_to(one, (many, 1, 8))] * 2
+        how = dict(profile="portable", backend="{backend}")
+        found = rau.merge_states([rows, rows], layout="TND", statistics=False, **how)
+        assert found.shape == (many, 1, 0)
+        entries = np.empty((many, 0, 1, 8), "f4"), *[np.empty((many, 1, 0, 8), "f4")] * 2
+        found = rau.merge_states([entries, entries], layout="BSND", **how)
+        assert found.attn_out.shape == (many, 0, 1, 8)
+    """)
+    assert (status, text) == (0, "")
 
 
 # ----------------------------------------------------------------------------------------------------- what is printed

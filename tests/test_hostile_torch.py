@@ -1,5 +1,6 @@
 """Tensors that are no memory, or answer for themselves: refused by name, or seen as what they are."""
 
+import logging
 import os
 
 import numpy as np
@@ -13,6 +14,8 @@ if "torch" in os.environ.get("RAU_TEST_BACKENDS", ""):
     import torch  # asked for: its absence is a failure
 else:
     torch = pytest.importorskip("torch", reason="torch is not installed and was not asked for")
+
+from torch.fx.experimental.proxy_tensor import make_fx
 
 HERE = [name for name in ("cython", "numpy", "torch") if name in [s.name for s in rau.registry.status() if s.available]]
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
@@ -146,6 +149,80 @@ def test_tensors_that_are_not_aligned_to_their_items():
         assert all(np.array_equal(part.numpy(), its) for part, its in zip(given, (*prev, *cur), strict=True))
     with pytest.raises(rau.ShapeError, match="out.attn_out is not aligned to its items"):
         rau.ring_attention_update(*given, out=given[:3])
+
+
+@pytest.mark.skipif("cython" not in HERE, reason="no compiled core")
+@pytest.mark.parametrize("shrink", [
+    lambda part: part.set_(torch.zeros(1)), lambda part: part.resize_(1), lambda part: part.untyped_storage().resize_(0),
+])  # fmt: skip
+def test_a_tensor_that_shrinks_after_it_was_checked(shrink):
+    """By a log handler, as in test_hostile; nothing is read then, so that no process of its own is needed."""
+    prev, cur = ([part.clone() for part in tensors(seed=seed)] for seed in range(2))  # of torch's memory, which it resizes
+
+    class Shrinks(logging.Handler):
+        def emit(self, record):
+            shrink(prev[0])
+
+    logger, handler = logging.getLogger("rau"), Shrinks()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with pytest.raises(ValueError, match="lost its memory after it was checked"):
+            rau.ring_attention_update(*prev, *cur, backend="cython")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+CALLS = {
+    "update": lambda *parts: rau.ring_attention_update(*parts),
+    "states": lambda *parts: rau.merge_states([parts[:3], parts[3:]]),
+    "pairs": lambda *parts: rau.merge_lse([(parts[0], parts[1][..., 0]), (parts[3], parts[4][..., 0])], base="e"),
+    "sink": lambda *parts: rau.add_sink(parts[:3], parts[4][0, :, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("how", ["torch.jit.trace", "make_fx real", "make_fx symbolic"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracers(name, how):
+    """A graph of the calls, by tracers whose shapes are tensors or symbols, and one whose tensors are as real as any."""
+    call, parts, others = CALLS[name], (*tensors(), *tensors(seed=1)), (*tensors(seed=2), *tensors(seed=3))
+    if how == "torch.jit.trace":
+        graph = torch.jit.trace(lambda *parts: tuple(call(*parts)), parts, check_trace=False)
+    else:
+        graph = make_fx(lambda *parts: tuple(call(*parts)), tracing_mode=how.split()[1])(*parts)
+    for found, expected in zip(graph(*others), call(*others), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", [{"tokens": [0, 1]}, {"dtype": "float16"}, {"out": tensors(tnd)}])
+def test_what_has_no_place_in_a_traced_graph(how):
+    states = [tensors(tnd), tensors(tnd, seed=1)]
+    with pytest.raises(rau.UnsupportedError, match="outside of the graph"):
+        torch.jit.trace(
+            lambda one: tuple(rau.merge_states([(one, *states[0][1:]), states[1]], layout="TND", **how)), states[0][0],
+            check_trace=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_inference_tensors_outside_of_inference_mode(backend):
+    """They are written into all the same, and a ring that began in inference mode goes on."""
+    with torch.inference_mode():
+        prev, cur = ([part.clone() for part in tensors(seed=seed)] for seed in range(2))
+        ring = rau.StreamingMerge(backend=backend)
+        ring.update(*prev)
+    right = [part.numpy() for part in rau.ring_attention_update(*tensors(), *tensors(seed=1))]
+    ring.update(*cur)
+    assert same_bits([part.numpy() for part in ring.result()], right) == []
+    alone = prev[0].clone()
+    rau.merge_states([prev, cur], out=alone, statistics=False, backend=backend)
+    assert np.array_equal(alone.numpy(), right[0])
+    rau.ring_attention_update(*prev, *cur, out=prev, backend=backend)
+    assert same_bits([part.numpy() for part in prev], right) == []
 
 
 def test_small_results_can_be_freed_and_regrown():

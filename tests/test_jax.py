@@ -410,9 +410,10 @@ def test_what_cannot_be_is_refused_and_the_error_says_what_to_do(name):
 
 @needs_jax
 @needs_core
-def test_an_array_that_was_donated():
+@pytest.mark.parametrize(("state", "field"), [(0, 0), (1, 2)])
+def test_an_array_that_was_donated(state, field):
     states = two()
-    states[1].softmax_sum.delete()
+    states[state][field].delete()
     with pytest.raises(ConstraintError, match="has been deleted or donated; expected an array that has its values"):
         rau.merge_states(states, layout="TND")
 

@@ -240,6 +240,15 @@ def test_tensors_of_inference_and_without_memory():
         graph([tuple(part.clone() for part in pair) for pair in given])
 
 
+@pytest.mark.parametrize(("wrong", "words"), [({"base": ...}, "merge_lse: .base. base is missing"), ({"lse_layout": None}, "lse-layout")])
+def test_a_compiler_that_may_not_break_the_graph_shows_the_words(wrong, words):
+    torch = pytest.importorskip("torch")
+    given = [tuple(map(torch.tensor, pair)) for pair in pairs(("TND", "TN"), 2)]
+    options = {name: value for name, value in (GOOD | wrong).items() if value is not ...}
+    with pytest.raises(Exception, match=words):
+        torch.compile(lambda given: rau.merge_lse(given, **options), fullgraph=True, backend="eager")(given)
+
+
 def test_a_pair_of_another_shape_is_named():
     first, second = pairs(("TND", "TN"), 1)[0], pairs(("TND", "NT"), 1)[0]
     with pytest.raises(rau.ShapeError, match=r"pairs\[1\]\[1\] has shape \(4, 5\)"):

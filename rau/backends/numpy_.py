@@ -70,6 +70,8 @@ class NumPyBackend(Backend):
     def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
         if out is None:
             out = AttentionState(*problem.result())
+        if not (problem.D or problem.statistics):
+            return out  # nothing to write, however many rows there are
         table = problem.blocks
         assert table is not None
         head_dim, last = problem.D, len(states)

@@ -81,7 +81,7 @@ class TorchBackend(Backend):
             import torch
         except ModuleNotFoundError as error:
             raise BackendUnavailableError(f"torch is missing: {command('torch')}") from error
-        self._torch = torch
+        self._torch, self._kind = torch, TorchKind()
 
     def update(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None
@@ -101,7 +101,7 @@ class TorchBackend(Backend):
             if not problem.statistics:
                 if out is None:
                     return AttentionState(attn_out.to(first.attn_out.dtype), None, None)
-                out.attn_out.copy_(attn_out)
+                self._kind.assign(out.attn_out, attn_out)
                 return out
             maximum, total = (
                 geometry.statistics(part.to(first.softmax_max.dtype)).expand(problem.stats_shape)
@@ -115,14 +115,14 @@ class TorchBackend(Backend):
                     total.clone(memory_format=contiguous),
                 )
             for target, part in zip(out, (attn_out, maximum, total), strict=True):
-                target.copy_(part)
+                self._kind.assign(target, part)
         return out
 
     def asarray(self, array: np.ndarray) -> Tensor:
-        return TorchKind().from_numpy(array)
+        return self._kind.from_numpy(array)
 
     def to_numpy(self, array: Tensor) -> np.ndarray:
-        return TorchKind().to_numpy(array)
+        return self._kind.to_numpy(array)
 
     def synchronize(self) -> None:
         if self._torch.cuda.is_available():

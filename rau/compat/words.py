@@ -30,6 +30,7 @@ def worded(*sides: tuple[str, str], call: str = "", **names: str) -> Callable[[_
     patterns = [(_pattern(name), word) for name, word in names.items()]
 
     def decorate(function: _Function) -> _Function:
+        its_name = call or function.__qualname__
         own = {name: parameter.default for name, parameter in signature(function).parameters.items()}
 
         @wraps(function)
@@ -37,7 +38,7 @@ def worded(*sides: tuple[str, str], call: str = "", **names: str) -> Callable[[_
             try:
                 return function(*arguments, **options)
             except RauError as error:
-                text = _CALL.sub(call or function.__qualname__, str(error))
+                text = _CALL.sub(its_name, str(error))
                 text = _SIDE.sub(lambda found: _side(found, sides), text)
                 for pattern, word in patterns:
                     text = pattern.sub(word, text)

@@ -146,7 +146,7 @@ def bind(
 def _check_arrays(report: Violations, states: Sequence[Sequence[Any]], names: Names) -> Kind | None:
     """Check that all are arrays of one kind on one device; None where they are not."""
     kind = kind_of(states[0][0])
-    device = kind.device(states[0][0]) if kind else ""
+    device = None
     good = kind
     for k, state in enumerate(states):
         for field, array in enumerate(state):
@@ -163,6 +163,8 @@ def _check_arrays(report: Violations, states: Sequence[Sequence[Any]], names: Na
             elif fault := its.fault(array):
                 report.add("array", f"{names(k, field)} {fault}")
                 good = None
+            elif device is None:  # of the first that can be asked
+                device = its.device(array)
             elif its.device(array) != device:
                 report.add("array-device", f"{names(k, field)} is on {its.device(array)} and {names(0, 0)} on "
                            f"{device}; expected one device for all. Move one of them first.")  # fmt: skip

@@ -38,11 +38,12 @@ def asks_base(function: _Function) -> _Function:
 
     Python would say that it is missing, and no more. The signature stays as it is written.
     """
+    name = function.__qualname__  # which a compiler that traces the call does not know
 
     @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         if "base" not in options:
-            report = Violations(function.__qualname__)
+            report = Violations(name)
             report.add("base", f'base is missing, and has no default; expected "e" or "2".{_BASES}')
             raise report.error()
         return function(*arguments, **options)
@@ -209,7 +210,8 @@ def _alike(part: Any) -> int:
     """Count the arrays of a list of nothing else, all of one shape, as those of a state are not; 0 for anything else."""
     if not isinstance(part, (list, tuple)) or not all(map(looks_like_array, part)):
         return 0
-    return len(part) if len({tuple(array.shape) for array in part}) == 1 else 0
+    shapes = [tuple(array.shape) for array in part]  # compared, since a tracer's cannot be hashed
+    return len(part) if all(shape == shapes[0] for shape in shapes) else 0
 
 
 def check_pair_out(

@@ -11,6 +11,7 @@ from rau.constraints.hints import described
 from rau.constraints.lengths import bind_lengths
 from rau.constraints.options import Options
 from rau.constraints.rules import Violations
+from rau.constraints.stacked import FEWER, MOST_STATES
 from rau.errors import shown
 from rau.layouts import numbered
 
@@ -119,6 +120,9 @@ def rows_of_sequences(starts: np.ndarray, lengths: np.ndarray) -> Rows:
 def bind_counts(report: Violations, indptr: Any, states: int) -> np.ndarray | None:
     """Check where each row's states begin among all `states`, cumulative from 0; None where that is wrong."""
     found: np.ndarray | None = bind_lengths(report, indptr, states, False, False, "indptr", wait=True)
+    if found is not None and (counts := np.diff(found)).max(initial=0) > MOST_STATES:
+        report.add("states", f"indptr gives row {counts.argmax()} {counts.max()} states; {FEWER}.")
+        return None
     return found
 
 

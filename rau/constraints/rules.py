@@ -139,7 +139,7 @@ class Violations:
             text = f"{self.call}: {lines[0]}"
         else:
             text = "\n  ".join([f"{self.call}: {len(broken)} rules are broken:", *lines])
-        return RULES[broken[0][0]].error(text, (rule for rule, _ in broken))
+        return RULES[broken[0][0]].error(text, tuple(rule for rule, _ in broken))
 
     def raise_if_broken(self) -> None:
         """Raise what was noted.

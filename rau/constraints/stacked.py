@@ -12,7 +12,7 @@ from rau.errors import ConstraintError
 from rau.layouts import FIELDS, LAYOUTS
 
 MOST_STATES = 1 << 16  # states; each costs some microseconds before anything is merged
-_FEWER = f"expected at most {MOST_STATES}. Merge groups of them, and then the results"
+FEWER = f"expected at most {MOST_STATES}. Merge groups of them, and then the results"
 _EXPECTED = (
     "expected a list of AttentionStates, or of triples (attn_out, softmax_max, softmax_sum), or a single one whose arrays "
     "are stacked along a new first axis"
@@ -26,7 +26,7 @@ def as_states(states: Any, layout: Any) -> Sequence[Sequence[Any]]:
     ):
         return _unstacked(states, layout)
     if isinstance(states, (list, tuple)) and len(states) > MOST_STATES:
-        raise _error(f"has K = {len(states)} states; {_FEWER}.")
+        raise _error(f"has K = {len(states)} states; {FEWER}.")
     if not isinstance(states, (list, tuple)) or not states:
         raise _error(f"is {'empty' if isinstance(states, (list, tuple)) else described(states)}; {_EXPECTED}.")
     for k, state in enumerate(states):
@@ -55,7 +55,7 @@ def _unstacked(stacked: Sequence[Any], layout: Any) -> Sequence[Sequence[Any]]:
         raise _error(f'is one triple of arrays of shapes {", ".join(map(str, shapes))}; if stacked, layout "{layout}" expects '
                      f"{forms} with K >= 1.")  # fmt: skip
     if shapes[0][0] > MOST_STATES:
-        raise _error(f"has K = {shapes[0][0]} states; {_FEWER}.")
+        raise _error(f"has K = {shapes[0][0]} states; {FEWER}.")
     if not all(hasattr(part, "__getitem__") for part in stacked):
         raise _error(f"is one triple of arrays that cannot be indexed; {_EXPECTED}.")
     return [tuple(part[k] for part in stacked) for k in range(shapes[0][0])]

@@ -57,13 +57,16 @@ def check_memory(
     A place may be shared where no row has seen keys in both states, as the rows of a buffer that several kernels fill.
     `states` are where they lie, `regular` has the same values, readable.
     """
-    first: dict[Any, int] = {}
+    places: dict[Any, np.ndarray] = {}  # and of each row there, the first state that has seen keys in it
     for k, (attn_out, _, _) in enumerate(states):
         if 0 in attn_out.shape:
             continue
         low, high = kind.extent(attn_out)
-        earlier = first.setdefault((low, high) if low < high else id(attn_out), k)
-        if earlier != k and bool((_live(kind, regular[earlier]) & _live(kind, regular[k])).any()):
+        live = _live(kind, regular[k])
+        first = places.setdefault((low, high) if low < high else id(attn_out), np.full(live.shape, len(states)))
+        earlier = int(first[live].min(initial=len(states)))
+        first[live] = np.minimum(first[live], k)
+        if earlier < k:
             report.add("value-memory", f"{names(k, 0)} is in the same memory as {names(earlier, 0)}, and some rows have "
                        "seen keys in both states; expected separate memory for each. A kernel that writes into one buffer has "
                        "overwritten the earlier state: copy that before the next call.")  # fmt: skip
