@@ -1,4 +1,4 @@
-"""The site: python -m sphinx -W --keep-going docs docs/_build, with the extra docs, in an environment that has torch.
+"""The site: python -m sphinx -W --keep-going docs docs/_build, with the extras test and docs, in an environment that has torch.
 
 Pages are read on the site and in a repository's own view alike, so they link as files do; what stands outside docs/ is
 mapped to its place here.

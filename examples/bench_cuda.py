@@ -8,7 +8,7 @@ graph of calls that walk over more memory than the second-level cache holds; con
 of the rounds, a share that of the rates of a round. A share of 1 means that a merge moves its bytes (each input read once,
 each output written once) as fast as a device-to-device copy moves its own. Last, what a small call costs the host.
 
-Each record is a line of JSON in the file RECORDS (bench_cuda.jsonl) as soon as it is known. Takes some five minutes.
+Each record is a line of JSON in the file RECORDS (bench_cuda.jsonl) as soon as it is known. Takes some four minutes.
 """
 
 import argparse

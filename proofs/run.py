@@ -1,11 +1,11 @@
 """Prove the bounds of rau's arithmetic: fill in the scripts beside this file and have Sollya and Gappa prove them.
 
-    python3 proofs/run.py                     every bound that the documentation quotes
-    python3 proofs/run.py --mutants           and that the proofs fail where one number is wrong
-    python3 proofs/run.py --scripts FOLDER    the scripts as they are run, to read or to run by hand
+    python proofs/run.py                     every bound that the documentation quotes
+    python proofs/run.py --mutants           and that the proofs fail where one number is wrong
+    python proofs/run.py --scripts FOLDER    the scripts as they are run, to read or to run by hand
 
 The numbers are those of rau/arithmetic.py, which the kernels use. README.md has what is proven on paper.
-Needs NumPy, which that file imports, and `gappa` and `sollya`, which are packages of Debian.
+Needs an environment that has rau, of which that file is a part, and `gappa` and `sollya`, which are packages of Debian.
 """
 
 from __future__ import annotations

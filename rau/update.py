@@ -122,7 +122,7 @@ def ring_attention_update(
     only; 16 bits add half a unit in the last place. A float64 element is within 7.43 * v * S + 2**-509 * O + 2**-1073, if
     both sums are in [2**-256, 2**256]. Outside that range, a side whose max is more than 708 below the other's is lost
     whatever its sum, and a new sum may be infinite, while the output is still that of the two weights. proofs/README.md has
-    the proofs. Every backend of this package returns the same bits.
+    the proofs. Every backend of this package but `ascend` and `jax_numpy` returns the same bits.
 
     A side whose sum is 0 or whose max is -inf is empty: the other side comes back bit for bit, whatever the empty side's
     output holds. If both are empty, so is the result: output 0, max -inf, sum 0.

@@ -28,7 +28,7 @@ bfloat16 is stored as uint16. numpy.savez(FILE, prev_attn_out=..., ...) writes i
 Examples:
   python -m rau diagnose observed.npz
   python -m rau diagnose observed.npz --tolerance 40
-  python -m rau diagnose observed.pt --element 3,1,64
+  python -m rau diagnose observed.pt --element 3,1,63
 
 Exit status: 0 right, 1 wrong (recognised or not), 2 no such file, or one that cannot be used."""
 
@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def _index(text: str) -> tuple[int, ...]:
     numbers = text.split(",")
     if len(numbers) not in (3, 4) or not all(number.strip().isdecimal() for number in numbers):
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected token,head,place, such as 3,1,64")
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected token,head,place, such as 3,1,63")
     return tuple(map(int, numbers))
 
 
