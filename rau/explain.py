@@ -106,8 +106,8 @@ def explain(
     prev_attn_out, prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum, \
 actual_seq_qlen, layout, softmax_layout, out, backend, check
         As in :func:`rau.ring_attention_update`. Or, in the place of the six arrays: a list of states (or of one triple of K
-        states), and the call is :func:`rau.merge_states`; or a :class:`rau.StreamingMerge` that has a state, and it is its next
-        update, of which the rest is known.
+        states), then perhaps lengths and a layout, and the call is :func:`rau.merge_states`; or a :class:`rau.StreamingMerge`
+        that has a state, and it is its next update, of which the rest is known.
     profile : {"mindspore", "cann-v2", "portable"}, optional
         By default that of the call: "mindspore" for an update, "portable" for a merge.
 
@@ -135,7 +135,11 @@ actual_seq_qlen, layout, softmax_layout, out, backend, check
         problem, backend = prev_attn_out.next_update()
         return _explained(problem, backend)
     others = prev_softmax_max, prev_softmax_sum, cur_attn_out, cur_softmax_max, cur_softmax_sum
-    if isinstance(prev_attn_out, (tuple, list)) and all([other is None for other in others]):
+    if isinstance(prev_attn_out, (tuple, list)) and all([other is None for other in others[2:]]):
+        if prev_softmax_max is not None:
+            actual_seq_qlen = prev_softmax_max
+        if prev_softmax_sum is not None:
+            layout = prev_softmax_sum
         states, call = as_states(prev_attn_out, layout), "merge_states"
     else:
         states, call = ((prev_attn_out, *others[:2]), others[2:]), "ring_attention_update"

@@ -1,12 +1,13 @@
 """Peers' calls that are wrong in what their arrays are for: refused by name, and nothing is written before."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import rau
+from rau.compat import flashinfer, vllm
 from rau.compat import ring_flash_attention as ring_flash
 from rau.compat import transformer_engine as te
-from rau.compat import vllm
 
 B, S, N, D, T = 1, 4, 2, 8, 6
 
@@ -63,6 +64,14 @@ CALLS = {  # what is called, what it is given, what it says
         vllm.merge_attn_states, [ones(T, N, D), ones(T, N, D), ones(N, T), ones(T, N, D), ones(N, T), None, np.int64(T + 1)],
         f"prefill_tokens_with_context is {np.int64(T + 1)!r}; expected a number of tokens, from 0 to T = 6",
     ),
+    "eight bits without a scale": (
+        vllm.merge_attn_states, [ones(T, N, D).astype(ml_dtypes.float8_e4m3fn), ones(T, N, D), ones(N, T), ones(T, N, D), ones(N, T)],
+        "output has dtype float8_e4m3fn, and output_scale is None; expected what it is divided by, a numpy array of float32.",
+    ),
+    "lists of outputs": (
+        flashinfer.merge_states, [[ones(T, N, D)] * 2, ones(T, 2, N)],
+        "v is of type list; expected an array (NumPy, or of a kind that a backend takes). It holds 2: pass one of them, or stack",
+    ),
 }  # fmt: skip
 
 
@@ -72,7 +81,7 @@ def test_it_is_named_and_nothing_is_written(call, given, said):
         call(*given)
     message = str(error.value)
     assert message.startswith(f"{call.__name__}: [") and said in message, message
-    assert all((each == 1).all() for each in given if isinstance(each, np.ndarray) and each is not HALVES)
+    assert all((np.asarray(each) == 1).all() for each in given if isinstance(each, (np.ndarray, list)) and each is not HALVES)
 
 
 def test_what_fits_is_taken():

@@ -205,6 +205,9 @@ def test_a_merge_is_explained():
     assert (found.selected, found.origin, found.problem.K, found.problem.profile) == ("numpy", "backend=", 3, "portable")
     stacked = [np.stack([part] * 5) for part in state]
     assert rau.explain(stacked).problem.K == 5
+    rows = np.zeros((4, 2, 8), "f4")
+    in_order = rau.explain([(rows, rows, rows)] * 2, [0, 1, 4], "TND").problem  # as merge_states takes them
+    assert (in_order.layout, in_order.actual_seq_qlen.tolist()) == ("TND", [0, 1, 4])
     with pytest.raises(rau.ShapeError, match=r"explain: \[shape-match\] states\[1\].attn_out has shape"):
         rau.explain([state, [part[:-1] if part is state[0] else part for part in state]])
     with pytest.raises(rau.LayoutError, match='profile "mindspore" knows "SBH" and "TND" only'):

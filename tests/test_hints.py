@@ -358,6 +358,15 @@ def test_a_buffer_that_is_used_again_after_a_part_without_keys(rows):
     assert "states[2].attn_out is in the same memory as states[1].attn_out" in refusal(lambda: call([empty, seen, seen]))
 
 
+def test_a_layout_in_the_place_of_the_lengths():
+    """Layouts that read no lengths would let it pass, and a call that is like an earlier one as well."""
+    state = np.ones((3, 1, N * D), "f4"), np.ones((1, N, 3, 8), "f4"), np.ones((1, N, 3, 8), "f4")
+    rau.merge_states([state, state])
+    text = refusal(lambda: rau.merge_states([state, state], "BSND"))
+    assert text == ("merge_states: [qlen-dtype] actual_seq_qlen is \"BSND\"; expected cumulative lengths or None. A layout is passed by "
+                    "name, layout=\"BSND\", or after the lengths.")  # fmt: skip
+
+
 def test_one_state_twice_is_the_same_mistake():
     state = [part[0].swapaxes(0, 1) for part in parts(1)[0]]
     text = refusal(lambda: rau.merge_states([state, state], layout="TND", check="values"))

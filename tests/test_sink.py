@@ -140,6 +140,7 @@ PACKED = {"state": state(*attention(), "TND", "SBH"), "layout": "TND", "softmax_
         ({"sink": np.zeros(3, "f4")}, ("heads",), "sink has shape (3,); expected (N,) = (4,), a number for each query head."),
         ({"sink": np.zeros((N, 1), "f4")}, ("heads",), "sink has shape (4, 1)"),
         ({"sink": np.zeros(N)}, ("dtype-stats",), "sink has dtype float64; expected float32. Pass sink.astype(numpy.float32)"),
+        ({"sink": np.zeros(N, "f2")}, ("dtype-stats",), "expected float32. Pass sink.astype(numpy.float32), which is exact."),
         ({"sink": [0.0] * N}, ("array",), "sink is of type list; expected an array"),
         ({"state": GOOD["state"][:2]}, ("states",), "state has 2 items; expected an AttentionState"),
         ({"state": None}, ("states",), "state is None; expected an AttentionState"),

@@ -68,19 +68,23 @@ def merge_attn_states(
     given = {"output": (output, outputs), "prefix_output": (prefix_output, outputs), "prefix_lse": (prefix_lse, rows),
              "suffix_output": (suffix_output, outputs), "suffix_lse": (suffix_lse, rows)}  # fmt: skip
     check("merge_attn_states", given | ({} if output_scale is None else {"output_scale": (output_scale, "(1) or ()")}))
-    if output_scale is not None:
-        report, (kind, its) = Violations("merge_attn_states"), [kind_of(plain(array)) for array in (output, output_scale)]
-        assert kind is not None and its is not None  # as was checked
+    report, kind = Violations("merge_attn_states"), kind_of(plain(output))
+    assert kind is not None  # as was checked
+    if output_scale is None and kind.dtype(output) in EIGHT_BITS:
+        report.add("scale", f"output has dtype {kind.dtype(output)}, and output_scale is None; expected what it is divided by, a "
+                   f"{kind.name} array of float32.")  # fmt: skip
+    elif output_scale is not None:
+        its = kind_of(plain(output_scale))
+        assert its is not None
         if kind.dtype(output) not in EIGHT_BITS:
             report.add("scale", f"output_scale is given, and output has dtype {kind.dtype(output)}; expected "
                        f"{' or '.join(EIGHT_BITS)}, whose range it serves.")  # fmt: skip
         elif (its.name, its.dtype(output_scale)) != (kind.name, "float32"):
             report.add("scale", f"output_scale is a {its.name} array of {its.dtype(output_scale)}; expected a {kind.name} array of "
                        "float32.")  # fmt: skip
-        report.raise_if_broken()
+    report.raise_if_broken()
     if n is not None:
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n <= output.shape[0]:
-            report = Violations("merge_attn_states")
             report.add(
                 "tokens",
                 f"prefill_tokens_with_context is {shown(n)}; expected a number of tokens, from 0 to T = {output.shape[0]}.",

@@ -101,6 +101,10 @@ def bind(
     options, limits = check_options(report, options)
     layout = options.layout
     packed = layout == "TND" and options.softmax_layout == "SBH"
+    if isinstance(actual_seq_qlen, str) and actual_seq_qlen in LAYOUTS:  # which most layouts would let pass: they read no lengths
+        report.add("qlen-dtype", f'actual_seq_qlen is "{actual_seq_qlen}"; expected cumulative lengths or None. A layout is passed '
+                   f'by name, layout="{actual_seq_qlen}", or after the lengths.')  # fmt: skip
+        raise report.error()
     into = out if out is not None and is_whole(report, out, options.statistics) else None
     kind = _check_arrays(report, states, names)
     found = None

@@ -36,7 +36,7 @@ def signature(
     if not (
         type(layout) is type(softmax_layout) is type(profile) is type(check) is str
         and check == "metadata"
-        and (layout != "TND" or actual_seq_qlen is None)
+        and (actual_seq_qlen is None or (layout != "TND" and type(actual_seq_qlen) is not str))
     ):
         return None
     arrays = list(chain.from_iterable(states))

@@ -36,6 +36,8 @@ def not_an_array(name: str, value: object) -> str:
 def in_its_place(value: object) -> str:
     """Word what to pass in the place of what is no array of a kind that a backend takes; empty where nobody knows."""
     if isinstance(value, (list, tuple)):
+        if value and all(map(looks_like_array, value)):
+            return f" It holds {len(value)}: pass one of them, or stack them into one along the axis that is theirs."
         return " Convert it with numpy.asarray(..., dtype=...)."
     if isinstance(value, np.ma.MaskedArray):
         return " A mask would be lost: fill it first."
@@ -75,7 +77,7 @@ def another_dtype(name: str, kind: str, dtype: str, wanted: str) -> str:
         return swapped(dtype)
     method = f"astype(numpy.{wanted})" if kind in ("numpy", "jax") else {"float32": "float()", "float64": "double()"}[wanted]
     how = f"{name}.{method}"
-    if SIGNIFICANT["float32"] <= has < needs:
+    if has < needs and (has >= SIGNIFICANT["float32"] or name == "sink"):  # a parameter is what it is
         return f" Pass {how}, which is exact."
     bits = min(has, needs)
     off = f"weights are off by up to {'' if name.endswith('sum') else f'abs({name}) * '}2**-{bits + 1}"
