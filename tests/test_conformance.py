@@ -10,6 +10,7 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
+from lse_kernels import Weights
 from mutants import NUMPY, OneLane, Plain
 from patience import LIMIT
 
@@ -302,6 +303,27 @@ def test_where_no_offset_needs_64_bits_that_is_listed(monkeypatch):
     monkeypatch.setattr("sys.maxsize", 2**31 - 1)
     (reason,) = {failure.message for failure in check_backend(Plain, select="far/*").excluded}
     assert reason == "no room here: this system does not reserve so much memory without taking it"
+
+
+class AloneInPairs(Alone):
+    merge = Backend.merge
+
+    def update(self, problem, prev, cur, out):
+        return Alone.merge(self, problem, (prev, cur), out)
+
+
+class AloneInPairsOfFloat16(AloneInPairs):
+    capabilities = replace(Alone.capabilities, dtypes=("float16",), mixed=False)
+
+
+class AloneOfLSE(Weights):
+    capabilities = replace(Weights.capabilities, without_statistics=True)
+
+
+@pytest.mark.parametrize("backend", [AloneInPairs, AloneInPairsOfFloat16, AloneOfLSE])
+def test_an_output_alone_of_one_update_after_another(backend):
+    report = check_backend(backend(), select="algebra/output-alone-float*")
+    assert report.passed, str(report)
 
 
 class Coarse(Plain):
