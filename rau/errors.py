@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import reprlib
 
 
@@ -68,6 +69,27 @@ class UnsupportedError(RauError, NotImplementedError):
 
 class LostRankError(RauError, ConnectionError):
     """Another rank of a distributed call is gone, or was silent for too long."""
+
+
+def passes(error: BaseException | None) -> bool:
+    """Tell whether an error, or what caused it, says no more than that memory, stack or file descriptors had run out.
+
+    What failed so may succeed the next time: nobody keeps it.
+
+    Examples
+    --------
+    >>> passes(OSError(errno.EMFILE, "Too many open files")), passes(OSError(errno.ENOENT, "No such file"))
+    (True, False)
+    """
+    met: set[int] = set()
+    while error is not None and id(error) not in met:
+        if isinstance(error, (MemoryError, RecursionError)):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            return True
+        met.add(id(error))
+        error = error.__cause__
+    return False
 
 
 _repr = reprlib.Repr()

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
-from rau.errors import BackendUnavailableError, RauError, UnknownBackendError, shown
+from rau.errors import BackendUnavailableError, RauError, UnknownBackendError, passes, shown
 
 GROUP = "rau.backends"
 INSTALL_HINT = (
@@ -99,7 +99,6 @@ _BUILT_IN = {
 OURS = ("cython", "numpy", "torch", "cuda", "ascend", "jax", "jax_numpy")
 
 _RESERVED = tuple(name for name in OURS if name not in _BUILT_IN)  # by entry points of our own distribution alone
-_DISTRIBUTION = "ring-attention-update"
 
 
 def _built_in() -> dict[str, Entry]:
@@ -132,26 +131,32 @@ def _declared(taken: dict[str, Entry]) -> dict[str, Entry]:
     """Read the entry points of all distributions; a claim on a name that is taken is noted there."""
     from importlib.metadata import distributions
 
+    from rau.install import DISTRIBUTION
+
+    # Without a file descriptor left it finds nothing, says nothing, and remembers that: this says so instead.
+    os.close(os.open(os.devnull, os.O_RDONLY))
     found: dict[str, dict[str, Any]] = {}
     for distribution in distributions():
         try:
             points = distribution.entry_points.select(group=GROUP)
             owner = (points and distribution.name) or "an unknown distribution"
-        except Exception:  # its metadata are broken: that must not hide the others
+        except Exception as error:  # its metadata are broken: that must not hide the others
+            if passes(error):
+                raise
             continue
         for point in points:
             found.setdefault(point.name, {}).setdefault(owner, point)  # the first on the path is what is imported
     entries: dict[str, Entry] = {}
     for name, owners in sorted(found.items()):
-        ours = owners.pop(_DISTRIBUTION, None) if name in _RESERVED else None
+        ours = owners.pop(DISTRIBUTION, None) if name in _RESERVED else None
         others = " and ".join(sorted(owners))
         if ours is not None:
-            entries[name] = Entry(_DISTRIBUTION, ours.load)
+            entries[name] = Entry(DISTRIBUTION, ours.load)
         if name in taken or ours is not None:
             note = [f"also declared by {others}, which is ignored: the name was taken"] if others else []
             (taken.get(name) or entries[name]).notes.extend(note)
         elif name in _RESERVED:
-            entries[name] = _refused(others, f"declared by {others}, which is ignored: the name is kept for {_DISTRIBUTION}")
+            entries[name] = _refused(others, f"declared by {others}, which is ignored: the name is kept for {DISTRIBUTION}")
         elif len(owners) > 1:
             entries[name] = _refused(others, f'{others} both declare a backend "{name}"; uninstall one of them')
         else:
@@ -267,8 +272,8 @@ def _import_class(entry: Entry, name: str) -> None:
 
 
 def _to_be_tried(entry: Entry) -> bool:
-    """Tell whether nothing speaks against it but that there was no memory when it was tried."""
-    return entry.failure is None or isinstance(entry.failure, MemoryError)
+    """Tell whether nothing speaks against it but what had run out when it was tried."""
+    return entry.failure is None or passes(entry.failure)
 
 
 def _unless_blocked(name: str, entry: Entry) -> Any:

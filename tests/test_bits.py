@@ -133,6 +133,61 @@ def test_what_is_not_taken_or_not_promised_is_said(monkeypatch, capsys):
     assert "Its capabilities do not promise them." in capsys.readouterr().out
 
 
+def published_but(wrong):
+    """The published bits, made by a backend whose update is the only thing of its own."""
+
+    class Folds(Backend):
+        name = "folds"
+        capabilities = replace(registry.get("numpy").capabilities, dtypes=("float32",), mixed=False)
+
+        def update(self, problem, prev, cur, out):
+            result = registry.get("numpy").merge(problem, [prev, cur], out)
+            if wrong is not None:
+                wrong(problem, result)
+            return result
+
+    return Folds()
+
+
+def in_a_batch(problem, result):
+    if problem.layout == "BSND":
+        result.attn_out.view(np.int32)[np.isfinite(result.attn_out)] ^= 1
+
+
+def in_the_ring(problem, result):
+    if problem.T == 24:
+        result.attn_out.view(np.int32)[np.isfinite(result.attn_out)] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "groups"),
+    [(None, set()), (in_a_batch, {"float32, BSND", "float32, BSND, 1 lane"}), (in_the_ring, {"ring of float32"})],
+)
+def test_a_merge_of_one_update_after_another_promises_the_bits_of_updates(monkeypatch, capsys, wrong, groups):
+    """A ring's, too, which is nothing else; those of a merge that rounds once are not its."""
+    monkeypatch.setattr("rau.testing.under_test.load", lambda name: published_but(wrong))
+    assert main(["bits", "--backends", "folds", "--in-process", "--json"]) == bool(groups)
+    row = json.loads(capsys.readouterr().out)["backends"]["folds"]
+    assert {*row["differ"]} == groups and "float32, SBH" in row["same"]
+    assert {*row["not_promised"]} >= {"float32, 3 states", "float32, 17 states", "output alone"}
+    assert not any("ring" in group or "SBH" in group for group in row["not_promised"])
+    assert main(["bits", "--backends", "folds", "--in-process"]) == bool(groups)
+    told = f"Its capabilities do not promise {str(len(row['not_promised'])) + ' of them' if groups else 'them'}."
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [{"deterministic": False}, {"unpromised": ("payload",)}, {"statistics": "lse"}], ids=str)
+def test_what_differs_and_promises_no_bits_does_not_fail(monkeypatch, capsys, kind):
+    class Loose(Mine):
+        capabilities = replace(Mine.capabilities, **kind)
+        wrong = staticmethod(last_bit)
+
+    monkeypatch.setattr("rau.testing.under_test.load", lambda name: Loose())
+    assert main(["bits", "--backends", "mine", "--in-process", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["backends"]["mine"]
+    assert row["differ"] == [] and "float32, 4 states" in row["not_promised"]
+
+
 def test_what_is_not_promised_is_compared_only_where_it_is_named(monkeypatch, capsys):
     class Fast(Mine):
         name = "fast"

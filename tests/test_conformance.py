@@ -10,6 +10,7 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
+from lse_kernels import Weights
 from mutants import NUMPY, OneLane, Plain
 from patience import LIMIT
 
@@ -24,6 +25,7 @@ from rau.errors import (
 from rau.testing.cases import Case, named
 from rau.testing.comparison import compare
 from rau.testing.conformance import check_backend, checks
+from rau.testing.conformance.matrix import matrix
 from rau.testing.conformance.report import Report
 from rau.testing.differential import run_differential
 from rau.testing.reference.oracle import oracle
@@ -301,6 +303,64 @@ def test_where_no_offset_needs_64_bits_that_is_listed(monkeypatch):
     monkeypatch.setattr("sys.maxsize", 2**31 - 1)
     (reason,) = {failure.message for failure in check_backend(Plain, select="far/*").excluded}
     assert reason == "no room here: this system does not reserve so much memory without taking it"
+
+
+class AloneInPairs(Alone):
+    merge = Backend.merge
+
+    def update(self, problem, prev, cur, out):
+        return Alone.merge(self, problem, (prev, cur), out)
+
+
+class AloneInPairsOfFloat16(AloneInPairs):
+    capabilities = replace(Alone.capabilities, dtypes=("float16",), mixed=False)
+
+
+class AloneOfLSE(Weights):
+    capabilities = replace(Weights.capabilities, without_statistics=True)
+
+
+@pytest.mark.parametrize("backend", [AloneInPairs, AloneInPairsOfFloat16, AloneOfLSE])
+def test_an_output_alone_of_one_update_after_another(backend):
+    report = check_backend(backend(), select="algebra/output-alone-float*")
+    assert report.passed, str(report)
+
+
+class Coarse(Plain):
+    """Right, and held to less than that."""
+
+    name = "coarse"
+    capabilities = Capabilities(array_types=NUMPY, tolerance=40.0)
+
+
+class Forgets(Coarse):
+    """What a NaN behind a weight of 0 makes of it."""
+
+    name = "forgets"
+
+    def merge(self, problem, states, out):
+        result = super().merge(problem, states, out)
+        result.attn_out[np.isnan(sum(state.attn_out for state in states))] = np.nan
+        return result
+
+
+class Small(Plain):
+    name = "small"
+    capabilities = Capabilities(array_types=NUMPY, max_head_dim=32)
+
+
+def test_a_property_is_asked_for_in_the_cases_that_are_not_excluded():
+    """The others say nothing against it."""
+    row = matrix([Coarse(), Forgets()])
+    assert all(answer.good for answer in row["coarse"].values())
+    assert [row["coarse"][name].word for name in ("payload", "small-weights")] == ["yes", "yes"]
+    assert [name for name, answer in row["forgets"].items() if not answer.good] == ["payload"]
+
+
+def test_a_property_is_not_asked_for_where_all_its_cases_are_excluded():
+    row = matrix([Small()])["small"]
+    assert {row[name] for name in ("payload", "nan", "strides", "states")} == {("-", True, False, "D = 64 > 32")}
+    assert all(answer.good for answer in row.values())
 
 
 class NotInPlace(Plain):

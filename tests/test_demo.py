@@ -12,9 +12,12 @@ import sys
 import numpy as np
 import pytest
 from command import status
+from lse_kernels import Guarded, Weights
+from mutants import Plain
 
 import rau
 from rau.__main__ import main
+from rau.backends import Backend
 from rau.backends.numpy_ import NumPyBackend
 from rau.cli import console
 from rau.cli.console import table
@@ -97,6 +100,46 @@ def test_a_wrong_backend_is_noticed(capsys):
     assert any(
         "times the bound" in problem for result in document["results"] for problem in result["problems"]
     )
+
+
+class Folds(Plain):
+    """An update, and the merge of its base class."""
+
+    name = "folds"
+    merge = Backend.merge
+
+    def update(self, problem, prev, cur, out):
+        return Plain.merge(self, problem, (prev, cur), out)
+
+
+class Drifts(Folds):
+    """Each of its updates is a little more off than may be."""
+
+    name = "drifts"
+
+    def update(self, problem, prev, cur, out):
+        result = super().update(problem, prev, cur, out)
+        result.attn_out[-1] *= np.float32(1 + 1e-6)
+        return result
+
+
+class LSEWrong(Weights):
+    name = "lse-wrong"
+
+    def merge_lse(self, prev_out, prev_lse, cur_out, cur_lse):
+        out, lse = super().merge_lse(prev_out, prev_lse, cur_out, cur_lse)
+        return out, lse + 1e-4
+
+
+@pytest.mark.parametrize("backend", [Folds, Guarded, Weights, Drifts, LSEWrong], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("form", [[], ["--layout", "TND", "--softmax-layout", "SBH"], ["--dtype", "float16", "--ranks", "9"]], ids=str)
+def test_a_backend_is_held_to_what_it_promises(monkeypatch, capsys, backend, form):
+    monkeypatch.setattr("rau.testing.under_test.load", lambda name: backend())
+    right = backend in (Folds, Guarded, Weights)
+    assert main([*SMALL, *form, "--backends", backend.name, "--in-process", "--json"]) == (not right)
+    results = json.loads(capsys.readouterr().out)["results"]
+    if right or "float16" not in form:
+        assert [result["passed"] for result in results] == [right, right]
 
 
 def test_backends_that_cannot_run_are_listed(monkeypatch, capsys):

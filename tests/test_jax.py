@@ -186,6 +186,20 @@ def test_jax_numpy_keeps_its_tolerance(wide, cases, monkeypatch):
 
 
 @needs_jax
+def test_no_stack_left_is_no_device_without_float64(monkeypatch):
+    """Nor is it kept for one: rows would be in float32 from then on."""
+
+    def deep(array):
+        raise RecursionError
+
+    monkeypatch.setattr(jax_, "_wide", None)
+    with monkeypatch.context() as patched, pytest.raises(RecursionError):
+        patched.setattr(jax, "block_until_ready", deep)
+        jax_.wide()
+    assert jax_.wide() is np.float64
+
+
+@needs_jax
 @pytest.mark.parametrize("layout", ["SBH", "BNSD", "TND"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_jax_numpy_under_jit(layout, packed):

@@ -1,8 +1,10 @@
-"""Memory that runs out: MemoryError, nothing half written, nothing kept, and the process goes on.
+"""What runs out, memory first: MemoryError, nothing half written, nothing kept, and the process goes on.
 
 Not for `numpy`: some of NumPy's own functions crash where a small allocation of Python's fails.
 """
 
+import errno
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -158,18 +160,98 @@ def test_no_memory_for_the_core():
     assert alone(code) == 2 * "{True} True False\nTrue []\n"
 
 
-def test_a_backend_for_which_there_was_no_memory(monkeypatch):
-    """It is tried again: it may have some by then."""
+def caused_by(error):
+    failure = rau.BackendUnavailableError("it does not load")
+    failure.__cause__ = error
+    return failure
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(), RecursionError(), *(OSError(number, "none left") for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)),
+        caused_by(RecursionError()),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_backend_for_which_something_had_run_out(monkeypatch, error):
+    """It is tried again: there may be some by then."""
     had = iter([False, False, True, True])
 
     def load():
         if not next(had):
-            raise MemoryError
+            raise error
         return type(registry.get("cython"))
 
     registry.names()
     monkeypatch.setitem(plugins._entries, "late", plugins.Entry("a plugin", load))
     for _ in range(2):
-        with pytest.raises(rau.BackendUnavailableError, match="MemoryError"):
+        with pytest.raises(rau.BackendUnavailableError) as caught:
             rau.merge_states([sbh()], backend="late")
+        assert caught.value.__cause__ is error
     rau.merge_states([sbh()], backend="late")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError(), OSError(errno.EMFILE, "none left")], ids=repr)
+def test_metadata_that_could_not_be_read_are_read_again(monkeypatch, error):
+    def unreadable(distribution, name):
+        raise error
+
+    registry.refresh()
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.metadata.PathDistribution, "read_text", unreadable)
+        with pytest.raises(type(error)):
+            registry.names()
+    assert "torch" in registry.names()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit on descriptors")
+@pytest.mark.parametrize("first", ["cython", "numpy", "torch"])
+@pytest.mark.parametrize("before", ["", "import importlib.metadata, rau.backends, rau.install"])
+def test_a_first_call_without_a_file_descriptor(first, before):
+    """Nothing of it is kept, neither here nor in what Python remembers of its folders."""
+    code = f"""
+        import os, resource
+        import rau
+        from states import sbh
+        state = sbh()
+        {before}
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        held = []
+        try:
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            pass
+        try:
+            rau.merge_states([state, state], backend={first!r})
+        except (OSError, rau.BackendUnavailableError) as error:
+            print("Errno 24" in str(error))
+        for one in held:
+            os.close(one)
+        print({first!r} in rau.registry.names(), rau.explain(*state, *state).selected)
+    """
+    assert alone(code) in ("True\nTrue cython\n", "True cython\n")
+
+
+@pytest.mark.parametrize("backend", ["cython", "numpy"])
+def test_a_first_call_near_the_limit_of_recursion(backend):
+    code = f"""
+        import sys, rau
+        from states import sbh
+        state = sbh()
+        def call(depth):
+            if depth:
+                return call(depth - 1)
+            rau.merge_states([state, state], backend={backend!r})
+        failures = 0
+        for depth in range(sys.getrecursionlimit(), 0, -1):
+            try:
+                call(depth)
+                break
+            except (RecursionError, rau.BackendUnavailableError):
+                failures += 1
+        print(failures > 20, "tried again, and right" if depth > 1 else "never again")
+    """
+    assert alone(code) == "True tried again, and right\n"

@@ -366,7 +366,9 @@ class Backend:
             running = self._step(problem, running, cur, None)
         if wide != problem.dtype:
             running = self._cast(running, problem.dtype)
-        return running if out is None else self._into(problem, running, out)
+        if out is not None:
+            return self._into(problem, running, out)
+        return running if problem.statistics else AttentionState(running.attn_out, None, None)
 
     def _step(
         self, problem: Problem, prev: AttentionState, cur: AttentionState, out: AttentionState | None

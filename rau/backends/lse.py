@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -60,6 +61,8 @@ class LSEBackend(Backend):
         if cls.lse_layout not in _AXES.get(cls.layout, ()):
             known = "; ".join(f"{name} with {' or '.join(axes)}" for name, axes in _AXES.items())
             raise TypeError(f"{cls.__name__}: layout = {cls.layout!r}, lse_layout = {cls.lse_layout!r}; expected {known}.")
+        if "capabilities" in vars(cls):  # its kernel makes a log-sum-exp, and its statistics are written, wanted or not
+            cls.capabilities = replace(cls.capabilities, without_statistics=False)
         if "merge_lse_states" in vars(cls) and "merge" not in vars(cls):
             setattr(cls, "merge", cls._merge_at_once)  # noqa: B010 - else the base class's, one update after another
 

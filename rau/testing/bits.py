@@ -22,6 +22,7 @@ from rau.streaming import StreamingMerge
 from rau.testing.apart import Apart, Here, NoAnswer, Patience
 from rau.testing.cases import Case
 from rau.testing.trial import excluded_by
+from rau.testing.trial.judge import promises_bits
 from rau.testing.under_test import described, host_state, own_state
 from rau.update import merge_states
 
@@ -186,6 +187,17 @@ def digests(
             found[name] = its
         progress(name, 1 / len(names))
     return found
+
+
+def promised(backend: Any) -> set[str]:
+    """Name the groups of which a backend promises the published bits, whether it takes them or not."""
+    if not backend.capabilities.deterministic:
+        return set()
+    groups = cases() | {name: [case] for name, case, _ in rings(backend)}
+    for name in groups:
+        if name.startswith("ring of "):  # one update after another, whatever its merge does
+            groups[name] = [replace(case, states=2) for case in groups[name]]
+    return {name for name, merges in groups.items() if all(promises_bits(backend, case) for case in merges)}
 
 
 def _digest(backend: Any, name: str) -> str:

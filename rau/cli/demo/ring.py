@@ -14,8 +14,10 @@ from rau.cli.console import Step
 from rau.errors import RauError
 from rau.state import AttentionState
 from rau.testing import compare, exact_attention, oracle, partial_attention
+from rau.testing.cases import Case
 from rau.testing.comparison import Comparison
 from rau.testing.reference.oracle import Expected, widen
+from rau.testing.trial.judge import held_to, judge_values
 from rau.update import merge_states, ring_attention_update
 
 _SECONDS = 0.6  # of timing, for each backend
@@ -26,6 +28,7 @@ class Work(NamedTuple):
 
     partials: list[AttentionState]  # partial attention as each rank sees it
     call: dict[str, Any]  # layout, softmax_layout and, in TND, actual_seq_qlen
+    case: Case  # the same, as what judges takes it
     expected: Expected  # the oracle's merge of the partials
     exact: np.ndarray  # attention to all the keys, float64, shaped like attn_out
     rounding: float  # largest difference of the two: the error that the rounding of the partials alone explains
@@ -79,7 +82,11 @@ def prepare(options: argparse.Namespace, step: Step) -> Work:
     exact = exact_attention(q, k, v, causal=options.causal, **call).attn_out
     step("the oracle")
     expected = oracle(partials, **call)
-    return Work(partials, call, expected, exact, float(np.abs(expected.attn_out - exact).max()))
+    case = Case(
+        id="demo", layout=options.layout, softmax_layout=options.softmax_layout, tokens=tokens, heads=options.heads,
+        head_dim=options.head_dim, lengths=tuple(map(int, np.diff(ends))), dtype=options.dtype, states=ranks,
+    )  # fmt: skip
+    return Work(partials, call, case, expected, exact, float(np.abs(expected.attn_out - exact).max()))
 
 
 def merge(work: Work, backend: Any) -> list[Result] | str:
@@ -117,14 +124,16 @@ def _merged(work: Work, backend: Any) -> list[Result]:
     times = interleaved({"at once": at_once} | ({"ring": ring} if updates else {}), _SECONDS, least=1)
     traffic = sum(map(_bytes, [*work.partials, work.partials[0]]))
     result = _on_host(backend, merged)
-    comparisons = [compare(result, work.expected, tolerance=tolerance)]
+    kind = held_to(backend)
+    expected = oracle(work.partials, **work.call, **kind) if kind else work.expected
+    comparisons = [judge_values(backend, work.case, work.partials, result, expected)]
     results = [_result(work, backend, 0, times["at once"], traffic, result, comparisons)]
     if updates:
         running, comparisons = start(), []  # the timed one has merged the same partials again and again
         for number, partial in enumerate(work.partials[1:], 1):
             before = AttentionState(*(array.copy() for array in _on_host(backend, running)))
             update(states[number])
-            expected = oracle([before, partial], **work.call)
+            expected = oracle([before, partial], **work.call, **kind)
             comparisons.append(compare(_on_host(backend, running), expected, tolerance=tolerance))
         traffic = 3 * updates * _bytes(work.partials[0])
         results.append(_result(work, backend, updates, times["ring"], traffic, _on_host(backend, running), comparisons))

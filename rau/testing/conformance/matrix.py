@@ -18,7 +18,7 @@ from rau.arrays.numpy_ import ITEMSIZE, NARROW, named_dtype
 from rau.backends import PROPERTIES
 from rau.testing.apart import Apart, Here, NoAnswer, Patience
 from rau.testing.cases import Case
-from rau.testing.conformance.properties import STRIDES, tried
+from rau.testing.conformance.properties import STRIDES, tried, unasked
 from rau.testing.reference.oracle import oracle, widen
 from rau.testing.trial import (
     check_case,
@@ -96,6 +96,8 @@ def _keeps(backend: Any) -> Answer:
 
 
 def _property(name: str, backend: Any) -> Answer:
+    if reasons := unasked(backend, name):
+        return Answer(UNASKED, True, False, "; ".join(reasons))
     problems = tried(backend, name)
     return Answer(NO if problems else YES, not problems, _promised(name, backend), problems[0] if problems else "")
 
@@ -132,8 +134,9 @@ def _states(backend: Any) -> Answer:
     """How many states it merges, and how."""
     takes, case = backend.capabilities, replace(ordinary_case(backend, "matrix/states", 20), states=9)
     most = "" if takes.max_states is None else f" up to {takes.max_states}"
-    if excluded_by(backend, case):
-        return Answer(f"{takes.max_states} at most", True, False)
+    if reasons := excluded_by(backend, case):
+        few = takes.max_states is not None and takes.max_states < case.states
+        return Answer(f"{takes.max_states} at most" if few else UNASKED, True, False, "; ".join(reasons))
     problems = check_case(backend, case)[0]
     word = f"{'in pairs' if folds(backend, case) else 'at once'}{most}"
     return Answer(NO if problems else word, not problems, True, problems[0] if problems else "")

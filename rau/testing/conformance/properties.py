@@ -30,12 +30,14 @@ _NUMBERS = {  # of the cases that show a property: statistics, outputs
 
 def tried(backend: Any, name: str) -> list[str]:
     """Say what speaks against a backend having a property of :data:`rau.backends.PROPERTIES`, or taking strides."""
+    if reasons := unasked(backend, name):
+        return reasons
     if name == STRIDES:
         backend = with_capabilities(backend, contiguous=False)
     problems = []
     for case in _cases(backend, name):
-        if reasons := excluded_by(backend, case):
-            return reasons
+        if excluded_by(backend, case):
+            continue
         numbers = case.fill()
         result, wrong = run_case(backend, case, numbers)
         if result is None:
@@ -48,6 +50,12 @@ def tried(backend: Any, name: str) -> list[str]:
             expected = expected.where_wider(expected_of(case.make(numbers), wider))
         problems += compare(result, expected, tolerance=backend.capabilities.tolerance).problems
     return problems
+
+
+def unasked(backend: Any, name: str) -> list[str]:
+    """List what excludes all the cases of a property; nothing where at least one can be run."""
+    excluded = [excluded_by(backend, case) for case in _cases(backend, name)]
+    return [*dict.fromkeys(reason for reasons in excluded for reason in reasons)] if all(excluded) else []
 
 
 def _cases(backend: Any, name: str) -> Iterator[Case]:
