@@ -384,7 +384,7 @@ def _checked(
             continue
         on_host = value.cpu() if isinstance(value, Tensor) else value
         ends = bind_lengths(report, on_host, tokens, False, False, name)
-        lengths.append([tokens] if ends is None else np.diff(ends).tolist())
+        lengths.append([tokens] if ends is None else np.diff(ends).tolist() or [0])
     report.raise_if_broken()
     queries, keys = lengths
     if len(queries) != len(keys):
