@@ -63,7 +63,7 @@ def through_operator(
         problem, _ = bind(call, _states(flat), NAMES[call], actual_seq_qlen, options._replace(check="metadata"), None)
 
         def smoothly(*flat: Any) -> tuple[Any, ...]:
-            merged = merged_smoothly(_states(flat), problem.layout, problem.packed, problem.actual_seq_qlen, keeps_lse)
+            merged = merged_smoothly(_states(flat), problem, keeps_lse)
             return tuple(merged)[: len(gradients)]
 
         with with_float64():

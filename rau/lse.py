@@ -88,17 +88,23 @@ def log_sum_exp(maximum: Any, total: Any, base: str) -> Any:
 
 def reordered(stats: Any, lengths: Any, to: str) -> Any:
     """Do what :func:`rau.reorder_softmax` says: statistics of shape (T, N, ...), lengths of shape (sequences + 1,)."""
-    xp = library(stats)
-    rows: Any
     tokens, heads = stats.shape[:2]
-    # Where the statistics of rows in token-major order stand among packed ones.
-    if xp is not sys.modules.get("torch"):
-        stats = np.asarray(stats) if xp is np else stats  # a subclass might index in its own way
-        row = (heads, 1, 1)  # strides of a (T, N, 1) array
-        rows = row_index(block_terms("TND", True, (1, tokens, heads, 1), lengths, (row,) * 3).table(), 0, SUM)
-    else:
-        rows = packed_rows(lengths, tokens, heads, stats.device)
-    flat: Any = stats.reshape(tokens * heads, *stats.shape[2:])
+    if library(stats) is sys.modules.get("torch"):
+        return reordered_by(stats, packed_rows(lengths, tokens, heads, stats.device), to)
+    return reordered_by(stats, packed_index(lengths, tokens, heads), to)
+
+
+def packed_index(lengths: Any, tokens: int, heads: int) -> np.ndarray:
+    """Tell where the statistics of rows in token-major order stand among packed ones: int64, shape (T * N,)."""
+    row = (heads, 1, 1)  # strides of a (T, N, 1) array
+    return row_index(block_terms("TND", True, (1, tokens, heads, 1), lengths, (row,) * 3).table(), 0, SUM)
+
+
+def reordered_by(stats: Any, rows: Any, to: str) -> Any:
+    """Do what :func:`reordered` does, from where the packed rows stand."""
+    xp = library(stats)
+    stats = np.asarray(stats) if xp is np else stats  # a subclass might index in its own way
+    flat: Any = stats.reshape(stats.shape[0] * stats.shape[1], *stats.shape[2:])
     if to == "TND":
         return flat[rows].reshape(stats.shape)
     result = xp.empty_like(flat)

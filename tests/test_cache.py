@@ -170,6 +170,14 @@ def test_profiles_and_calls_are_told_apart():
         rau.ring_attention_update(*wide[0], *wide[1])
 
 
+def test_with_and_without_statistics_are_told_apart():
+    states = [sbh(seed=1), sbh(seed=2)]
+    for statistics in (False, True, False):
+        result = rau.merge_states(states, statistics=statistics)
+        assert isinstance(result, rau.AttentionState if statistics else np.ndarray)
+        assert not statistics or result.softmax_sum is not None
+
+
 def test_no_array_is_kept():
     state = sbh(dtype="bfloat16")
     rau.ring_attention_update(*state, *state)

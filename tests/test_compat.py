@@ -409,6 +409,10 @@ WORDS = {
         lambda: torch_._SDPAMerger(True, 2).step(OUT[None], LSE[None], partial=True),
         "_SDPAMerger.step: [first-update] partial is True in the first step; expected False, since that one covers all tokens.",
     ),
+    "a result first": (
+        lambda: torch_._SDPAMerger(True, 2).results(),
+        "_SDPAMerger.results: [first-update] there is nothing merged yet; expected a step first.",
+    ),
     "torch's own": (
         lambda: torch_._SDPAMerger(True, 2).step(LSE[None, None], LSE[None], partial=False),
         "_SDPAMerger.step: [shape-match] lse has shape (1, 6, 2); expected (B, N, S) = (1, 1, 6), as out has.",

@@ -22,7 +22,7 @@ def read_only(*shape):
     return array
 
 
-HALVES = np.array([0, 2, 6])
+HALVES, ODD = np.array([0, 2, 6]), np.array([0, 3, 6])
 CALLS = {  # what is called, what it is given, what it says
     "slice of nothing": (
         ring_flash.update_out_and_lse, [ones(B, S, N, D), ones(B, S, N, 1), ones(B, S, N, D), ones(B, N, S), "half"],
@@ -60,6 +60,13 @@ CALLS = {  # what is called, what it is given, what it says
         te.thd_out_correction, [ones(T, N, D), ones(2, N, D), ones(2, N, 4), ones(2, N, 2), HALVES, True, False],
         "out_per_step has shape (2, 2, 8); expected room for 3 tokens",
     ),
+    "halves of odd sequences, log-sum-exps": (
+        te.thd_second_half_lse_correction, [ones(N, T), ones(N, T // 2), ODD, True], "cu_seqlens holds 3; expected multiples of 2",
+    ),
+    "halves of odd sequences": (
+        te.thd_out_correction, [ones(T, N, D), ones(T // 2, N, D), ones(N, T), ones(N, T // 2), ODD, True, True],
+        "cu_seqlens holds 3; expected multiples of 2",
+    ),
     "tokens with context": (
         vllm.merge_attn_states, [ones(T, N, D), ones(T, N, D), ones(N, T), ones(T, N, D), ones(N, T), None, np.int64(T + 1)],
         f"prefill_tokens_with_context is {np.int64(T + 1)!r}; expected a number of tokens, from 0 to T = 6",
@@ -81,7 +88,8 @@ def test_it_is_named_and_nothing_is_written(call, given, said):
         call(*given)
     message = str(error.value)
     assert message.startswith(f"{call.__name__}: [") and said in message, message
-    assert all((np.asarray(each) == 1).all() for each in given if isinstance(each, (np.ndarray, list)) and each is not HALVES)
+    kept = [each for each in given if isinstance(each, (np.ndarray, list)) and each is not HALVES and each is not ODD]
+    assert all((np.asarray(each) == 1).all() for each in kept)
 
 
 def test_what_fits_is_taken():

@@ -21,6 +21,7 @@ class Strict(NumPyBackend):
         return self.merge(problem, [prev, cur], out)
 
     def merge(self, problem, states, out):
+        self.in_place = problem.in_place
         self.seen = [array for state in [*states, *([] if out is None else [out])] for array in state if array is not None]
         assert all(array.flags.c_contiguous for array in self.seen)
         for array, strides in zip((array for state in states for array in state), problem.strides, strict=False):
@@ -52,6 +53,7 @@ def test_what_is_not_contiguous_is_copied(how, caplog):
             result = rau.ring_attention_update(*mine, *its, out=out, backend=backend)
             assert bits(result) == bits(expected) and (out is None or all(a is b for a, b in zip(result, out, strict=True)))
     assert "backend strict takes contiguous arrays: " in caplog.text
+    assert backend.in_place == (how == "in place")
     assert bits(its) == bits(cur) and (how == "in place" or bits(mine) == bits(prev))
 
 

@@ -76,6 +76,37 @@ def test_the_code_of_the_page_runs(section, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.fixture
+def alone():
+    """A group of this process."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ends", [[0], [0, 0], None])
+def test_a_ring_of_no_tokens(alone, ends):
+    import torch
+
+    q, k, v = (torch.zeros(0, 2, 8, requires_grad=True) for _ in range(3))
+    out, lse = rau.distributed.ring_attention(q, k, v, layout="TND", actual_seq_qlen=ends)
+    out.sum().backward()
+    assert out.shape == (0, 2, 8) and lse.shape == (0, 2) and q.grad.shape == k.grad.shape == v.grad.shape == (0, 2, 8)
+
+
+def test_a_sink_that_is_none_has_no_gradient_from_rows_without_keys(alone):
+    import torch
+
+    q, keys = torch.ones(1, 2, 3, 8), torch.ones(1, 2, 0, 8)
+    sink = torch.tensor([-torch.inf, 0.0], requires_grad=True)
+    out, lse = rau.distributed.ring_attention(q, keys, keys, sink=sink)
+    out.sum().backward()
+    assert not out.any() and lse[0, :, 0].tolist() == [-torch.inf, 0.0]
+    assert sink.grad.tolist() == [0.0, 0.0]
+
+
 def test_without_a_group():
     with pytest.raises(rau.OptionError, match=r"merge: \[group\] torch.distributed is not initialised; call torch."):
         rau.distributed.merge([])

@@ -321,6 +321,9 @@ def test_whatever_an_argument_does_when_it_is_asked():
         __repr__ = __str__ = __index__ = _
         shape = property(_)
 
+    class Index(int):
+        __repr__ = Bad._
+
     hashes = type("M", (type,), {"__hash__": Bad._})("Hash", (), {})
     deep = []
     for _ in range(100_000):
@@ -336,6 +339,7 @@ def test_whatever_an_argument_does_when_it_is_asked():
         "lengths": lambda: rau.merge_states([q], [Bad()], "TND"),
         "threads": lambda: rau.set_num_threads(Bad()),
         "tokens": lambda: ring.update(*p, tokens=slice(Bad(), None)),
+        "tokens backwards": lambda: ring.update(*p, tokens=slice(Index(3), Index(0), Index(-1))),
         "deep": lambda: rau.merge_states([q], deep, "TND"),
         "layout": lambda: rau.merge_states([p], layout=Bad()),
         "heads": lambda: rau.AttentionState.from_lse(p[0], p[1][..., 0], base="e", heads=Bad()),

@@ -213,6 +213,25 @@ def test_jax_numpy_under_jit(layout, packed):
         np.testing.assert_allclose(mine, its, rtol=1e-6, atol=1e-6)
 
 
+@needs_jax
+def test_jax_numpy_has_one_program_whatever_the_lengths(monkeypatch):
+    """Compiled anew for every set of lengths, a training run would compile at each step, and keep all of it."""
+    traces, own = [], jax_._merged
+    monkeypatch.setattr(jax_, "_merged", lambda *given: traces.append(given) or own(*given))
+    backend = jax_.JaxNumpyBackend()
+    for lengths in ([0, 4, 6], [0, 1, 6], [0, 2, 3, 6], [0, 6]):
+        states = numbers(layout="TND", softmax_layout="SBH", lengths=tuple(np.diff(lengths)), batch=1)
+        options = {"layout": "TND", "softmax_layout": "SBH", "actual_seq_qlen": lengths}
+        expected = rau.merge_states(states, **options)
+        found = rau.merge_states(list(map(of_jax, states)), **options, backend=backend)
+        for mine, its in zip(found, expected, strict=True):
+            np.testing.assert_allclose(mine, its, rtol=1e-6, atol=1e-6)
+        jax.grad(lambda one, other: rau.merge_states([one, other], **options, backend=backend).attn_out.sum())(
+            *map(of_jax, states)
+        )
+    assert len(traces) == 1
+
+
 # -------------------------------------------------------------------------------------------------------------- gradients
 
 

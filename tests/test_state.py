@@ -589,3 +589,9 @@ def test_a_state_shows_what_its_arrays_are_and_not_their_numbers():
         dtype, shape = "float32", 3  # which is none
 
     assert repr(AttentionState(Hostile(), stats, stats)).split("\n")[1].endswith("Hostile")
+
+
+def test_a_number_of_heads_may_be_of_few_bits():
+    out, lse = np.ones((2, 1, 600), np.float32), np.zeros((1, 200, 2), np.float32)
+    for heads in (np.uint8(200), np.int64(200)):
+        assert rau.AttentionState.from_lse(out, lse, base="e", heads=heads).softmax_max.shape == (1, 200, 2, 1)

@@ -144,6 +144,26 @@ def test_nothing_is_written_when_one_of_several_calls_is_refused():
     same(ring.result(), before)
 
 
+def test_a_state_is_broken_where_the_second_of_several_calls_is_refused():
+    backend = only_update()
+    ring = rau.StreamingMerge("TND", actual_seq_qlen=[0, 2, 6], backend=backend)
+    ring.update(*laid_out(partial(1, 6, 2, 8), "TND"))
+    first, given = backend.update, []
+
+    def update(*call):
+        given.append(call)
+        if len(given) == 2:
+            raise rau.UnsupportedError("not this one")
+        return first(*call)
+
+    backend.update = update
+    with pytest.raises(rau.UnsupportedError, match="not this one"):
+        ring.update(*laid_out(partial(1, 3, 2, 8), "TND"), tokens="front")
+    assert len(given) == 2
+    with pytest.raises(rau.UnsupportedError, match="an earlier update was stopped while it wrote"):
+        ring.result()
+
+
 def test_a_first_update_that_is_refused_leaves_no_state():
     backend = only_update(limits=lambda problem: ["it does not like it"] if problem.in_place else [])
     ring = rau.StreamingMerge(backend=backend)

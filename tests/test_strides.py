@@ -327,6 +327,15 @@ def test_other_overlaps_are_refused(name):
     assert bits([*prev, *cur, *out]) == before
 
 
+def test_an_empty_array_between_two_hides_no_overlap():
+    memory = np.zeros(64, "f4")
+    prev, cur, out = (state((2, 2, 0), (2, 2, 8), seed=seed) for seed in range(3))
+    prev = prev._replace(softmax_max=memory[:32].reshape(2, 2, 8))
+    out = out._replace(attn_out=memory[8:16].reshape(2, 2, 2)[..., :0], softmax_max=memory[16:48].reshape(2, 2, 8))
+    with pytest.raises(rau.ShapeError, match="out.softmax_max shares memory with prev_softmax_max"):
+        rau.ring_attention_update(*prev, *cur, layout="TND", profile="portable", out=out)
+
+
 def test_an_output_that_looks_like_overlapping_itself_but_does_not(backend):
     """Element strides 2*L and 3*L over 3 and 2 places: no nesting, and yet no two elements meet."""
     prev, cur = (state((3, 2, 8), (3, 2, 8), seed=seed) for seed in (1, 2))

@@ -14,7 +14,7 @@ from rau.backends.cython_ import CythonBackend
 from rau.errors import BackendUnavailableError, passes
 from rau.install import command
 from rau.layouts import LAYOUTS
-from rau.lse import reordered
+from rau.lse import packed_index, reordered_by
 
 if TYPE_CHECKING:
     from jax import Array
@@ -96,32 +96,37 @@ class JaxNumpyBackend(_OfJax):
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self._merge = _jax().jit(_merged, static_argnums=(0, 1, 2, 3, 4))  # one program for all calls of one kind
+        self._merge = _jax().jit(_merged, static_argnums=(0, 1, 2))  # one program for all calls of one kind, whatever their lengths
 
     def merge(self, problem: Problem, states: Sequence[AttentionState], out: AttentionState | None) -> AttentionState:
-        lengths = tuple(problem.actual_seq_qlen.tolist()) if problem.packed else None
         with with_float64():
-            merged: AttentionState = self._merge(problem.layout, problem.packed, lengths, problem.statistics, wide(), states)
+            merged: AttentionState = self._merge(problem.layout, problem.statistics, wide(), _index(problem), states)
         return merged
 
 
-def _merged(
-    layout: str, packed: bool, lengths: tuple[int, ...] | None, statistics: bool, wide: Any, states: Sequence[AttentionState]
-) -> AttentionState:
-    rows = _Rows(layout, packed, np.array(lengths), states[0])
+def _merged(layout: str, statistics: bool, wide: Any, index: Any, states: Sequence[AttentionState]) -> AttentionState:
+    rows = _Rows(layout, index, states[0])
     maxima, sums = ([rows.of(state[field]) for state in states] for field in (1, 2))
     weighed = weigh(maxima, sums, wide, _exponential)
     merged = merge_rows(weighed.weights, [rows.heads(state[0]) for state in states])
     return rows.state((merged.reshape(states[0][0].shape), weighed.maximum, weighed.total), states[0], statistics)
 
 
-class _Rows:
-    """How the arrays of one call are seen as rows: (..., N) statistics beside (..., N, D) outputs."""
+def _index(problem: Problem) -> np.ndarray | None:
+    """Where packed statistics stand; None where they are not packed."""
+    return packed_index(problem.actual_seq_qlen, *problem.stats_shape[:2]) if problem.packed else None
 
-    def __init__(self, layout: str, packed: bool, lengths: np.ndarray | None, like: Sequence[Array]) -> None:
+
+class _Rows:
+    """How the arrays of one call are seen as rows: (..., N) statistics beside (..., N, D) outputs.
+
+    `index` tells where packed statistics stand, shape (T * N,); None where they are not packed.
+    """
+
+    def __init__(self, layout: str, index: Any, like: Sequence[Array]) -> None:
         axes = LAYOUTS[layout]
         self._order: tuple[int, ...] = axes.row_order
-        self._folded, self._lengths = axes.attn_head is None, lengths if packed else None
+        self._folded, self._index = axes.attn_head is None, index
         self._heads = like[1].shape[axes.stats_head]
 
     def heads(self, attn_out: Array) -> Array:
@@ -133,7 +138,7 @@ class _Rows:
     def of(self, stats: Array) -> Array:
         """See lane 0 of statistics in the order of the output's rows."""
         lane = stats[..., 0]
-        return lane.transpose(self._order) if self._lengths is None else reordered(lane, self._lengths, "TND")
+        return lane.transpose(self._order) if self._index is None else reordered_by(lane, self._index, "TND")
 
     def state(self, parts: Sequence[Array], like: Sequence[Array], statistics: bool = True) -> AttentionState:
         """Round an output and rows of statistics to what a state has, and put them where they are there."""
@@ -144,7 +149,7 @@ class _Rows:
         stats = []
         for part, its in zip(parts[1:], like[1:], strict=True):
             rows = part.astype(its.dtype)
-            rows = rows.transpose(back) if self._lengths is None else reordered(rows, self._lengths, "SBH")
+            rows = rows.transpose(back) if self._index is None else reordered_by(rows, self._index, "SBH")
             stats.append(_jax().numpy.broadcast_to(rows[..., None], its.shape))
         return AttentionState(attn_out, *stats)
 
@@ -175,11 +180,9 @@ def _exponential(d: Array, lost: Array) -> Array:
     return xp.where(d < UNDERFLOW, 0.0, q + q * lost)
 
 
-def merged_smoothly(
-    states: Sequence[Sequence[Array]], layout: str, packed: bool, lengths: np.ndarray | None, keeps_lse: bool
-) -> AttentionState:
+def merged_smoothly(states: Sequence[Sequence[Array]], problem: Problem, keeps_lse: bool) -> AttentionState:
     """The merge as JAX can differentiate it, any number of times, on any device."""
-    rows = _Rows(layout, packed, lengths, states[0])
+    rows = _Rows(problem.layout, _index(problem), states[0])
     maxima, sums = ([rows.of(state[field]) for state in states] for field in (1, 2))
     lax = _jax().lax
     weighed = weigh([lax.stop_gradient(part) for part in maxima], [lax.stop_gradient(part) for part in sums], wide(), _exponential)

@@ -12,6 +12,7 @@ from rau.arithmetic import cast, library
 from rau.arrays import kind_of
 from rau.compat.pairs import check, check_written, starts_of
 from rau.compat.words import worded
+from rau.constraints.options import whole_number
 from rau.constraints.rules import Violations
 from rau.errors import shown
 from rau.update import merge_lse
@@ -146,13 +147,14 @@ def unflatten_varlen_lse(lse: Any, cu_seqlens: Any, max_seqlen: int) -> Any:
     bounds, kind = starts_of("unflatten_varlen_lse", cu_seqlens, lse=(lse, True)).tolist(), kind_of(lse)
     assert kind is not None  # as was checked
     longest = max(end - start for start, end in pairwise([0, *bounds]))
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, np.integer)) or max_seqlen < longest:
+    width = whole_number(max_seqlen)
+    if width is None or width < longest:
         report = Violations("unflatten_varlen_lse")
         report.add(
             "shape-stats", f"max_seqlen is {shown(max_seqlen)}; expected an int, at least {longest}, the longest in cu_seqlens."
         )
         raise report.error()
-    padded = kind.full(lse, (len(bounds) - 1, lse.shape[-2], int(max_seqlen)), "float32", -math.inf)
+    padded = kind.full(lse, (len(bounds) - 1, lse.shape[-2], width), "float32", -math.inf)
     for i, (start, end) in enumerate(pairwise(bounds)):
         padded[i, :, : end - start] = lse[start:end, :, 0].swapaxes(0, 1)
     return padded

@@ -89,7 +89,16 @@ class _SDPAMerger:
         out : array, dtype of the last step's
         lse : array, float32
             With a last axis of 1 where the last step's had one.
+
+        Raises
+        ------
+        ConstraintError
+            Before the first step.
         """
+        if self._dtype is None:
+            report = Violations("_SDPAMerger.results")
+            report.add("first-update", "there is nothing merged yet; expected a step first.")
+            raise report.error()
         merged = self._merge.result(self._dtype)
         lse = merged.lse(**self._how)
         return merged.attn_out, lse[..., None] if self._keeps_axis else lse

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from rau.arithmetic import library
 from rau.arrays import kind_of, plain
 from rau.arrays.numpy_ import EIGHT_BITS
 from rau.compat.pairs import check, merged
 from rau.compat.words import worded
+from rau.constraints.options import whole_number
 from rau.constraints.rules import Violations
 from rau.errors import shown
 
@@ -84,14 +83,15 @@ def merge_attn_states(
                        "float32.")  # fmt: skip
     report.raise_if_broken()
     if n is not None:
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n <= output.shape[0]:
+        number = whole_number(n)
+        if number is None or not 0 <= number <= output.shape[0]:
             report.add(
                 "tokens",
                 f"prefill_tokens_with_context is {shown(n)}; expected a number of tokens, from 0 to T = {output.shape[0]}.",
             )
             raise report.error()
         prefix_lse = library(prefix_lse).concatenate(
-            [prefix_lse[:, :n], library(prefix_lse).full_like(prefix_lse[:, n:], -math.inf)], 1
+            [prefix_lse[:, :number], library(prefix_lse).full_like(prefix_lse[:, number:], -math.inf)], 1
         )
     asked = {} if output_scale is None else {"dtype": output.dtype, "scale": 1 / output_scale}
     pairs = [(prefix_output, prefix_lse), (suffix_output, suffix_lse)]

@@ -16,7 +16,7 @@ from rau.arrays import kind_of, looks_like_array
 from rau.arrays.torch_ import TorchKind, has_float64, tensor_inside
 from rau.constraints.hints import another_dtype, described, not_an_array, swapped
 from rau.constraints.lengths import NAME, bind_lengths
-from rau.constraints.options import check_layout
+from rau.constraints.options import check_layout, whole_number
 from rau.constraints.rules import Violations
 from rau.constraints.stacked import MOST_STATES
 from rau.errors import shown
@@ -166,16 +166,18 @@ def check_lengths_here(report: Violations, lengths: Any, name: str, stats: Any) 
 
 def check_heads(report: Violations, heads: int | None) -> int | None:
     """Check a number of query heads; None where there is nothing to check, or it is no such number."""
-    if heads is None or (isinstance(heads, (int, np.integer)) and not isinstance(heads, bool) and heads >= 0):
-        return heads
+    number = whole_number(heads)
+    if heads is None or (number is not None and number >= 0):
+        return number
     report.add("heads", f"heads = {shown(heads)}; expected the number N of query heads, an int.")
     return None
 
 
 def check_lanes(report: Violations, lanes: int) -> int:
     """Check a number of lanes; 1 where it is no such number."""
-    if isinstance(lanes, (int, np.integer)) and not isinstance(lanes, bool) and lanes in (1, 8):
-        return lanes
+    number = whole_number(lanes)
+    if number in (1, 8):
+        return number
     report.add("lanes", f"lanes = {shown(lanes)}; expected 1, or 8 for a call in a vendor's profile.")
     return 1
 

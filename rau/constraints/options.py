@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from rau.constraints.hints import described
 from rau.constraints.profiles import PROFILES, Profile
 from rau.constraints.rules import Violations
@@ -33,6 +35,12 @@ def check_statistics(report: Violations, statistics: object, out: object) -> Non
         report.add("out", f"out has {len(out)} items; without statistics expected one array, for the output: pass "
                    "out=state.attn_out.")  # fmt: skip
     report.raise_if_broken()
+
+
+def whole_number(value: object) -> int | None:
+    """Return an int as Python's, whose sums and products do not overflow as a numpy.uint8's do; None for what is none."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
+    return int(value) if whole else None  # type: ignore[call-overload]
 
 
 def check_layout(report: Violations, layout: object) -> str:

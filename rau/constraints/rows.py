@@ -78,7 +78,7 @@ def bind_slice(report: Violations, tokens: slice, length: int) -> slice | None:
         report.add("tokens", f"tokens = {shown(tokens)}: {why}; expected a slice of ints.")
         raise report.error() from error
     if step < 0:
-        report.add("tokens", f"tokens = {tokens} walks backwards; expected a positive step.")
+        report.add("tokens", f"tokens = {shown(tokens)} walks backwards; expected a positive step.")
         return None
     return slice(start, max(start, stop), step)
 

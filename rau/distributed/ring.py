@@ -229,10 +229,8 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
         layout = plan.layout
-        if q.stride(-1) != 1:
-            q = (
-                q.contiguous()
-            )  # as keys and values are, having travelled: kernels that are called below torch's dispatch ask for it
+        if q.stride(-1) != 1:  # kernels that are called below torch's dispatch ask for it; keys and values are so, having travelled
+            q = q.contiguous()
         ends = [0, *accumulate(plan.queries)] if layout == "TND" else None
         merge = StreamingMerge(layout, actual_seq_qlen=ends, like=_like(q, v, layout))
         for source, (ks, vs) in plan.travel(k, v, "forward"):
@@ -384,7 +382,7 @@ def _checked(
             continue
         on_host = value.cpu() if isinstance(value, Tensor) else value
         ends = bind_lengths(report, on_host, tokens, False, False, name)
-        lengths.append([tokens] if ends is None else np.diff(ends).tolist())
+        lengths.append([tokens] if ends is None else np.diff(ends).tolist() or [0])
     report.raise_if_broken()
     queries, keys = lengths
     if len(queries) != len(keys):
