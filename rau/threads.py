@@ -25,10 +25,10 @@ def _at_start() -> tuple[int, str]:
     """The first number of OMP_NUM_THREADS (a list gives one for each nesting level), else the usable CPUs."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     text = given.partition(",")[0].strip()
-    if text.isdecimal() and 0 < int(text) <= _MOST:
+    if text.isdecimal() and len(text) < 100 and 0 < int(text) <= _MOST:  # Python converts no text of thousands of digits
         return int(text), "OMP_NUM_THREADS"
     cpus = processors() or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    ignored = f", since OMP_NUM_THREADS = {given!r} is not a number from 1 to {_MOST}" if given else ""
+    ignored = f", since OMP_NUM_THREADS = {shown(given)} is not a number from 1 to {_MOST}" if given else ""
     return min(cpus or 1, _MOST), f"the CPUs this process may use{ignored}"
 
 

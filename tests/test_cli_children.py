@@ -348,6 +348,16 @@ def test_apart_gives_what_here_gives(folder):
         Apart(["nobody"], 30)
 
 
+def test_a_process_that_cannot_be_started(folder, monkeypatch, tmp_path):
+    """Since the working folder is gone: nobody's kernel is wrong."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(BackendUnavailableError, match="'numpy': no process can be started for it: .*No such file"):
+        Apart(["numpy"], 30)
+
+
 # ------------------------------------------------------------------------------------------------------- what it prints
 
 

@@ -102,6 +102,15 @@ def test_one_backend_may_be_named_as_in_other_commands(folder, capsys):
     assert "PASSED: copies: 1 passed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "option", ["cases --export", "cases --verify", "difftest --replay", "difftest --report", "matrix --report"]
+)
+def test_a_path_without_a_name(option, capsys):
+    """As of a variable of the shell that is not set: not the same as no option."""
+    assert status([*option.split(), ""]) == 2
+    assert "got an empty name; expected a path" in capsys.readouterr().err
+
+
 def test_an_option_of_no_command(capsys):
     assert status(["--vesion"]) == 2
     captured = capsys.readouterr()

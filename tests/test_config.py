@@ -13,6 +13,7 @@ import rau
 from plugins import install
 from rau import config, registry
 from rau.backends.cython_ import missing
+from rau.errors import shown
 
 
 def info(*options, path="", **env):
@@ -110,6 +111,7 @@ def test_variables_and_their_typos():
         ("2,1", 2, "OMP_NUM_THREADS"),
         *[(bad, None, f"the CPUs this process may use, since OMP_NUM_THREADS = {bad!r} is not a number from 1 to 1024")
           for bad in ("abc", "0", "-1", "1.5", "1025")],
+        ("9" * 5000, None, f"the CPUs this process may use, since OMP_NUM_THREADS = {shown('9' * 5000)} is not a number from 1 to 1024"),
         ("", None, "the CPUs this process may use"),
     ],
 )  # fmt: skip

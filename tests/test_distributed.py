@@ -107,6 +107,16 @@ def test_a_sink_that_is_none_has_no_gradient_from_rows_without_keys(alone):
     assert sink.grad.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("returned", [lambda out, lse: out, lambda out, lse: (out,), lambda out, lse: None])
+def test_a_kernel_that_returns_no_pair(alone, returned):
+    import torch
+
+    q = torch.ones(1, 2, 3, 8)
+    forward = lambda q, k, v, causal: returned(q, q[..., 0])  # noqa: E731
+    with pytest.raises(rau.ConstraintError, match="ring_attention: .attention. what forward returned is .*begins with .out, lse"):
+        rau.distributed.ring_attention(q, q, q, forward=forward, backward=lambda *_: None)
+
+
 def test_without_a_group():
     with pytest.raises(rau.OptionError, match=r"merge: \[group\] torch.distributed is not initialised; call torch."):
         rau.distributed.merge([])

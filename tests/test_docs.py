@@ -201,3 +201,15 @@ def test_the_citation_is_of_this_version():
 def test_the_tests_need_nothing_of_the_site():
     (needs,), (site,) = (re.findall(rf"^{extra} = (\[.*\])$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M) for extra in ("test", "docs"))
     assert not set(re.findall(r'"([\w-]+)', needs)) & set(re.findall(r'"([\w-]+)', site)) and "sphinx" in site
+
+
+def test_the_layers_are_those_that_are_enforced():
+    """In both drawings of architecture.md, from top to bottom; the core is no module of Python's, and stands below them all."""
+    enforced = re.findall(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    page = (DOCS / "architecture.md").read_text()
+    drawn = re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[: len(enforced)]
+    assert len(enforced) == 2
+    for layers, drawing in zip(enforced, drawn, strict=True):
+        names = [name for line in drawing.splitlines() for name in re.findall(r"(?:^|\|) +(\w+)(?:\.py|/)?(?= )", line[:53])]
+        assert [name for name in names if name != "_core"] == re.findall(r"\w+", layers)
+    assert all(path.name in page for path in (ROOT / "rau" / "csrc").iterdir())

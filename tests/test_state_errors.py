@@ -93,7 +93,7 @@ CASES = [
     (from_lse(heads="2"), rau.ShapeError, ["heads"], "heads = '2'; expected the number N of query heads, an int."),
     (from_lse(heads=True), rau.ShapeError, ["heads"], None),
     (from_lse(heads=-1), rau.ShapeError, ["heads"], None),
-    (from_lse(heads=np.timedelta64(1)), rau.ShapeError, ["heads"], None),
+    (from_lse(heads=np.timedelta64(1, "s")), rau.ShapeError, ["heads"], None),
     (from_lse(np.zeros((2, 1, 8), "f4"), heads=4), rau.ShapeError, ["shape-stats"],
      'lse has shape (1, 1, 2); for attn_out of shape (2, 1, 8) and heads = 4, layout "SBH" expects (B, N, S) = (1, 4, 2). Its 1 '
      "heads seem to be the key heads of grouped-query attention: pass one number for each query head."),

@@ -29,8 +29,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=f"{_EXAMPLES}\n\nExit status: 0 good, 1 an output is wrong or missing, 2 wrong usage.",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--export", metavar="DIR", help="write the cases to a new folder, with a README.txt")
-    what.add_argument("--verify", metavar="DIR", help="judge the outputs in an exported folder")
+    what.add_argument("--export", type=session.path, metavar="DIR", help="write the cases to a new folder, with a README.txt")
+    what.add_argument("--verify", type=session.path, metavar="DIR", help="judge the outputs in an exported folder")
     case_options.add_options(parser)
     text = "add N generated cases (default: none)"
     parser.add_argument("--generated", type=session.whole(0), default=0, metavar="N", help=text)

@@ -48,10 +48,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     length.add_argument("--minutes", type=session.positive, metavar="M", help=text)
     text = "instead, run one recorded call again, and compare the recorded output too; a recorded output that is wrong "
     text += "fails the run, unless --backends names the backends in question"
-    length.add_argument("--replay", metavar="FILE", help=text)
+    length.add_argument("--replay", type=session.path, metavar="FILE", help=text)
     case_options.add_options(parser)
     text = f"write an HTML page, DIR/index.html, and failing cases beside it (otherwise to ./{_FOLDER}); needs rich"
-    parser.add_argument("--report", metavar="DIR", help=text)
+    parser.add_argument("--report", type=session.path, metavar="DIR", help=text)
     session.add_apart(parser)
     return parser
 

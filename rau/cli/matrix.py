@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     session.add_backends(parser)
     session.add_apart(parser, "a question")
     text = "write an HTML page, too, DIR/index.html; needs rich"
-    parser.add_argument("--report", metavar="DIR", help=text)
+    parser.add_argument("--report", type=session.path, metavar="DIR", help=text)
     return parser
 
 

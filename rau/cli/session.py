@@ -65,6 +65,13 @@ def positive(text: str) -> float:
     return number
 
 
+def path(text: str) -> str:
+    """Convert an argument that names a file or folder."""
+    if not text:  # as "$DIR" is where it is unset; it would be taken for an option that was not given
+        raise argparse.ArgumentTypeError("got an empty name; expected a path")
+    return text
+
+
 def report_folder(report: str) -> Path:
     """Make the folder of a page: what stands against it is told before anything takes time."""
     if find_spec("rich") is None:

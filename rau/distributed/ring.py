@@ -313,7 +313,12 @@ def _attended(
 ) -> tuple[Tensor, Tensor]:
     """Attend, where there is something to attend to: kernels need not know what nothing is."""
     if q.numel() and k.numel():
-        return forward(q, k, v, causal)[:2]
+        found = forward(q, k, v, causal)
+        if not isinstance(found, (tuple, list)) or len(found) < 2:
+            report = Violations("ring_attention")
+            report.add("attention", f"what forward returned is {described(found)}; expected a tuple that begins with (out, lse).")
+            raise report.error()
+        return found[0], found[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_zeros(*q.shape[:-1], v.shape[-1]), torch.full(q.shape[:-1], -torch.inf, dtype=wide, device=q.device)
 

@@ -120,17 +120,22 @@ class Apart:
         self._connection, theirs = context.Pipe()
         self._words = tempfile.TemporaryFile()  # no pipe: who fills one that nobody reads from waits, and does not die
         their_words = Connection(os.dup(self._words.fileno()), readable=False)
-        self._process = context.Process(target=_serve, args=(theirs, their_words, self._names))
+        process = context.Process(target=_serve, args=(theirs, their_words, self._names))
         # Ctrl-C at a terminal reaches all of its processes; this one hears it, and ends the other.
         resource_tracker.ensure_running()  # else it is started on the way, and unblocks the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        who = " or ".join(map(repr, self._names))
         try:
-            self._process.start()
+            process.start()
+        except OSError as error:  # the working folder is gone, for example
+            for each in (self._connection, self._words, theirs, their_words):
+                each.close()
+            raise BackendUnavailableError(f"{who}: no process can be started for it: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._process = process
         theirs.close()  # or its end would not be noticed
         their_words.close()
-        who = " or ".join(map(repr, self._names))
         try:
             problem, _ = self._receive(LONG)
         except NoAnswer as lost:
