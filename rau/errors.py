@@ -71,14 +71,14 @@ class LostRankError(RauError, ConnectionError):
     """Another rank of a distributed call is gone, or was silent for too long."""
 
 
-def passes(error: BaseException | None) -> bool:
+def ran_out(error: BaseException | None) -> bool:
     """Tell whether an error, or what caused it, says no more than that memory, stack or file descriptors had run out.
 
     What failed so may succeed the next time: nobody keeps it.
 
     Examples
     --------
-    >>> passes(OSError(errno.EMFILE, "Too many open files")), passes(OSError(errno.ENOENT, "No such file"))
+    >>> ran_out(OSError(errno.EMFILE, "Too many open files")), ran_out(OSError(errno.ENOENT, "No such file"))
     (True, False)
     """
     met: set[int] = set()

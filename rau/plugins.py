@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
-from rau.errors import BackendUnavailableError, RauError, UnknownBackendError, passes, shown
+from rau.errors import BackendUnavailableError, RauError, UnknownBackendError, ran_out, shown
 
 GROUP = "rau.backends"
 INSTALL_HINT = (
@@ -141,7 +141,7 @@ def _declared(taken: dict[str, Entry]) -> dict[str, Entry]:
             points = distribution.entry_points.select(group=GROUP)
             owner = (points and distribution.name) or "an unknown distribution"
         except Exception as error:  # its metadata are broken: that must not hide the others
-            if passes(error):
+            if ran_out(error):
                 raise
             continue
         for point in points:
@@ -273,7 +273,7 @@ def _import_class(entry: Entry, name: str) -> None:
 
 def _to_be_tried(entry: Entry) -> bool:
     """Tell whether nothing speaks against it but what had run out when it was tried."""
-    return entry.failure is None or passes(entry.failure)
+    return entry.failure is None or ran_out(entry.failure)
 
 
 def _unless_blocked(name: str, entry: Entry) -> Any:

@@ -49,6 +49,16 @@ def rows_of(problem: Problem, states: Sequence[AttentionState]) -> Steps:
     return Steps(states, problem.actual_seq_qlen, problem.layout, problem.softmax_layout)
 
 
+class Pairs(Plain):
+    """It has an update, and leaves merge to its base class."""
+
+    name = "pairs"
+    merge = Backend.merge
+
+    def update(self, problem, prev, cur, out):
+        return Plain.merge(self, problem, (prev, cur), out)
+
+
 class PlainLSE(Plain):
     """Right, with a log-sum-exp in place of maximum and sum: the base of their twins."""
 

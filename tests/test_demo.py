@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from command import status
 from lse_kernels import Guarded, Weights
-from mutants import Plain
+from mutants import Pairs
 
 import rau
 from rau.__main__ import main
-from rau.backends import Backend
 from rau.backends.numpy_ import NumPyBackend
 from rau.cli import console
 from rau.cli.console import table
@@ -102,17 +101,7 @@ def test_a_wrong_backend_is_noticed(capsys):
     )
 
 
-class Folds(Plain):
-    """An update, and the merge of its base class."""
-
-    name = "folds"
-    merge = Backend.merge
-
-    def update(self, problem, prev, cur, out):
-        return Plain.merge(self, problem, (prev, cur), out)
-
-
-class Drifts(Folds):
+class Drifts(Pairs):
     """Each of its updates is a little more off than may be."""
 
     name = "drifts"
@@ -131,11 +120,11 @@ class LSEWrong(Weights):
         return out, lse + 1e-4
 
 
-@pytest.mark.parametrize("backend", [Folds, Guarded, Weights, Drifts, LSEWrong], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [Pairs, Guarded, Weights, Drifts, LSEWrong], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("form", [[], ["--layout", "TND", "--softmax-layout", "SBH"], ["--dtype", "float16", "--ranks", "9"]], ids=str)
 def test_a_backend_is_held_to_what_it_promises(monkeypatch, capsys, backend, form):
     monkeypatch.setattr("rau.testing.under_test.load", lambda name: backend())
-    right = backend in (Folds, Guarded, Weights)
+    right = backend in (Pairs, Guarded, Weights)
     assert main([*SMALL, *form, "--backends", backend.name, "--in-process", "--json"]) == (not right)
     results = json.loads(capsys.readouterr().out)["results"]
     if right or "float16" not in form:

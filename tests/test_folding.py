@@ -2,26 +2,16 @@
 
 import numpy as np
 import pytest
-from mutants import NUMPY, Plain
+from mutants import NUMPY, Pairs
 
 import rau
 from rau import registry
-from rau.backends import Backend, Capabilities
+from rau.backends import Capabilities
 from rau.testing.cases import Case, named
 from rau.testing.comparison import compare
 from rau.testing.conformance import check_backend
 from rau.testing.differential import run_differential
 from rau.testing.reference.oracle import oracle
-
-
-class Pairs(Plain):
-    """It has an update, and leaves merge to its base class."""
-
-    name = "pairs"
-    merge = Backend.merge
-
-    def update(self, problem, prev, cur, out):
-        return Plain.merge(self, problem, (prev, cur), out)
 
 
 class PairsOfOneDtype(Pairs):

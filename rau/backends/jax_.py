@@ -11,7 +11,7 @@ from rau.arithmetic import UNDERFLOW, merge_rows, merge_smoothly, weigh
 from rau.arrays.jax_ import NAME, JaxKind, borrowed, is_tracer, with_float64
 from rau.backends import AttentionState, Backend, Capabilities, Problem, jax_ffi
 from rau.backends.cython_ import CythonBackend
-from rau.errors import BackendUnavailableError, passes
+from rau.errors import BackendUnavailableError, ran_out
 from rau.install import command
 from rau.layouts import LAYOUTS
 from rau.lse import packed_index, reordered_by
@@ -164,7 +164,7 @@ def wide() -> Any:
                 jax.block_until_ready(jax.numpy.ones((), np.float64) + 1)
             _wide = np.float64
         except Exception as error:
-            if passes(error):
+            if ran_out(error):
                 raise
             _wide = np.float32
     return _wide
